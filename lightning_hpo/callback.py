@@ -1,0 +1,402 @@
+"""OnlineHPOCallback: when things happen, nothing else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_hpo import compatibility
+from lightning_hpo.data import T2Stream, find_t2_source, to_device
+from lightning_hpo.distributed import average_
+from lightning_hpo.dynamics import GradientClipping, make_dynamics
+from lightning_hpo.estimators import ClipR, Estimator, Problem
+from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
+from lightning_hpo.hyperparameters import named_hyperparameters
+from lightning_hpo.monitoring import HistoryRecord, log_record, make_record
+from lightning_hpo.objectives import TrainingObjective, ValidationObjective
+from lightning_hpo.regularizers import PenaltyMixin
+
+
+class OnlineHPOCallback(pl.Callback):
+    """Tunes every :class:`Hyperparameter` of the module during a single training.
+
+    After every ``every_n_steps`` optimizer steps it draws a held-out batch, estimates the
+    hypergradient dL_V/dλ, and moves raw λ with an optimizer of its own. With a λ-optimizer of
+    learning rate 0 the training is bit-identical to one without the callback.
+
+    Example::
+
+        trainer = lightning.Trainer(callbacks=[OnlineHPOCallback(ClipR(radius=20.0))])
+
+    Args:
+        estimator: How the hypergradient is estimated. Default: ``ClipR()``.
+        optimizer: Makes the λ-optimizer from the list of raw tensors. Default: Adam with learning
+            rate 0.01.
+        every_n_steps: Optimizer steps between two updates. Default: the estimator's own horizon (1
+            for T1T2 and ClipR, K for UnrollK).
+        warmup_steps: Optimizer steps before the first update; tangents advance meanwhile.
+        dataloader: Held-out batches. Default: ``hpo_dataloader()`` of the module or the datamodule,
+            else the validation dataloader, reshuffled.
+        derivatives: ``"auto"``, ``"reverse"``, ``"forward"`` or ``"finite_difference"``; see
+            :func:`lightning_hpo.derivatives.joint_hvp`. ``"auto"`` takes ``"reverse"`` where the
+            model supports it and falls back to finite differences, saying so once.
+        scale_lr_with_model: Multiplies the λ-optimizer's learning rate c by the model's learning
+            rate η in force at that step: c·η of Algorithm 1 of the online-HPO paper.
+        validation_loss: L_V as a function of the module and a batch. Default: what
+            ``validation_step`` returns, or else logs under ``monitor``.
+        monitor: The name under which ``validation_step`` logs its loss, where it returns none.
+        dataloader_idx: Which of several validation dataloaders to draw from.
+        seed: Seed of the order in which held-out batches are drawn.
+
+    Attributes:
+        history: One :class:`~lightning_hpo.monitoring.HistoryRecord` per update.
+        skipped: How many updates were skipped because their hypergradient was not finite.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or ``every_n_steps`` is smaller than the window
+            of the estimator.
+        MisconfigurationException: At the start of the training, before its first step, if the
+            module, the data or the trainer do not fit; all findings in one message.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator | None = None,
+        optimizer: OptimizerFactory = default_optimizer,
+        every_n_steps: int | None = None,
+        warmup_steps: int = 0,
+        dataloader: Iterable[Any] | None = None,
+        derivatives: str = "auto",
+        scale_lr_with_model: bool = False,
+        validation_loss: Callable[[pl.LightningModule, Any], Tensor] | None = None,
+        monitor: str = "val_loss",
+        dataloader_idx: int = 0,
+        seed: int = 0,
+    ) -> None:
+        estimator = ClipR() if estimator is None else estimator
+        if not isinstance(estimator, Estimator):
+            raise TypeError(
+                f"OnlineHPOCallback: estimator={estimator!r}, expected an instance of an "
+                "Estimator, for example ClipR(radius=20.0)"
+            )
+        if not callable(optimizer):
+            raise TypeError(
+                f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
+                "tensors to a torch.optim.Optimizer"
+            )
+        if derivatives not in compatibility.DERIVATIVES:
+            raise ValueError(
+                f"OnlineHPOCallback: derivatives={derivatives!r}, expected one of "
+                f"{compatibility.DERIVATIVES}"
+            )
+        every_n_steps = estimator.horizon if every_n_steps is None else every_n_steps
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("warmup_steps", warmup_steps, 0),
+            ("dataloader_idx", dataloader_idx, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"OnlineHPOCallback: {name}={value!r}, expected an integer")
+            if value < least:
+                raise ValueError(f"OnlineHPOCallback: {name}={value}, expected at least {least}")
+        if estimator.window is not None and every_n_steps < estimator.window:
+            raise ValueError(
+                f"OnlineHPOCallback: every_n_steps={every_n_steps} is smaller than the window of "
+                f"{estimator.window} steps of {type(estimator).__name__}; make it at least as "
+                "large, or shorten the window"
+            )
+        self.estimator = estimator
+        self.every_n_steps = every_n_steps
+        self.warmup_steps = warmup_steps
+        self.derivatives = derivatives
+        self.scale_lr_with_model = scale_lr_with_model
+        self.history: list[HistoryRecord] = []
+        self.skipped = 0
+        self._optimizer_factory = optimizer
+        self._dataloader = dataloader
+        self._validation_loss = validation_loss
+        self._monitor = monitor
+        self._dataloader_idx = dataloader_idx
+        self._seed = seed
+        self._steps = 0
+        self._handles: list[RemovableHandle] = []
+        self._restored: dict[str, Any] | None = None
+
+    # ---------------------------------------------------------------------------------- scheduling
+
+    def should_update(self, step: int) -> bool:
+        """Whether λ is updated after the given optimizer step (counted from 1). May be overridden.
+
+        An override must leave at least the estimator's window between two updates.
+        """
+        return step % self.every_n_steps == 0 and step > self.warmup_steps
+
+    def _observes(self) -> bool:
+        """Whether the estimator needs to see the coming step."""
+        window = self.estimator.window
+        coming = self._steps + 1
+        return window is None or any(self.should_update(coming + i) for i in range(window))
+
+    # -------------------------------------------------------------------------------------- set-up
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finds the hyperparameters, checks that all can work, and starts the estimator."""
+        self._hyperparameters = named_hyperparameters(pl_module)
+        findings = compatibility.check_trainer(
+            trainer, pl_module, self._hyperparameters, self.derivatives
+        )
+        source = find_t2_source(trainer, pl_module, self._dataloader, self._dataloader_idx)
+        if source is None:
+            findings.append(
+                "There are no held-out (T2) data. Pass dataloader=, define hpo_dataloader() on the "
+                "module or the datamodule, or give the Trainer a validation dataloader"
+            )
+        compatibility.refuse(findings)
+        assert source is not None
+
+        (optimizer,) = trainer.optimizers
+        clip = trainer.gradient_clip_val
+        self._problem = Problem(
+            objective=TrainingObjective(trainer, pl_module, list(self._hyperparameters.values())),
+            hyperparameters=self._hyperparameters,
+            penalties=compatibility.gradient_penalties(pl_module),
+            dynamics=make_dynamics(optimizer),
+            clipping=GradientClipping(float(clip), trainer.gradient_clip_algorithm == "value")
+            if clip
+            else None,
+            derivatives=self.derivatives,
+        )
+        self._stream = T2Stream(source, self._seed, trainer.global_rank, max(1, trainer.world_size))
+        self._validation = ValidationObjective(
+            trainer, pl_module, self._validation_loss, self._monitor, self._dataloader_idx
+        )
+        self._hyper_optimizer = HyperOptimizer(self._hyperparameters, self._optimizer_factory)
+        self._module = pl_module
+        self._unclipped: list[Tensor | None] | None = None
+        self._stepped = False
+        self._observing = False
+        self._lr = 0.0
+        self._ready = False
+        if self._restored is None:
+            self.history, self.skipped, self._steps = [], 0, 0
+        self._remove_hooks()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_optimizer_step),
+            optimizer.register_step_post_hook(self._after_optimizer_step),
+        ]
+
+    def _first_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        """Makes the checks that need data, then starts the estimator."""
+        problem = self._problem
+        theta = problem.theta
+        batch_t2 = to_device(trainer, self._stream.peek(), self._dataloader_idx)
+        self._validation_gradient(batch_t2)
+
+        objective = problem.objective
+        leaves = objective.leaves()
+        loss = objective.at(objective.moment(batch, 0), theta)(theta, leaves)
+        if loss is None:
+            return  # a skipped batch shows nothing; look again at the next
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            problem.in_loss = {
+                name
+                for name, g in zip(self._hyperparameters, gradients, strict=True)
+                if g is not None
+            }
+        compatibility.refuse(
+            compatibility.check_dependence(
+                module, self._hyperparameters, problem.in_loss, problem.penalties, theta
+            )
+        )
+        self.estimator.setup(problem)
+        if self._restored is not None:
+            self._restore(self._restored)
+            self._restored = None
+        self._ready = True
+
+    # ---------------------------------------------------------------------------------- every step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Shows the estimator the micro-batch while θ_t is in place."""
+        self._stepped = False
+        if not self._ready:
+            self._first_batch(trainer, pl_module, batch)
+        self._observing = self._ready and self._observes()
+        if not self._observing:
+            return
+        accumulated = trainer.accumulate_grad_batches
+        if batch_idx % accumulated == 0:
+            self.estimator.discard()  # what is left of a step that overflowed
+        replay = self.estimator.replay
+        if replay != "never":
+            moment = self._problem.objective.moment(batch, batch_idx, keep=replay == "later")
+            self.estimator.before_batch(moment, 1 / accumulated)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Keeps the gradient before it is clipped: the derivative of clipping needs it."""
+        if not self._observing or self._problem.clipping is None:
+            return
+        theta = self._problem.theta
+        self._unclipped = [None if p.grad is None else p.grad.detach().clone() for p in theta]
+        # The module adds its penalties after this hook.
+        positions = {id(p): i for i, p in enumerate(theta)}
+        for penalty in self._problem.penalties:
+            weights = [w.detach() for w in penalty.weights]
+            strength = penalty.hyperparameter().detach().reshape(())
+            for w, direction in zip(penalty.weights, penalty.gradient(weights), strict=True):
+                gradient = self._unclipped[positions[id(w)]] if id(w) in positions else None
+                if gradient is not None:
+                    gradient.addcmul_(direction, strength.to(direction.dtype))
+
+    def _before_optimizer_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Looks at the step as soon as its gradient is final, which is inside Lightning's closure.
+
+        With a gradient scaler there is no closure, and the gradient is final already.
+        """
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._observe_step(optimizer)
+            return None
+
+        def observed() -> Any:
+            result = closure()
+            self._observe_step(optimizer)
+            return result
+
+        if len(args) > 1:
+            return (args[0], observed, *args[2:]), kwargs
+        return args, {**kwargs, "closure": observed}
+
+    @torch.no_grad()
+    def _observe_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(self._module, PenaltyMixin):
+            self._module.check_penalties_applied()
+        self._lr = float(optimizer.param_groups[0]["lr"])
+        if self._observing:
+            step = self._problem.dynamics.capture(keep=self.estimator.keeps_steps)
+            step.unclipped, self._unclipped = self._unclipped, None
+            self.estimator.before_step(step)
+
+    def _after_optimizer_step(self, *_: Any) -> None:
+        self._stepped = True
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Updates λ where an update is due and the optimizer has stepped."""
+        if not self._stepped:
+            return
+        self._steps += 1
+        if self._observing and self.should_update(self._steps):
+            self._update(trainer, pl_module)
+
+    # -------------------------------------------------------------------------------------- update
+
+    def _update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        batch = to_device(trainer, self._stream.next(), self._dataloader_idx)
+        g_v = self._validation_gradient(batch)
+        average_(g_v)
+        with torch.no_grad():
+            hypergradients = self.estimator.hypergradient(g_v)
+            scale = self._lr if self.scale_lr_with_model else 1.0
+            if not self._hyper_optimizer.step(hypergradients, scale):
+                self._skip()
+        record = make_record(
+            self._steps,
+            self._hyperparameters,
+            hypergradients,
+            self.estimator.tangent_norms(),
+            self.skipped,
+        )
+        self.history.append(record)
+        log_record(trainer, module, record)
+
+    def _validation_gradient(self, batch: Any) -> list[Tensor]:
+        """Returns g_V = ∇θ L_V at the parameters in place; zeros where L_V does not depend on θ."""
+        theta = self._problem.theta
+        active = [p for p in theta if p.requires_grad]
+        loss = self._validation.loss(batch, self._stream.consumed)
+        gradients = iter(torch.autograd.grad(loss, active, allow_unused=True))
+        result = [next(gradients) if p.requires_grad else None for p in theta]
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(theta, result, strict=True)]
+
+    def _skip(self) -> None:
+        if self.skipped == 0:
+            warnings.warn(
+                f"OnlineHPOCallback: the hypergradient at step {self._steps} is not finite; λ is "
+                "left alone. Further such updates are skipped silently and counted in .skipped",
+                stacklevel=2,
+            )
+        self.skipped += 1
+
+    # ------------------------------------------------------------------------------------ clean-up
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lets go of the optimizer."""
+        self._remove_hooks()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Lets go of the optimizer."""
+        self._remove_hooks()
+
+    # --------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns counters, history, λ-optimizer and estimator, for a checkpoint."""
+        if not getattr(self, "_ready", False):
+            return {}
+        return {
+            "steps": self._steps,
+            "consumed": self._stream.consumed,
+            "skipped": self.skipped,
+            "history": [asdict(record) for record in self.history],
+            "optimizer": self._hyper_optimizer.state_dict(),
+            "estimator": self.estimator.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state until the training starts and everything is on its device."""
+        self._restored = dict(state_dict) or None
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        names = set(self._hyperparameters)
+        saved = set(state["history"][-1]["values"]) if state["history"] else names
+        if saved != names:
+            raise MisconfigurationException(
+                f"OnlineHPOCallback: the checkpoint tunes {sorted(saved)}, this module "
+                f"{sorted(names)}; resume with the module that was saved"
+            )
+        self._steps = state["steps"]
+        self.skipped = state["skipped"]
+        self.history = [HistoryRecord(**record) for record in state["history"]]
+        self._hyper_optimizer.load_state_dict(state["optimizer"])
+        self.estimator.load_state_dict(state["estimator"])
+        self._stream.skip_to(state["consumed"])

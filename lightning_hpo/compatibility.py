@@ -1,0 +1,158 @@
+"""The checks at setup: what is refused, why, and what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_hpo.derivatives import BACKENDS
+from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.regularizers import Penalty, PenaltyMixin
+
+DERIVATIVES = ("auto", *BACKENDS)
+
+# Optimizers whose step is no differentiable function of one gradient.
+_REFUSED_OPTIMIZERS = {
+    "LBFGS": "evaluates its closure several times per step",
+    "SparseAdam": "works on sparse gradients",
+    "Adafactor": "reads norms as Python numbers, through which no derivative passes",
+}
+
+
+def check_trainer(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    hyperparameters: dict[str, Hyperparameter],
+    derivatives: str,
+) -> list[str]:
+    """Lists what is wrong with the way that the training is set up, before any data are read.
+
+    Args:
+        trainer: The trainer, with its optimizers in place.
+        module: The LightningModule.
+        hyperparameters: Those found in it.
+        derivatives: The callback's argument.
+
+    Returns:
+        One sentence per finding; empty if all is well.
+    """
+    findings = []
+    if not hyperparameters:
+        findings.append(
+            f"{type(module).__name__} has no Hyperparameter. Register one, for example with "
+            "self.register_l2(init=1e-4) of L2Mixin, or assign a Hyperparameter to an attribute"
+        )
+    if not module.automatic_optimization:
+        findings.append(
+            "The module uses manual optimization (automatic_optimization=False): replaying its "
+            "training_step would run its own optimizer.step(). Use automatic optimization"
+        )
+    findings += check_strategy(trainer.strategy, derivatives)
+    if len(trainer.optimizers) != 1:
+        findings.append(
+            f"configure_optimizers returned {len(trainer.optimizers)} optimizers, expected one. "
+            "Use one optimizer with several parameter groups"
+        )
+    for optimizer in trainer.optimizers:
+        findings += check_optimizer(optimizer)
+    if is_overridden("configure_gradient_clipping", module):
+        findings.append(
+            f"{type(module).__name__} overrides configure_gradient_clipping, whose derivative is "
+            "unknown. Use Trainer(gradient_clip_val=..., gradient_clip_algorithm=...), or clip in "
+            "on_before_optimizer_step only what need not be differentiated"
+        )
+    return findings
+
+
+def check_strategy(strategy: Any, derivatives: str) -> list[str]:
+    """Refuses strategies that shard the parameters."""
+    if not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        return []
+    name = type(strategy).__name__
+    exact = (
+        f"derivatives={derivatives!r} needs the gradient's own graph over whole parameters, which "
+        f"{name} does not keep. "
+        if derivatives in ("reverse", "forward")
+        else f"{name} shards the parameters, which is not supported. "
+    )
+    return [exact + "Use strategy='ddp'"]
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Refuses optimizers whose step cannot be differentiated."""
+    for kind in type(optimizer).__mro__:
+        if kind.__module__.startswith("torch.optim") and kind.__name__ in _REFUSED_OPTIMIZERS:
+            return [
+                f"The optimizer {type(optimizer).__name__} {_REFUSED_OPTIMIZERS[kind.__name__]}, "
+                "so that tangents cannot follow it. Use SGD, Adam, AdamW, RMSprop or another "
+                "elementwise optimizer"
+            ]
+    return []
+
+
+def check_dependence(
+    module: pl.LightningModule,
+    hyperparameters: dict[str, Hyperparameter],
+    in_loss: set[str],
+    penalties: Sequence[Penalty],
+    theta: Sequence[Tensor],
+) -> list[str]:
+    """Lists the hyperparameters that have no effect on the training.
+
+    Args:
+        module: The LightningModule.
+        hyperparameters: Those found in it.
+        in_loss: The names of those that the training loss depends on.
+        penalties: The penalties that act in the gradient.
+        theta: The parameters that the optimizer moves.
+
+    Returns:
+        One sentence per finding.
+    """
+    trained = {id(p) for p in theta if p.requires_grad}
+    acting = {id(p.hyperparameter) for p in penalties if any(id(w) in trained for w in p.weights)}
+    idle = {id(p.hyperparameter) for p in penalties} - acting
+    in_penalty_term = {id(p.hyperparameter) for p in getattr(module, "loss_penalties", ())}
+    findings = []
+    for name, h in hyperparameters.items():
+        if name in in_loss or id(h) in acting:
+            continue
+        if id(h) in idle:
+            reason = "the weights that it acts on are not trained by the optimizer"
+        elif id(h) in in_penalty_term:
+            reason = (
+                "it is registered with inside_loss=True, but training_step does not add "
+                "self.penalty() to its loss"
+            )
+        else:
+            reason = (
+                "the loss of training_step does not depend on it; call it there (its value is "
+                f"self.{name}()), or remove it"
+            )
+        findings.append(f"The hyperparameter {name!r} has no effect on the training: {reason}")
+    return findings
+
+
+def refuse(findings: Iterable[str]) -> None:
+    """Raises one error for all findings.
+
+    Raises:
+        MisconfigurationException: If there is any finding.
+    """
+    findings = list(findings)
+    if findings:
+        raise MisconfigurationException(
+            "OnlineHPOCallback cannot run here:\n" + "\n".join(f"  - {f}" for f in findings)
+        )
+
+
+def gradient_penalties(module: pl.LightningModule) -> list[Penalty]:
+    """Collects the penalties that act in the gradient."""
+    return module.gradient_penalties if isinstance(module, PenaltyMixin) else []

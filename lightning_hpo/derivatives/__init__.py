@@ -1,0 +1,5 @@
+"""Derivatives of the training and the validation loss; knows nothing of Lightning."""
+
+from lightning_hpo.derivatives.joint_hvp import BACKENDS, Loss, is_missing_derivative, joint_hvp
+
+__all__ = ["BACKENDS", "Loss", "is_missing_derivative", "joint_hvp"]

@@ -1,0 +1,96 @@
+"""joint_hvp by central differences of the gradient: needs nothing but ordinary backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.derivatives._stacks import stacked_zeros
+
+if TYPE_CHECKING:
+    from lightning_hpo.derivatives.joint_hvp import Loss
+
+
+def joint_hvp(
+    loss: Loss,
+    theta: Sequence[Tensor],
+    lam: Sequence[Tensor],
+    u: Sequence[Tensor] | None,
+    e: Sequence[Tensor] | None,
+    theta_part: bool,
+    lambda_part: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Differences gradients at ±δ; see :func:`lightning_hpo.derivatives.joint_hvp`.
+
+        [∇L(θ + δu, λ) − ∇L(θ − δu, λ)] / 2δ  +  [∇L(θ, λ + δ'e) − ∇L(θ, λ − δ'e)] / 2δ'
+
+    θ and λ are displaced one after the other, each at its own scale: with one common δ, a tangent
+    u that is many orders of magnitude smaller than e is lost to rounding.
+    """
+    targets = [*(theta if theta_part else ()), *(lam if lambda_part else ())]
+    m = next(d.shape[0] for d in (*(u or ()), *(e or ())))
+    products = stacked_zeros(targets, m)
+    for block, directions in ((theta, u), (lam, e)):
+        if directions is None:
+            continue
+        for j in range(m):
+            direction = [d[j] for d in directions]
+            norm = _norm(direction)
+            if norm == 0.0:
+                continue
+            if not math.isfinite(norm):
+                for product in products:
+                    product[j].fill_(math.nan)
+                continue
+            delta = _step(block, norm)
+            for sign in (1.0, -1.0):
+                gradients = _displaced_gradient(
+                    loss, theta, lam, targets, block, direction, sign * delta
+                )
+                for product, gradient in zip(products, gradients, strict=True):
+                    if gradient is not None:
+                        product[j].add_(gradient, alpha=sign / (2 * delta))
+    split = len(theta) if theta_part else 0
+    return products[:split], products[split:]
+
+
+def _step(block: Sequence[Tensor], norm: float) -> float:
+    """Chooses δ = ε^⅓ (1 + ‖x‖) / ‖d‖, which balances truncation against rounding."""
+    epsilon: float = torch.finfo(block[0].dtype).eps
+    return math.pow(epsilon, 1 / 3) * (1.0 + _norm(block)) / norm
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    norms = torch.stack([torch.linalg.vector_norm(t.detach()).double() for t in tensors])
+    return float(torch.linalg.vector_norm(norms))
+
+
+def _displaced_gradient(
+    loss: Loss,
+    theta: Sequence[Tensor],
+    lam: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    block: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    delta: float,
+) -> Sequence[Tensor | None]:
+    """Returns ∇L with ``block`` moved in place by ``delta`` along ``direction``."""
+    with torch.no_grad():
+        before = [t.detach().clone() for t in block]
+        for tensor, d in zip(block, direction, strict=True):
+            tensor.add_(d.to(tensor.dtype), alpha=delta)
+    try:
+        with torch.enable_grad():
+            value = loss(theta, lam)
+            if value is None:
+                return [None] * len(targets)
+            return torch.autograd.grad(value, targets, allow_unused=True)
+    finally:
+        # By copy, never by subtraction: (x + d) − d is not x.
+        with torch.no_grad():
+            for tensor, saved in zip(block, before, strict=True):
+                tensor.copy_(saved)

@@ -1,0 +1,105 @@
+"""joint_hvp by double backward: exact wherever the operators have second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.derivatives._stacks import stacked_zeros
+
+if TYPE_CHECKING:
+    from lightning_hpo.derivatives.joint_hvp import Loss
+
+# Directions that one vectorized backward carries at a time: bounds its memory.
+_CHUNK = 64
+
+
+def joint_hvp(
+    loss: Loss,
+    theta: Sequence[Tensor],
+    lam: Sequence[Tensor],
+    u: Sequence[Tensor] | None,
+    e: Sequence[Tensor] | None,
+    theta_part: bool,
+    lambda_part: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Differentiates ⟨∇θL, u⟩ + ⟨∇λL, e⟩; see :func:`lightning_hpo.derivatives.joint_hvp`.
+
+    One graph of the gradient serves all directions.
+    """
+    sources = [*(theta if u is not None else ()), *(lam if e is not None else ())]
+    directions = [*(u or ()), *(e or ())]
+    targets = [*(theta if theta_part else ()), *(lam if lambda_part else ())]
+    m = directions[0].shape[0]
+    with torch.enable_grad():
+        value = loss(theta, lam)
+        if value is None:
+            products = stacked_zeros(targets, m)
+        else:
+            gradients = torch.autograd.grad(value, sources, create_graph=True, allow_unused=True)
+            live = [
+                (gradient, direction.to(gradient.dtype))
+                for gradient, direction in zip(gradients, directions, strict=True)
+                if gradient is not None and gradient.requires_grad
+            ]
+            products = _pull_back(live, targets, m)
+    split = len(theta) if theta_part else 0
+    return products[:split], products[split:]
+
+
+def _pull_back(
+    live: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Tensor], m: int
+) -> list[Tensor]:
+    """Returns Σ directionᵀ ∂gradient/∂target, stacked over the m directions."""
+    if not live:
+        return stacked_zeros(targets, m)
+    gradients = [gradient for gradient, _ in live]
+    directions = [direction for _, direction in live]
+    if m > 1:
+        try:
+            chunks = [
+                torch.autograd.grad(
+                    gradients,
+                    targets,
+                    [d[start : start + _CHUNK] for d in directions],
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+                for start in range(0, m, _CHUNK)
+            ]
+            return _fill([_cat(parts) for parts in zip(*chunks, strict=True)], targets, m)
+        except RuntimeError as error:
+            # Some operators cannot be vectorized; one pass per direction always can.
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+    rows = [
+        torch.autograd.grad(
+            gradients,
+            targets,
+            [d[j] for d in directions],
+            retain_graph=j + 1 < m,
+            allow_unused=True,
+        )
+        for j in range(m)
+    ]
+    stacked = [
+        None if parts[0] is None else torch.stack([p for p in parts if p is not None])
+        for parts in zip(*rows, strict=True)
+    ]
+    return _fill(stacked, targets, m)
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
+
+
+def _fill(products: Sequence[Tensor | None], targets: Sequence[Tensor], m: int) -> list[Tensor]:
+    return [
+        stacked_zeros([target], m)[0] if product is None else product
+        for product, target in zip(products, targets, strict=True)
+    ]

@@ -1,0 +1,37 @@
+"""Derivatives of the optimizer's step; knows nothing of Lightning."""
+
+import torch
+
+from lightning_hpo.dynamics.adam import AdamDynamics
+from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State
+from lightning_hpo.dynamics.clipping import GradientClipping
+from lightning_hpo.dynamics.generic import GenericDynamics
+from lightning_hpo.dynamics.sgd import SGDDynamics
+
+
+def make_dynamics(optimizer: torch.optim.Optimizer) -> Dynamics:
+    """Chooses the closed form where there is one, else the generic path.
+
+    Subclasses of SGD, Adam and AdamW take the generic path, since their step may differ.
+    """
+    kind = type(optimizer)
+    if kind is torch.optim.SGD:
+        return SGDDynamics(optimizer)
+    if kind in (torch.optim.Adam, torch.optim.AdamW) and not any(
+        group["amsgrad"] for group in optimizer.param_groups
+    ):
+        return AdamDynamics(optimizer)
+    return GenericDynamics(optimizer)
+
+
+__all__ = [
+    "THETA",
+    "AdamDynamics",
+    "Dynamics",
+    "GenericDynamics",
+    "GradientClipping",
+    "OptimizerStep",
+    "SGDDynamics",
+    "State",
+    "make_dynamics",
+]

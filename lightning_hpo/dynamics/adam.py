@@ -1,0 +1,136 @@
+"""Closed-form tangents and adjoints of torch.optim.Adam and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, pick, put
+
+_MEAN = "exp_avg"
+_SQUARE = "exp_avg_sq"
+
+
+class AdamDynamics(Dynamics):
+    r"""Φ of Adam (Kingma & Ba 2015) and AdamW, without amsgrad, at their t-th step.
+
+        h = ±g + w θ              (AdamW: h = ±g, and θ is first scaled by 1 − η w)
+        m' = β₁ m + (1 − β₁) h
+        v' = β₂ v + (1 − β₂) h²
+        θ' = θ − η/(1 − β₁ᵗ) · m' / (√v' / √(1 − β₂ᵗ) + ε)
+
+    The derivative of √v' at v' = 0 is defined as 0: units that have never received a gradient
+    (dead ReLUs, unused embedding rows) get zero tangents instead of 0 · ∞ = NaN.
+    """
+
+    def zeros(self, m: int) -> State:
+        """Returns zeros for θ, m and v."""
+        state = super().zeros(m)
+        for name in (_MEAN, _SQUARE):
+            state[name] = [torch.zeros_like(t) for t in state[THETA]]
+        return state
+
+    def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:
+        """See :meth:`Dynamics.jvp_`; costs about twice the optimizer's step, m times."""
+        for options, index in step.parts(lambda i: _count(step.state[i])):
+            theta, mean, square = (pick(tangent[name], index) for name in (THETA, _MEAN, _SQUARE))
+            h = pick(gradient, index)
+            point = self._point(step, options, index)
+            if options["maximize"]:
+                torch._foreach_neg_(h)
+            if point.coupled:
+                torch._foreach_add_(h, theta, alpha=point.coupled)
+            torch._foreach_mul_(mean, point.beta1)
+            torch._foreach_add_(mean, h, alpha=1 - point.beta1)
+            torch._foreach_mul_(square, point.beta2)
+            torch._foreach_addcmul_(square, h, point.h, value=2 * (1 - point.beta2))
+            if point.shrink != 1:
+                torch._foreach_mul_(theta, point.shrink)
+            torch._foreach_addcdiv_(theta, mean, point.denominator, value=-point.step_size)
+            torch._foreach_addcmul_(theta, square, point.slope, value=point.step_size)
+
+    def vjp_(self, step: OptimizerStep, adjoint: State) -> list[Tensor]:
+        """See :meth:`Dynamics.vjp_`."""
+        result = [torch.zeros_like(t) for t in adjoint[THETA]]
+        for options, index in step.parts(lambda i: _count(step.state[i])):
+            theta, mean, square = (pick(adjoint[name], index) for name in (THETA, _MEAN, _SQUARE))
+            point = self._point(step, options, index)
+            torch._foreach_addcdiv_(mean, theta, point.denominator, value=-point.step_size)
+            torch._foreach_addcmul_(square, theta, point.slope, value=point.step_size)
+            h = list(torch._foreach_mul(mean, 1 - point.beta1))
+            torch._foreach_addcmul_(h, square, point.h, value=2 * (1 - point.beta2))
+            torch._foreach_mul_(mean, point.beta1)
+            torch._foreach_mul_(square, point.beta2)
+            if point.shrink != 1:
+                torch._foreach_mul_(theta, point.shrink)
+            if point.coupled:
+                torch._foreach_add_(theta, h, alpha=point.coupled)
+            if options["maximize"]:
+                torch._foreach_neg_(h)
+            put(result, index, h)
+        return result
+
+    def _point(self, step: OptimizerStep, options: dict[str, Any], index: list[int]) -> _Point:
+        """Computes the values at which Φ is differentiated."""
+        lr, weight_decay = float(options["lr"]), float(options["weight_decay"])
+        beta1, beta2 = (float(beta) for beta in options["betas"])
+        decoupled = options.get(
+            "decoupled_weight_decay", isinstance(self.optimizer, torch.optim.AdamW)
+        )
+        state = [step.state[i] for i in index]
+        t = _count(state[0]) + 1
+        h = [g for i in index if (g := step.gradients[i]) is not None]
+        if options["maximize"]:
+            h = list(torch._foreach_neg(h))
+        coupled = 0.0 if decoupled else weight_decay
+        if coupled:
+            h = list(torch._foreach_add(h, pick(step.theta, index), alpha=coupled))
+        mean = list(torch._foreach_mul(h, 1 - beta1))
+        square = list(torch._foreach_mul(h, h))
+        torch._foreach_mul_(square, 1 - beta2)
+        if _MEAN in state[0]:
+            torch._foreach_add_(mean, [s[_MEAN] for s in state], alpha=beta1)
+            torch._foreach_add_(square, [s[_SQUARE] for s in state], alpha=beta2)
+        torch._foreach_sqrt_(square)
+        root = square
+        correction = (1 - beta2**t) ** 0.5
+        denominator = list(torch._foreach_div(root, correction))
+        torch._foreach_add_(denominator, float(options["eps"]))
+        # slope = ∂(−m'/denominator)/∂v' negated: m' / (2 √v' √(1 − β₂ᵗ) denominator²), 0 at v' = 0.
+        positive = list(torch._foreach_sign(root))
+        torch._foreach_mul_(mean, positive)
+        torch._foreach_neg_(positive)
+        torch._foreach_add_(positive, 1.0)
+        torch._foreach_add_(root, positive)
+        torch._foreach_div_(mean, root)
+        torch._foreach_div_(mean, denominator)
+        torch._foreach_div_(mean, denominator)
+        torch._foreach_div_(mean, 2 * correction)
+        return _Point(
+            h=h,
+            denominator=denominator,
+            slope=mean,
+            step_size=lr / (1 - beta1**t),
+            beta1=beta1,
+            beta2=beta2,
+            coupled=coupled,
+            shrink=1 - lr * weight_decay if decoupled else 1.0,
+        )
+
+
+class _Point(NamedTuple):
+    h: list[Tensor]
+    denominator: list[Tensor]
+    slope: list[Tensor]
+    step_size: float
+    beta1: float
+    beta2: float
+    coupled: float
+    shrink: float
+
+
+def _count(state: dict[str, Any]) -> float:
+    """Returns the number of steps that a parameter has taken."""
+    return float(state.get("step", 0.0))

@@ -1,0 +1,152 @@
+"""The contract: derivatives of one step of the user's optimizer, s' = Φ(s, g)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, list[Tensor]]
+"""m tangents or adjoints of s = (θ, the optimizer's state tensors).
+
+``state["theta"]`` has one tensor of shape ``(m, *p.shape)`` per parameter p; every other key is the
+name of a state tensor of the optimizer, in the same layout.
+"""
+
+THETA = "theta"
+
+
+@dataclass
+class OptimizerStep:
+    """One step of the optimizer, seen after the gradient is final and before θ moves.
+
+    Attributes:
+        options: The options of each parameter group in force at this step (learning rate, betas …).
+        groups: For each group, the positions of its parameters in ``theta``.
+        theta: θ_t, in the order of the optimizer's parameter groups.
+        gradients: The gradient that the optimizer receives (after unscaling and clipping); None for
+            a parameter that takes no part in this step.
+        state: The optimizer's state of each parameter before this step.
+        unclipped: The gradient before clipping; None where the Trainer clips nothing.
+    """
+
+    options: list[dict[str, Any]]
+    groups: list[list[int]]
+    theta: list[Tensor]
+    gradients: list[Tensor | None]
+    state: list[dict[str, Any]]
+    unclipped: list[Tensor | None] | None = None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group."""
+        return float(self.options[0]["lr"])
+
+    def parts(
+        self, key: Callable[[int], Hashable] = lambda i: None
+    ) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """Yields the options and the positions of parameters that move in the same way.
+
+        Args:
+            key: Splits the parameters of a group further; it receives a position.
+        """
+        for options, positions in zip(self.options, self.groups, strict=True):
+            split: dict[Hashable, list[int]] = {}
+            for i in positions:
+                if self.gradients[i] is not None:
+                    split.setdefault(key(i), []).append(i)
+            for index in split.values():
+                yield options, index
+
+
+class Dynamics(ABC):
+    """Tangents and adjoints through one step Φ of an optimizer.
+
+    Φ maps the state s = (θ, optimizer state) and the gradient g to the next state. Both products
+    hold for any number m of tangents or adjoints at once. A parameter without a gradient does not
+    move, and neither do its tangents.
+
+    Args:
+        optimizer: The user's optimizer. It is only read.
+    """
+
+    nonlinear = True
+    """Whether the derivative of Φ depends on the values of g and of the state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def theta(self) -> list[Tensor]:
+        """The optimizer's parameters, group by group."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def capture(self, *, keep: bool = False) -> OptimizerStep:
+        """Records the step that is about to happen.
+
+        Args:
+            keep: Whether the record must outlive the step. Costs one copy of θ, and for a nonlinear
+                Φ one of g and of every state tensor.
+        """
+        options = []
+        groups = []
+        start = 0
+        for group in self.optimizer.param_groups:
+            options.append({name: v for name, v in group.items() if name != "params"})
+            groups.append(list(range(start, start + len(group["params"]))))
+            start += len(group["params"])
+        theta = self.theta
+        gradients = [None if p.grad is None else p.grad.detach() for p in theta]
+        state = [dict(self.optimizer.state.get(p, {})) for p in theta]
+        step = OptimizerStep(options, groups, [p.detach() for p in theta], gradients, state)
+        if keep:
+            step.theta = [p.clone() for p in step.theta]
+            if self.nonlinear:
+                step.gradients = [None if g is None else g.clone() for g in step.gradients]
+                step.state = [
+                    {n: v.clone() if isinstance(v, Tensor) else v for n, v in s.items()}
+                    for s in state
+                ]
+        return step
+
+    def zeros(self, m: int) -> State:
+        """Returns m zero tangents or adjoints."""
+        return {THETA: [p.detach().new_zeros((m, *p.shape)) for p in self.theta]}
+
+    @abstractmethod
+    def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:
+        r"""Moves tangents through the step, in place: ṡ' = ∂Φ/∂s ṡ + ∂Φ/∂g ġ.
+
+        Args:
+            step: The step.
+            tangent: ṡ, replaced by ṡ'.
+            gradient: ġ, one tensor ``(m, *p.shape)`` per parameter; used up as work space.
+        """
+
+    @abstractmethod
+    def vjp_(self, step: OptimizerStep, adjoint: State) -> list[Tensor]:
+        r"""Pulls adjoints back through the step, in place: s̄ = (∂Φ/∂s)ᵀ s̄'.
+
+        Args:
+            step: The step.
+            adjoint: s̄', replaced by s̄.
+
+        Returns:
+            ḡ = (∂Φ/∂g)ᵀ s̄', one tensor ``(m, *p.shape)`` per parameter; zeros where the step had
+            no gradient.
+        """
+
+
+def pick(tensors: list[Tensor], index: list[int]) -> list[Tensor]:
+    """Returns the tensors at the given positions."""
+    return [tensors[i] for i in index]
+
+
+def put(tensors: list[Tensor], index: list[int], values: list[Tensor]) -> None:
+    """Stores values at the given positions."""
+    for i, value in zip(index, values, strict=True):
+        tensors[i] = value

@@ -1,0 +1,55 @@
+"""Gradient clipping as part of the dynamics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GradientClipping:
+    r"""The derivative of ``Trainer(gradient_clip_val=..., gradient_clip_algorithm=...)``.
+
+    By norm, with n = ‖g‖ over all parameters and c = value / (n + 1e-6):
+
+        ĝ = min(1, c) g,   ∂ĝ/∂g = c I − c g gᵀ / (n (n + 1e-6))   where c < 1, else I.
+
+    By value: ĝ = clamp(g, −value, value), whose derivative is 1 inside and 0 outside.
+
+    Both are symmetric, so one product serves tangents and adjoints.
+
+    Args:
+        value: The Trainer's ``gradient_clip_val``.
+        by_value: Whether the algorithm is ``"value"``; ``"norm"`` otherwise.
+    """
+
+    value: float
+    by_value: bool = False
+
+    def product_(self, gradients: list[Tensor | None], vectors: list[Tensor]) -> None:
+        """Multiplies ∂ĝ/∂g with m vectors, in place.
+
+        Args:
+            gradients: g before clipping; None for a parameter that takes no part.
+            vectors: One tensor ``(m, *p.shape)`` per parameter.
+        """
+        pairs = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g is not None]
+        if not pairs:
+            return
+        if self.by_value:
+            for g, v in pairs:
+                v.mul_(g.abs() <= self.value)
+            return
+        norm = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(g) for g, _ in pairs])
+        )
+        scale = self.value / (norm + 1e-6)
+        if bool(scale >= 1):
+            return
+        dots = sum(v.flatten(1) @ g.to(v.dtype).flatten() for g, v in pairs)
+        assert isinstance(dots, Tensor)
+        weights = dots / (norm * (norm + 1e-6))
+        for g, v in pairs:
+            v.sub_(weights.reshape(-1, *[1] * g.dim()) * g).mul_(scale)

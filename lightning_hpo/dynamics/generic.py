@@ -1,0 +1,217 @@
+"""Tangents and adjoints of any optimizer, by differentiating its own step function."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State
+
+# State entries that count steps or follow a schedule: no function of θ or g.
+_SCHEDULES = frozenset({"step", "eta", "mu", "mu_product"})
+
+# Implementation switches: the plain per-tensor formulas are the ones to differentiate.
+_SWITCHES = ("foreach", "fused", "capturable", "differentiable")
+
+
+class GenericDynamics(Dynamics):
+    """Φ of any elementwise or matrix-valued ``torch.optim`` optimizer.
+
+    The optimizer's own ``step`` runs on copies of its parameters and state: on dual tensors for
+    tangents, under autograd for adjoints. So the formula that is differentiated is the formula
+    that trains. The derivative of a square root at 0 is defined as 0, as in
+    :class:`~lightning_hpo.dynamics.adam.AdamDynamics`.
+
+    Cost per product: about one un-fused step, and one copy of θ, g and the state.
+    """
+
+    def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:
+        """See :meth:`Dynamics.jvp_`; the m tangents run one after the other."""
+        m = tangent[THETA][0].shape[0]
+        results = [self._jvp_one(step, tangent, gradient, j) for j in range(m)]
+        for name, values in results[0].items():
+            for i in values:
+                self._slot(tangent, name)[i] = torch.stack([r[name][i] for r in results])
+
+    def _jvp_one(
+        self, step: OptimizerStep, tangent: State, gradient: list[Tensor], j: int
+    ) -> dict[str, dict[int, Tensor]]:
+        """Returns the j-th tangent of everything that the step writes."""
+        active = [i for i, g in enumerate(step.gradients) if g is not None]
+
+        def dual(primal: Tensor, directions: Tensor | None) -> Tensor:
+            copy = primal.detach().clone()
+            if directions is None or directions.shape[1:] != copy.shape:
+                return copy  # this state did not exist at an earlier step
+            result: Tensor = forward_ad.make_dual(copy, directions[j].to(copy.dtype))
+            return result
+
+        with forward_ad.dual_level(), torch.no_grad(), _Differentiable():
+            moved = self._run(
+                step,
+                active,
+                theta=lambda i, p: dual(p, tangent[THETA][i]),
+                gradient=lambda i, g: dual(g, gradient[i]),
+                state=lambda i, name, v: dual(v, tangent[name][i] if name in tangent else None),
+            )
+            return {
+                name: {i: _tangent(value) for i, value in values.items()}
+                for name, values in moved.items()
+            }
+
+    def vjp_(self, step: OptimizerStep, adjoint: State) -> list[Tensor]:
+        """See :meth:`Dynamics.vjp_`; one graph of the step serves all m adjoints."""
+        active = [i for i, g in enumerate(step.gradients) if g is not None]
+        result = [torch.zeros_like(t) for t in adjoint[THETA]]
+        if not active:
+            return result
+        m = adjoint[THETA][0].shape[0]
+        leaves: dict[tuple[str, int], Tensor] = {}
+
+        def leaf(name: str, i: int, value: Tensor) -> Tensor:
+            leaves[name, i] = value.detach().clone().requires_grad_()
+            return leaves[name, i].clone()
+
+        # Optimizers work in place; this context keeps what their backward needs.
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            with torch.enable_grad(), _Differentiable():
+                moved = self._run(
+                    step,
+                    active,
+                    theta=lambda i, p: leaf(THETA, i, p),
+                    gradient=lambda i, g: leaf("gradient", i, g),
+                    state=lambda i, name, v: leaf(name, i, v),
+                )
+            outputs = [
+                (value, bar)
+                for name, values in moved.items()
+                for i, value in values.items()
+                if value.requires_grad
+                and (bar := self._slot(adjoint, name)[i]).shape[1:] == value.shape
+            ]
+            rows = [
+                torch.autograd.grad(
+                    [value for value, _ in outputs],
+                    list(leaves.values()),
+                    [bar[j].to(value.dtype) for value, bar in outputs],
+                    retain_graph=j + 1 < m,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                for j in range(m)
+            ]
+        for position, (name, i) in enumerate(leaves):
+            pulled = torch.stack([row[position] for row in rows])
+            if name == "gradient":
+                result[i] = pulled
+            else:
+                self._slot(adjoint, name)[i] = pulled
+        for name in moved:
+            for i in moved[name]:
+                if (name, i) not in leaves:
+                    # This state was created by the step: nothing before it depends on it.
+                    self._slot(adjoint, name)[i] = torch.zeros_like(self._slot(adjoint, name)[i])
+        return result
+
+    def _run(
+        self,
+        step: OptimizerStep,
+        active: list[int],
+        *,
+        theta: Callable[[int, Tensor], Tensor],
+        gradient: Callable[[int, Tensor], Tensor],
+        state: Callable[[int, str, Tensor], Tensor],
+    ) -> dict[str, dict[int, Tensor]]:
+        """Runs the optimizer's step on stand-ins; returns what it wrote, by name and position."""
+        optimizer = self.optimizer
+        shadow = object.__new__(type(optimizer))
+        vars(shadow).update(vars(optimizer))
+        vars(shadow).pop("step", None)  # learning-rate schedulers patch the instance
+        shadow.state = defaultdict(dict)
+        params: dict[int, Tensor] = {}
+        for i in active:
+            g = step.gradients[i]
+            assert g is not None
+            p = theta(i, step.theta[i])
+            if p.requires_grad:
+                p.retain_grad()
+            p.grad = gradient(i, g)
+            params[i] = p
+            for name, value in step.state[i].items():
+                if _is_function_of_theta(name, value):
+                    value = state(i, name, value)
+                elif isinstance(value, Tensor):
+                    value = value.clone()  # the step counts it up in place
+                shadow.state[p][name] = value
+        shadow.param_groups = [
+            {
+                **options,
+                **{switch: False for switch in _SWITCHES if switch in options},
+                "params": [params[i] for i in positions if i in params],
+            }
+            for options, positions in zip(step.options, step.groups, strict=True)
+        ]
+        _unwrapped_step(type(optimizer))(shadow)
+        moved: dict[str, dict[int, Tensor]] = {THETA: params}
+        for i, p in params.items():
+            for name, value in shadow.state[p].items():
+                if _is_function_of_theta(name, value):
+                    moved.setdefault(name, {})[i] = value
+        return moved
+
+    @staticmethod
+    def _slot(state: State, name: str) -> list[Tensor]:
+        """Returns the entries of a state tensor; empty ones, (m, 0), where it does not exist."""
+        if name not in state:
+            m = state[THETA][0].shape[0]
+            state[name] = [t.new_zeros((m, 0)) for t in state[THETA]]
+        return state[name]
+
+
+class _Differentiable(TorchFunctionMode):
+    """Replaces the few operations of an optimizer that have no, or no finite, derivative."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.sqrt, Tensor.sqrt):
+            return _sqrt(args[0])
+        if func is Tensor.sqrt_:
+            return args[0].copy_(_sqrt(args[0]))
+        if func is torch.maximum and kwargs.get("out") is not None:
+            return kwargs["out"].copy_(torch.maximum(*args))
+        if func is Tensor.detach:
+            # SGD detaches the first momentum buffer, which cuts dθ/dλ off from that step.
+            return args[0]
+        return func(*args, **kwargs)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Returns √x with the derivative at 0 defined as 0."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def _tangent(value: Tensor) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(value)
+    result: Tensor = torch.zeros_like(primal) if tangent is None else tangent.to(primal.dtype)
+    return result.detach().clone()
+
+
+def _is_function_of_theta(name: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and name not in _SCHEDULES
+
+
+def _unwrapped_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """Returns the step function itself, without profiling, hooks and ``no_grad``."""
+    function: Callable[..., Any] = kind.step
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function

@@ -1,0 +1,82 @@
+"""Closed-form tangents and adjoints of torch.optim.SGD."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, pick, put
+
+_BUFFER = "momentum_buffer"
+
+
+class SGDDynamics(Dynamics):
+    r"""Φ of SGD with momentum μ, dampening d, weight decay w, nesterov and maximize.
+
+        h = ±g + w θ
+        b' = μ b + (1 − d) h      (b' = h at the first step)
+        θ' = θ − η (h + μ b')     with nesterov, else θ − η b'
+
+    Φ is linear in (θ, b, g), so its derivative needs none of their values.
+    """
+
+    nonlinear = False
+
+    def zeros(self, m: int) -> State:
+        """Returns zeros for θ and, where any group has momentum, for the momentum buffers."""
+        state = super().zeros(m)
+        if any(group["momentum"] for group in self.optimizer.param_groups):
+            state[_BUFFER] = [torch.zeros_like(t) for t in state[THETA]]
+        return state
+
+    def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:
+        """See :meth:`Dynamics.jvp_`; costs about as much as the optimizer's step, m times."""
+        for options, index in step.parts(lambda i: step.state[i].get(_BUFFER) is None):
+            theta, h = pick(tangent[THETA], index), pick(gradient, index)
+            if options["maximize"]:
+                torch._foreach_neg_(h)
+            if weight_decay := float(options["weight_decay"]):
+                torch._foreach_add_(h, theta, alpha=weight_decay)
+            if momentum := float(options["momentum"]):
+                buffer = pick(_buffers(tangent), index)
+                if step.state[index[0]].get(_BUFFER) is None:
+                    torch._foreach_copy_(buffer, h)
+                else:
+                    torch._foreach_mul_(buffer, momentum)
+                    torch._foreach_add_(buffer, h, alpha=1 - float(options["dampening"]))
+                if options["nesterov"]:
+                    torch._foreach_add_(h, buffer, alpha=momentum)
+                else:
+                    h = buffer
+            torch._foreach_add_(theta, h, alpha=-float(options["lr"]))
+
+    def vjp_(self, step: OptimizerStep, adjoint: State) -> list[Tensor]:
+        """See :meth:`Dynamics.vjp_`."""
+        result = [torch.zeros_like(t) for t in adjoint[THETA]]
+        for options, index in step.parts(lambda i: step.state[i].get(_BUFFER) is None):
+            theta = pick(adjoint[THETA], index)
+            h = torch._foreach_mul(theta, -float(options["lr"]))
+            if momentum := float(options["momentum"]):
+                buffer = pick(_buffers(adjoint), index)
+                torch._foreach_add_(buffer, h, alpha=momentum if options["nesterov"] else 1.0)
+                if not options["nesterov"]:
+                    torch._foreach_zero_(h)
+                if step.state[index[0]].get(_BUFFER) is None:
+                    torch._foreach_add_(h, buffer)
+                    torch._foreach_zero_(buffer)
+                else:
+                    torch._foreach_add_(h, buffer, alpha=1 - float(options["dampening"]))
+                    torch._foreach_mul_(buffer, momentum)
+            if weight_decay := float(options["weight_decay"]):
+                torch._foreach_add_(theta, h, alpha=weight_decay)
+            if options["maximize"]:
+                torch._foreach_neg_(h)
+            put(result, index, list(h))
+        return result
+
+
+def _buffers(state: State) -> list[Tensor]:
+    """Returns the buffers' part, made of zeros where momentum was switched on during training."""
+    if _BUFFER not in state:
+        state[_BUFFER] = [torch.zeros_like(t) for t in state[THETA]]
+    return state[_BUFFER]

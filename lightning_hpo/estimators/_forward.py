@@ -1,0 +1,112 @@
+"""Forward mode: the tangents y = dθ/dλ, carried along the training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.dynamics import THETA, OptimizerStep, State
+from lightning_hpo.estimators.base import Problem
+from lightning_hpo.objectives import Moment
+
+
+class Tangents:
+    """One tangent of (θ, optimizer state) per scalar hyperparameter.
+
+        ṡ_{t+1} = ∂Φ/∂s ṡ_t + ∂Φ/∂g (H y_t + B)
+
+    Online-HPO paper, eq. 7, with the user's optimizer in the place of plain gradient descent.
+    Memory: (1 + number of optimizer state tensors) |θ| per scalar λ.
+
+    Args:
+        problem: The problem.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._unit = problem.unit_directions()
+        self._gradient: list[Tensor] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Sets all tangents to zero: earlier steps are forgotten."""
+        self.state: State = self._problem.dynamics.zeros(self._problem.count)
+        self._is_zero = True
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets the micro-batches of a step that did not happen."""
+        self._gradient = None
+
+    def before_batch(self, moment: Moment, weight: float) -> None:
+        """Adds the micro-batch's H y + B to the tangent of the gradient."""
+        products, _ = self._problem.network_hvp(
+            moment, None if self._is_zero else self.state[THETA], self._unit, lambda_part=False
+        )
+        if weight != 1.0:
+            torch._foreach_mul_(products, weight)
+        if self._gradient is None:
+            self._gradient = products
+        else:
+            torch._foreach_add_(self._gradient, products)
+
+    def before_step(self, step: OptimizerStep) -> None:
+        """Moves the tangents along with θ."""
+        problem = self._problem
+        gradient = self._gradient
+        if gradient is None:
+            gradient, _ = problem.zeros(problem.count, lambda_part=False)
+        problem.add_penalty_hvp_((gradient, []), step, self.state[THETA], self._unit)
+        if problem.clipping is not None and step.unclipped is not None:
+            problem.clipping.product_(step.unclipped, gradient)
+        problem.dynamics.jvp_(step, self.state, gradient)
+        self._is_zero = False
+        self.discard()
+
+    def norms(self) -> Tensor:
+        """Returns ‖y‖ over all parameters, one number per scalar λ: ``(m,)``."""
+        parts = [torch.linalg.vector_norm(y.flatten(1), dim=1) for y in self.state[THETA]]
+        norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return norms
+
+    def scale_(self, factors: Tensor | float) -> None:
+        """Multiplies each tangent, optimizer state included, by its factor (``(m,)`` or one)."""
+        for tensors in self.state.values():
+            for t in tensors:
+                if isinstance(factors, Tensor):
+                    t.mul_(factors.to(t.dtype).reshape(-1, *[1] * (t.dim() - 1)))
+                else:
+                    t.mul_(factors)
+
+    def forget_non_finite(self) -> None:
+        """Starts anew the tangents that have overflowed: they would stay non-finite for ever."""
+        broken = ~torch.isfinite(self.norms())
+        if bool(broken.any()):
+            for tensors in self.state.values():
+                for t in tensors:
+                    t[broken] = 0
+
+    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
+        """Returns ⟨g_V, y⟩ for each λ (online-HPO paper, eq. 5)."""
+        products = [
+            y.flatten(1) @ g.flatten().to(y.dtype)
+            for y, g in zip(self.state[THETA], g_v, strict=True)
+        ]
+        return self._problem.from_stack(torch.stack(products).sum(0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the tangents and the open accumulation window."""
+        return {"tangents": self.state, "is_zero": self._is_zero, "gradient": self._gradient}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the tangents onto the devices of the parameters."""
+        parameters = self._problem.theta
+
+        def place(tensors: list[Tensor]) -> list[Tensor]:
+            return [t.to(p.device) for t, p in zip(tensors, parameters, strict=True)]
+
+        self.state = {name: place(tensors) for name, tensors in state["tangents"].items()}
+        self._is_zero = bool(state["is_zero"])
+        self._gradient = None if state["gradient"] is None else place(state["gradient"])

@@ -1,0 +1,93 @@
+"""Reverse mode: a window of steps, differentiated backwards from the validation loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.dynamics import THETA, OptimizerStep
+from lightning_hpo.estimators.base import Problem
+from lightning_hpo.objectives import Moment
+
+
+@dataclass
+class _Record:
+    moments: list[tuple[Moment, float]]
+    step: OptimizerStep
+
+
+class Window:
+    """The last steps, with all that is needed to differentiate them.
+
+        α_K = g_V,   ḡ_t = (∂Φ/∂g)ᵀ α_{t+1},   α_t = (∂Φ/∂s)ᵀ α_{t+1} + H ḡ_t,   dL_V/dλ = Σ Bᵀ ḡ_t
+
+    Reverse-HG of Franceschi et al. (2017), Algorithm 1. Each step is replayed on its own, so that
+    one step's graph is alive at a time. Memory: |θ| per step, and for a nonlinear optimizer its
+    gradient and state besides. The cost does not depend on the number of λ.
+
+    Args:
+        problem: The problem.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._records: list[_Record] = []
+        self._moments: list[tuple[Moment, float]] = []
+
+    def discard(self) -> None:
+        """Forgets the micro-batches of a step that did not happen."""
+        self._moments = []
+
+    def before_batch(self, moment: Moment, weight: float) -> None:
+        """Keeps a micro-batch for its replay."""
+        self._moments.append((moment, weight))
+
+    def before_step(self, step: OptimizerStep) -> None:
+        """Keeps the step. It must have been captured with ``keep=True``."""
+        self._records.append(_Record(self._moments, step))
+        self._moments = []
+
+    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
+        """Differentiates the window backwards, and empties it."""
+        problem = self._problem
+        adjoint = problem.dynamics.zeros(1)
+        adjoint[THETA] = [g.unsqueeze(0).clone() for g in g_v]
+        _, total = problem.zeros(1, theta_part=False)
+        while self._records:
+            record = self._records.pop()
+            g_bar = problem.dynamics.vjp_(record.step, adjoint)
+            if problem.clipping is not None and record.step.unclipped is not None:
+                problem.clipping.product_(record.step.unclipped, g_bar)
+            # Before the first step of the window θ does not depend on λ.
+            theta_part = bool(self._records)
+            self._accumulate(record, g_bar, (adjoint[THETA] if theta_part else [], total))
+        return [t[0] for t in total]
+
+    def one_step(self, g_v: list[Tensor]) -> list[Tensor]:
+        """Returns −Bᵀ g_V of the last step alone: no optimizer, no clipping, no step size."""
+        _, total = self._problem.zeros(1, theta_part=False)
+        record = self._records.pop()
+        self._records.clear()
+        self._accumulate(record, [-g.unsqueeze(0) for g in g_v], ([], total))
+        return [t[0] for t in total]
+
+    def _accumulate(
+        self, record: _Record, g_bar: list[Tensor], into: tuple[list[Tensor], list[Tensor]]
+    ) -> None:
+        """Adds (H ḡ, Bᵀ ḡ) of one step; an empty part is not wanted."""
+        problem = self._problem
+        theta_result, lam_result = into
+        for moment, weight in record.moments:
+            theta_part, lambda_part = problem.network_hvp(
+                moment,
+                g_bar,
+                None,
+                theta=record.step.theta,
+                theta_part=bool(theta_result),
+            )
+            if theta_part:
+                torch._foreach_add_(theta_result, theta_part, alpha=weight)
+            torch._foreach_add_(lam_result, lambda_part, alpha=weight)
+        problem.add_penalty_hvp_(into, record.step, g_bar, None)

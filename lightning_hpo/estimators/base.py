@@ -1,0 +1,294 @@
+"""The contract of an estimator, and the problem that it is given."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.derivatives import is_missing_derivative, joint_hvp
+from lightning_hpo.distributed import average_
+from lightning_hpo.dynamics import Dynamics, GradientClipping, OptimizerStep
+from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.objectives import Moment, TrainingObjective
+from lightning_hpo.regularizers import Penalty
+
+Products = tuple[list[Tensor], list[Tensor]]
+"""The θ part and the λ part of a product, each entry stacked over m directions."""
+
+
+@dataclass
+class Problem:
+    """What an estimator differentiates: the training loss, the penalties and the optimizer.
+
+    Attributes:
+        objective: L_T without the penalties that act in the gradient.
+        hyperparameters: λ, by name; the order of every list of λ-shaped tensors.
+        penalties: The penalties that act in the gradient.
+        dynamics: The optimizer's step.
+        clipping: The gradient clipping between the two; None where there is none.
+        derivatives: ``"auto"`` or the name of a backend of :func:`joint_hvp`.
+        in_loss: The names of the λ that the training loss itself depends on.
+    """
+
+    objective: TrainingObjective
+    hyperparameters: dict[str, Hyperparameter]
+    penalties: list[Penalty]
+    dynamics: Dynamics
+    clipping: GradientClipping | None
+    derivatives: str
+    in_loss: set[str] = field(default_factory=set)
+
+    @property
+    def theta(self) -> list[Tensor]:
+        """The parameters that the optimizer moves."""
+        return self.dynamics.theta
+
+    @property
+    def count(self) -> int:
+        """The number m of scalar hyperparameters."""
+        return sum(h.raw.numel() for h in self.hyperparameters.values())
+
+    def unit_directions(self) -> list[Tensor]:
+        """Returns the m unit vectors of λ space, one tensor ``(m, *raw.shape)`` per λ."""
+        directions = []
+        start = 0
+        for h in self.hyperparameters.values():
+            n = h.raw.numel()
+            e = h.raw.new_zeros((self.count, n))
+            e[start : start + n] = torch.eye(n, dtype=e.dtype, device=e.device)
+            directions.append(e.reshape(self.count, *h.raw.shape))
+            start += n
+        return directions
+
+    def from_stack(self, stack: Tensor) -> list[Tensor]:
+        """Splits m numbers, one per scalar hyperparameter, into tensors shaped like raw λ."""
+        sizes = [h.raw.numel() for h in self.hyperparameters.values()]
+        return [
+            part.reshape(h.raw.shape)
+            for part, h in zip(stack.split(sizes), self.hyperparameters.values(), strict=True)
+        ]
+
+    def zeros(self, m: int, *, theta_part: bool = True, lambda_part: bool = True) -> Products:
+        """Returns m zero products; an unwanted part is empty."""
+        theta = [p.detach().new_zeros((m, *p.shape)) for p in self.theta] if theta_part else []
+        lam = (
+            [h.raw.new_zeros((m, *h.raw.shape)) for h in self.hyperparameters.values()]
+            if lambda_part
+            else []
+        )
+        return theta, lam
+
+    def network_hvp(
+        self,
+        moment: Moment,
+        u: list[Tensor] | None,
+        e: list[Tensor] | None,
+        *,
+        theta: list[Tensor] | None = None,
+        theta_part: bool = True,
+        lambda_part: bool = True,
+    ) -> Products:
+        """Multiplies the joint Hessian of the loss of one micro-batch, averaged over the ranks.
+
+        Args:
+            moment: The micro-batch.
+            u: Directions in θ, ``(m, *p.shape)`` each, or None for zeros.
+            e: Directions in raw λ, or None for zeros.
+            theta: Values of θ to differentiate at. Default: those in place.
+            theta_part: Whether H u + B e is wanted.
+            lambda_part: Whether Bᵀ u + C e is wanted.
+
+        Returns:
+            Both parts, over all θ and all λ, zeros included; an unwanted part is empty.
+        """
+        parameters = self.theta
+        in_loss = [i for i, name in enumerate(self.hyperparameters) if name in self.in_loss]
+        m = (u or e or [])[0].shape[0]
+        theta_result, lam_result = self.zeros(m, theta_part=theta_part, lambda_part=lambda_part)
+        active = [i for i, p in enumerate(parameters) if p.requires_grad]
+        e = [e[i] for i in in_loss] if e is not None and in_loss else None
+        u = [u[i] for i in active] if u is not None else None
+        lambda_part = lambda_part and bool(in_loss)
+        if (u is None and e is None) or not (theta_part or lambda_part):
+            return theta_result, lam_result
+
+        own = [parameters[i] for i in active]
+        values = own if theta is None else [theta[i] for i in active]
+        for value in values:
+            value.requires_grad_(True)
+        leaves = self.objective.leaves()
+        at = self.objective.at(moment, own)
+
+        def loss(th: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
+            every = list(leaves)
+            for i, value in zip(in_loss, lam, strict=True):
+                every[i] = value
+            return at(th, every)
+
+        theta_products, lam_products = self._product(
+            loss, values, [leaves[i] for i in in_loss], u, e, theta_part, lambda_part
+        )
+        for i, product in zip(active, theta_products, strict=bool(theta_products)):
+            theta_result[i] = product.detach()
+        for i, product in zip(in_loss, lam_products, strict=bool(lam_products)):
+            lam_result[i] = product.detach()
+        average_([*theta_result, *lam_result])
+        return theta_result, lam_result
+
+    def _product(
+        self,
+        loss: Any,
+        theta: list[Tensor],
+        lam: list[Tensor],
+        u: list[Tensor] | None,
+        e: list[Tensor] | None,
+        theta_part: bool,
+        lambda_part: bool,
+    ) -> Products:
+        """Calls joint_hvp, and settles at the first call which backend ``auto`` stands for."""
+        backend = "reverse" if self.derivatives == "auto" else self.derivatives
+        try:
+            result = joint_hvp(
+                loss,
+                theta,
+                lam,
+                u,
+                e,
+                backend=backend,
+                theta_part=theta_part,
+                lambda_part=lambda_part,
+            )
+        except RuntimeError as error:
+            if not is_missing_derivative(error):
+                raise
+            if self.derivatives != "auto":
+                raise RuntimeError(
+                    f"OnlineHPOCallback(derivatives={backend!r}): an operator of this model lacks "
+                    f"the derivative that this backend needs ({error}). Use derivatives='auto' or "
+                    "'finite_difference'"
+                ) from error
+            warnings.warn(
+                "OnlineHPOCallback(derivatives='auto') uses finite differences, because an "
+                f"operator of this model has no double backward: {error}",
+                stacklevel=2,
+            )
+            self.derivatives = "finite_difference"
+            return self._product(loss, theta, lam, u, e, theta_part, lambda_part)
+        self.derivatives = backend
+        return result
+
+    def add_penalty_hvp_(
+        self,
+        products: Products,
+        step: OptimizerStep,
+        u: list[Tensor] | None,
+        e: list[Tensor] | None,
+    ) -> None:
+        """Adds the products of the penalties that act in the gradient; no pass over the network.
+
+        A weight without a gradient in this step gets no penalty in it either.
+
+        Args:
+            products: Both parts, added to in place; an empty part is not wanted.
+            step: The step in which the penalties acted, with θ as it was then.
+            u: Directions in θ, or None for zeros.
+            e: Directions in raw λ, or None for zeros.
+        """
+        theta_result, lam_result = products
+        positions = {id(p): i for i, p in enumerate(self.theta)}
+        lam_index = {id(h): i for i, h in enumerate(self.hyperparameters.values())}
+        for penalty in self.penalties:
+            index = [
+                i
+                for w in penalty.weights
+                if (i := positions.get(id(w))) is not None and step.gradients[i] is not None
+            ]
+            if not index:
+                continue
+            k = lam_index[id(penalty.hyperparameter)]
+            theta_part, lambda_part = penalty.joint_hvp(
+                [step.theta[i] for i in index],
+                None if u is None else [u[i] for i in index],
+                None if e is None else e[k].flatten(),
+            )
+            if theta_result and theta_part is not None:
+                torch._foreach_add_([theta_result[i] for i in index], theta_part)
+            if lam_result:
+                lam_result[k] += lambda_part.reshape(lam_result[k].shape)
+
+
+class Estimator(ABC):
+    """Estimates dL_V/dλ, the total derivative along the training as far back as it can see.
+
+    The callback calls, for every optimizer step that the estimator observes,
+    :meth:`before_batch` once per micro-batch (θ_t in place), :meth:`before_step` when the gradient
+    is final (θ_t still in place), and, where an update is due, :meth:`hypergradient` after θ has
+    moved to θ_{t+1}. :meth:`discard` ends a step that did not happen.
+    """
+
+    horizon: int = 1
+    """Steps between λ updates unless ``every_n_steps`` says otherwise."""
+
+    window: int | None = None
+    """How many steps before an update the estimator observes; None: every step."""
+
+    def setup(self, problem: Problem) -> None:
+        """Starts a training; forgets everything about an earlier one."""
+        self.problem = problem
+
+    @abstractmethod
+    def before_batch(self, moment: Moment, weight: float) -> None:
+        """Sees a micro-batch before it is trained on.
+
+        Args:
+            moment: The micro-batch.
+            weight: The factor of its loss: 1 over the number of accumulated batches.
+        """
+
+    @abstractmethod
+    def before_step(self, step: OptimizerStep) -> None:
+        """Sees the final gradient before θ moves."""
+
+    @abstractmethod
+    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
+        """Returns the estimate of dL_V/dλ and starts the next window.
+
+        Args:
+            g_v: ∇θ L_V at θ_{t+1}, one tensor per parameter.
+
+        Returns:
+            One tensor per hyperparameter, with respect to raw λ and shaped like it.
+        """
+
+    @property
+    def replay(self) -> Literal["never", "now", "later"]:
+        """When ``training_step`` is replayed: never, in :meth:`before_batch`, or after the step.
+
+        :meth:`before_batch` is not called where the answer is ``"never"``.
+        """
+        return "now"
+
+    @property
+    def keeps_steps(self) -> bool:
+        """Whether the record given to :meth:`before_step` must outlive the step."""
+        return False
+
+    def discard(self) -> None:  # noqa: B027 - most estimators have nothing to forget
+        """Forgets the micro-batches of a step that did not happen (a gradient overflow)."""
+
+    def tangent_norms(self) -> list[Tensor] | None:
+        """Returns ‖dθ/dλ‖ per scalar λ, shaped like raw λ; None for a reverse-mode estimator."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state that a resumed training needs: tensors, numbers, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Restores what :meth:`state_dict` returned, after :meth:`setup`."""

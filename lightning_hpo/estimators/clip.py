@@ -1,0 +1,98 @@
+"""ClipR: tangents that are kept between updates and projected on a ball."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.dynamics import OptimizerStep
+from lightning_hpo.estimators._forward import Tangents
+from lightning_hpo.estimators.base import Estimator, Problem
+from lightning_hpo.objectives import Moment
+
+
+class ClipR(Estimator):
+    r"""Online hypergradient with clipped tangents (online-HPO paper, Algorithm 1 and eq. 9).
+
+        y_{t+1} = P_r(∂Φ/∂s (γ y_t) + ∂Φ/∂g (H γ y_t + B)),   P_r(y) = r / max(‖y‖, r) · y
+        dL_V/dλ ≈ ⟨g_V(θ_{t+1}), y_{t+1}⟩
+
+    ‖y‖ is the norm over all parameters, per scalar λ; the tangents of the optimizer's state are
+    scaled along. y is the derivative with respect to raw λ.
+
+    Without forgetting (γ = 1), a λ that starts far too high can be driven past its optimum: the
+    clipped tangent keeps its old direction, and with it the sign of the hypergradient.
+
+    Cost per step: one product with the joint Hessian per scalar λ; per update, one validation
+    gradient. Memory: (1 + number of optimizer state tensors) |θ| per scalar λ.
+
+    Args:
+        radius: r, in the units of θ per unit of raw λ; ``inf`` is RTHO (Franceschi et al. 2017).
+        decay: γ between 0 and 1, applied at every step; 0 forgets everything, which is T1–T2.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If ``radius`` is NaN or not positive, or ``decay`` is outside [0, 1].
+    """
+
+    def __init__(self, radius: float = 20.0, decay: float = 1.0) -> None:
+        for name, value in (("radius", radius), ("decay", decay)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"ClipR: {name}={value!r}, expected a number")
+        if not radius > 0:
+            raise ValueError(f"ClipR: radius={radius}, expected a positive number or inf (RTHO)")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"ClipR: decay={decay}, expected a number in [0, 1]")
+        self.radius = float(radius)
+        self.decay = float(decay)
+
+    def setup(self, problem: Problem) -> None:
+        """Starts a training from y = 0."""
+        super().setup(problem)
+        self._tangents = Tangents(problem)
+        self._fresh_step = False
+
+    def before_batch(self, moment: Moment, weight: float) -> None:
+        """Forgets by γ once per step, and multiplies with the joint Hessian."""
+        self._forget()
+        self._tangents.before_batch(moment, weight)
+
+    def before_step(self, step: OptimizerStep) -> None:
+        """Advances the tangents and clips them."""
+        self._tangents.before_step(step)
+        if math.isfinite(self.radius):
+            self._tangents.scale_(self.radius / self._tangents.norms().clamp(min=self.radius))
+        self._fresh_step = True
+
+    def discard(self) -> None:
+        """Forgets the micro-batches of a step that did not happen."""
+        self._tangents.discard()
+
+    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
+        """Returns ⟨g_V, y⟩, with respect to raw λ; a tangent that has overflowed starts anew."""
+        result = self._tangents.hypergradient(g_v)
+        self._norms = self._tangents.norms()
+        self._tangents.forget_non_finite()
+        return result
+
+    def tangent_norms(self) -> list[Tensor]:
+        """Returns ‖y‖ after clipping."""
+        return self.problem.from_stack(self._norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the tangents."""
+        return {**self._tangents.state_dict(), "fresh_step": self._fresh_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the tangents."""
+        self._tangents.load_state_dict(state)
+        self._fresh_step = bool(state["fresh_step"])
+
+    def _forget(self) -> None:
+        if self._fresh_step and self.decay != 1.0:
+            with torch.no_grad():
+                self._tangents.scale_(self.decay)
+        self._fresh_step = False

@@ -1,0 +1,82 @@
+"""One λ update: check that the hypergradient is finite, step, project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.hyperparameters import Hyperparameter
+
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def default_optimizer(raw: list[Tensor]) -> torch.optim.Optimizer:
+    """Adam on the raw values with learning rate 0.01.
+
+    Its steps do not depend on the scale of the hypergradient, which with respect to log λ is
+    proportional to λ: plain SGD stalls for a tiny λ and overshoots for a large one.
+    """
+    return torch.optim.Adam(raw, lr=0.01)
+
+
+class HyperOptimizer:
+    """Moves raw λ with a torch optimizer.
+
+    Args:
+        hyperparameters: What is moved. Their ``raw`` buffers are written in place.
+        factory: Makes the optimizer from the list of raw tensors.
+
+    Raises:
+        TypeError: If the factory does not return a ``torch.optim.Optimizer``.
+    """
+
+    def __init__(
+        self, hyperparameters: Mapping[str, Hyperparameter], factory: OptimizerFactory
+    ) -> None:
+        self._hyperparameters = list(hyperparameters.values())
+        self.optimizer = factory([h.raw for h in self._hyperparameters])
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"OnlineHPOCallback: optimizer={factory!r} returned a "
+                f"{type(self.optimizer).__name__}, expected a torch.optim.Optimizer, for example "
+                "optimizer=lambda raw: torch.optim.SGD(raw, lr=0.1)"
+            )
+
+    def step(self, hypergradients: list[Tensor], lr_scale: float = 1.0) -> bool:
+        """Makes one update, or none if any hypergradient is not finite.
+
+        Args:
+            hypergradients: One per hyperparameter, with respect to raw λ.
+            lr_scale: Multiplies the learning rate for this update.
+
+        Returns:
+            Whether λ was updated.
+        """
+        if not all(bool(torch.isfinite(h).all()) for h in hypergradients):
+            return False
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for h, gradient in zip(self._hyperparameters, hypergradients, strict=True):
+            h.raw.grad = gradient.to(h.raw.dtype).reshape(h.raw.shape)
+        try:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * lr_scale
+            self.optimizer.step()
+        finally:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            for h in self._hyperparameters:
+                h.raw.grad = None
+        for h in self._hyperparameters:
+            h.raw.copy_(h.constraint.project(h.raw))
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the λ-optimizer's state."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the λ-optimizer's state."""
+        self.optimizer.load_state_dict(state)

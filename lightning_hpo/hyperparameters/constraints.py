@@ -1,0 +1,196 @@
+"""Maps between the raw tensor that is optimized and the value that a regularizer uses.
+
+Hyperparameters are stored *raw* (unconstrained) so that the λ-optimizer can move freely; a
+constraint turns the raw tensor into the value. Every derivative that the package reports is with
+respect to the raw tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Constraint:
+    """Contract of a constraint: ``value = constraint(raw)``, elementwise and twice differentiable.
+
+    A subclass implements :meth:`__call__`, :meth:`inverse`, and, where not every raw tensor is
+    feasible, :meth:`project`.
+    """
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Returns the constrained value of ``raw``, of the same shape."""
+        raise NotImplementedError
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """Returns the raw tensor whose value is ``value``.
+
+        Raises:
+            ValueError: If ``value`` is not feasible.
+        """
+        raise NotImplementedError
+
+    def project(self, raw: Tensor) -> Tensor:
+        """Returns the feasible raw tensor nearest to ``raw``; applied after every λ update."""
+        return raw
+
+    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the value and its first and second derivative with respect to ``raw``.
+
+        All three have the shape of ``raw``. The default differentiates :meth:`__call__`.
+        """
+        with torch.enable_grad():
+            leaf = raw.detach().clone().requires_grad_()
+            value = self(leaf)
+            (first,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+            second = torch.zeros_like(leaf)
+            if first.requires_grad:
+                (second,) = torch.autograd.grad(first.sum(), leaf)
+        return value.detach(), first.detach(), second.detach()
+
+    def _check(self, value: Tensor, low: float, high: float) -> None:
+        """Refuses a value that is not finite or lies outside ``[low, high]``."""
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"got the value {_show(value)}, which is not finite")
+        if bool((value < low).any()) or bool((value > high).any()):
+            raise ValueError(
+                f"got the value {_show(value)}, which lies outside [{low:g}, {high:g}] of {self}; "
+                "start inside that range, or pass a constraint with a wider one"
+            )
+
+
+@dataclass(frozen=True)
+class Positive(Constraint):
+    """Positive values on a log scale: ``value = exp(raw)``.
+
+    A step of the λ-optimizer is therefore a relative change of the value. The bounds keep a
+    strength that is driven to zero within reach of a later return.
+
+    Args:
+        low: Smallest value, in the scale of the value. Must be positive.
+        high: Largest value.
+
+    Raises:
+        ValueError: If not ``0 < low < high < inf``.
+    """
+
+    low: float = 1e-10
+    high: float = 1e4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high < math.inf:
+            raise ValueError(f"Positive needs 0 < low < high < inf, got {self}")
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Returns ``exp(raw)``."""
+        return raw.exp()
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """Returns ``log(value)``; raises ``ValueError`` outside ``[low, high]``."""
+        self._check(value, self.low, self.high)
+        return value.log()
+
+    def project(self, raw: Tensor) -> Tensor:
+        """Clamps ``raw`` to ``[log(low), log(high)]``."""
+        return raw.clamp(math.log(self.low), math.log(self.high))
+
+    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ``exp(raw)`` three times: the exponential is its own derivative."""
+        value = raw.detach().exp()
+        return value, value, value
+
+
+@dataclass(frozen=True)
+class UnitInterval(Constraint):
+    """Values between 0 and 1 on a logit scale: ``value = 1 / (1 + exp(-raw))``.
+
+    Args:
+        margin: Values stay within ``[margin, 1 - margin]``, where the logit is still moderate and
+            its derivative ``value * (1 - value)`` is not lost to rounding.
+
+    Raises:
+        ValueError: If not ``0 < margin < 0.5``.
+    """
+
+    margin: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.margin < 0.5:
+            raise ValueError(f"UnitInterval needs 0 < margin < 0.5, got {self}")
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Returns ``sigmoid(raw)``."""
+        return raw.sigmoid()
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """Returns ``logit(value)``; raises ``ValueError`` outside ``[margin, 1 - margin]``."""
+        self._check(value, self.margin, 1 - self.margin)
+        return value.logit()
+
+    def project(self, raw: Tensor) -> Tensor:
+        """Clamps ``raw`` so that the value stays within ``[margin, 1 - margin]``."""
+        bound = math.log1p(-self.margin) - math.log(self.margin)
+        return raw.clamp(-bound, bound)
+
+    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns s, s(1 − s) and s(1 − s)(1 − 2s) with s = sigmoid(raw)."""
+        value = raw.detach().sigmoid()
+        first = value * (1 - value)
+        return value, first, first * (1 - 2 * value)
+
+
+@dataclass(frozen=True)
+class Interval(Constraint):
+    """Values in ``[low, high]``: the identity, projected by clamping after every update.
+
+    Args:
+        low: Smallest value.
+        high: Largest value; may be ``inf``.
+
+    Raises:
+        ValueError: If not ``low < high``.
+    """
+
+    low: float = 0.0
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"Interval needs low < high, got {self}")
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Returns ``raw`` itself."""
+        return raw
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """Returns ``value`` itself; raises ``ValueError`` outside ``[low, high]``."""
+        self._check(value, self.low, self.high)
+        return value
+
+    def project(self, raw: Tensor) -> Tensor:
+        """Clamps ``raw`` to ``[low, high]``."""
+        return raw.clamp(self.low, self.high)
+
+    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ``raw``, ones and zeros."""
+        return raw.detach(), torch.ones_like(raw), torch.zeros_like(raw)
+
+
+@dataclass(frozen=True)
+class Unconstrained(Interval):
+    """Any finite value: the identity without a projection."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def project(self, raw: Tensor) -> Tensor:
+        """Returns ``raw`` itself."""
+        return raw
+
+
+def _show(value: Tensor) -> str:
+    """Returns a short text for an error message."""
+    return f"{value.item():g}" if value.numel() == 1 else str(value.detach().cpu().tolist()[:8])

@@ -1,0 +1,84 @@
+"""The tensor that is tuned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hpo.hyperparameters.constraints import Constraint, Unconstrained
+
+
+class Hyperparameter(nn.Module):
+    """A number, or a tensor of numbers, that the callback tunes.
+
+    It may sit anywhere in the module tree and is found there. Calling it returns the constrained
+    value, ``value = constraint(raw)``; use that value in ``training_step`` or in a layer.
+
+    ``raw`` is a persistent *buffer*: it is saved in checkpoints and moves with the module, but
+    ``module.parameters()`` does not list it, so the model's optimizer never sees it.
+
+    Args:
+        init: Initial value, in the scale of the value (not raw). A float or a tensor of any shape.
+        constraint: The map from raw to value. Default: :class:`Unconstrained`.
+
+    Raises:
+        TypeError: If ``init`` is not a number or a floating-point tensor, or ``constraint`` is not
+            a :class:`Constraint` instance.
+        ValueError: If ``init`` is not finite, is empty, or lies outside the constraint.
+    """
+
+    raw: Tensor
+
+    def __init__(self, init: float | Tensor, constraint: Constraint | None = None) -> None:
+        super().__init__()
+        constraint = Unconstrained() if constraint is None else constraint
+        if not isinstance(constraint, Constraint):
+            raise TypeError(
+                f"Hyperparameter: constraint={constraint!r} is a {type(constraint).__name__}, "
+                "expected an instance of a Constraint, for example Positive()"
+            )
+        if isinstance(init, bool) or not isinstance(init, (int, float, Tensor)):
+            raise TypeError(
+                f"Hyperparameter: init={init!r} is a {type(init).__name__}, "
+                "expected a float or a floating-point tensor"
+            )
+        value = (
+            init.detach().clone()
+            if isinstance(init, Tensor)
+            else torch.tensor(float(init), dtype=torch.get_default_dtype())
+        )
+        if not value.is_floating_point():
+            raise TypeError(
+                f"Hyperparameter: init has dtype {value.dtype}, expected a floating-point tensor"
+            )
+        if value.numel() == 0:
+            raise ValueError("Hyperparameter: init is empty, expected at least one number")
+        self.constraint = constraint
+        try:
+            raw = constraint.inverse(value)
+        except ValueError as error:
+            raise ValueError(f"Hyperparameter: init={init!r} is refused: {error}") from None
+        self.register_buffer("raw", raw, persistent=True)
+
+    def forward(self) -> Tensor:
+        """Returns the constrained value, of the shape of ``raw``."""
+        return self.constraint(self.raw)
+
+    def extra_repr(self) -> str:
+        """Shows the value and the constraint."""
+        value = self().detach()
+        shown = f"{value.item():.4g}" if value.numel() == 1 else f"shape={tuple(value.shape)}"
+        return f"{shown}, constraint={self.constraint}"
+
+
+def named_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
+    """Finds every :class:`Hyperparameter` in a module tree.
+
+    Args:
+        module: The module to search, itself included.
+
+    Returns:
+        Dotted names, as in ``module.named_modules()``, mapped to the hyperparameters. One that is
+        registered in several places appears once, under its first name.
+    """
+    return {name: m for name, m in module.named_modules() if isinstance(m, Hyperparameter)}

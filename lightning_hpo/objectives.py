@@ -1,0 +1,410 @@
+"""training_step and validation_step as pure losses of (θ, λ), and the shield around a replay."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_hpo.derivatives import Loss
+from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.rng import RandomState, forked_rng
+
+# --------------------------------------------------------------------------------------------------
+# The shield
+# --------------------------------------------------------------------------------------------------
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set, deque)
+
+
+class Shield:
+    """Makes a call of ``training_step`` or ``validation_step`` invisible.
+
+    Inside :meth:`__call__`, buffers are clones, metrics are clones, ``self.log`` and the loggers
+    are mute; afterwards every attribute of every module is what it was. Buffers are rebound, never
+    written in place, so a graph that was built inside may be used after the shield is gone.
+
+    Args:
+        trainer: The trainer.
+        module: The LightningModule.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._metrics: dict[int, tuple[nn.Module, nn.Module]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """The device whose random numbers the module draws."""
+        return self._trainer.strategy.root_device
+
+    @contextmanager
+    def __call__(
+        self,
+        *,
+        rng: RandomState | None = None,
+        buffers: Buffers | None = None,
+        swaps: dict[int, Tensor] | None = None,
+        log: Callable[..., None] | None = None,
+    ) -> Iterator[None]:
+        """Opens the shield.
+
+        Args:
+            rng: The random state to run under. Default: the present one.
+            buffers: Values that the modules' buffers had at an earlier moment.
+            swaps: Tensors to put in the place of parameters and buffers, by the ``id`` of these.
+            log: What ``self.log`` calls instead. Default: nothing happens.
+        """
+        trainer = self._trainer
+        modules = list(self._module.modules())
+        before = [(module, dict(vars(module)), _copies(module)) for module in modules]
+        loggers = trainer.loggers
+        metrics = []
+        try:
+            with forked_rng(self.device, rng):
+                for module in modules:
+                    if not isinstance(module, torch.jit.ScriptModule):
+                        _isolate(module, buffers, swaps or {})
+                        metrics += self._swap_metrics(module)
+                    if isinstance(module, pl.LightningModule):
+                        _mute(module, log or _nothing)
+                trainer.loggers = [DummyLogger() for _ in loggers]
+                yield
+        finally:
+            trainer.loggers = loggers
+            for module, attributes, copies in before:
+                vars(module).clear()
+                vars(module).update(attributes)
+                _put_back(attributes, copies)
+            for metric in metrics:
+                metric.reset()
+
+    def _swap_metrics(self, module: nn.Module) -> list[Any]:
+        """Puts clones in the place of the metrics that are direct children of ``module``.
+
+        A metric's state is written in place, so that a reference to it would not protect it.
+        """
+        if isinstance(module, (Metric, MetricCollection)):
+            return []
+        clones: dict[str, Any] = {}
+        for name, child in module._modules.items():
+            if isinstance(child, (Metric, MetricCollection)):
+                known = self._metrics.get(id(child))
+                if known is None or known[0] is not child:
+                    clone = child.clone()
+                    clone.reset()
+                    self._metrics[id(child)] = known = (child, clone)
+                clones[name] = known[1]
+        if clones:
+            vars(module)["_modules"] = {**module._modules, **clones}
+        return list(clones.values())
+
+
+Buffers = dict[int, dict[str, "Tensor | None"]]
+"""Copies of buffers, by the ``id`` of the module that owns them."""
+
+
+def copy_buffers(module: nn.Module) -> Buffers:
+    """Copies every buffer of a module tree, for a replay at a later moment."""
+    return {
+        id(m): {name: None if b is None else b.detach().clone() for name, b in m._buffers.items()}
+        for m in module.modules()
+        if m._buffers
+    }
+
+
+def _isolate(module: nn.Module, buffers: Buffers | None, swaps: dict[int, Tensor]) -> None:
+    """Rebinds a module's tensors: buffers to clones, and whatever is swapped."""
+    attributes = vars(module)
+    if module._buffers:
+        earlier = {} if buffers is None else buffers.get(id(module), {})
+
+        def stand_in(name: str, buffer: Tensor | None) -> Tensor | None:
+            if buffer is None or id(buffer) in swaps:
+                return None if buffer is None else swaps[id(buffer)]
+            value = earlier.get(name)
+            return (buffer if value is None else value).detach().clone()
+
+        attributes["_buffers"] = {name: stand_in(name, b) for name, b in module._buffers.items()}
+    if swaps and module._parameters:
+        attributes["_parameters"] = {
+            name: None if p is None else swaps.get(id(p), p)
+            for name, p in module._parameters.items()
+        }
+        if "_flat_weights" in attributes:  # recurrent layers hold a second list of them
+            attributes["_flat_weights"] = [swaps.get(id(w), w) for w in attributes["_flat_weights"]]
+
+
+def _copies(module: nn.Module) -> dict[str, Any]:
+    """Copies the plain containers among a module's own attributes, such as a list of outputs."""
+    return {
+        name: value.copy()
+        for name, value in vars(module).items()
+        if type(value) in _CONTAINERS and name not in _MODULE_INTERNALS
+    }
+
+
+def _put_back(attributes: dict[str, Any], copies: dict[str, Any]) -> None:
+    """Restores the contents of containers, keeping their identity."""
+    for name, copy in copies.items():
+        original = attributes[name]
+        original.clear()
+        if isinstance(original, (dict, set)):
+            original.update(copy)
+        else:
+            original.extend(copy)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of a muted method."""
+
+
+def _mute(module: pl.LightningModule, log: Callable[..., None]) -> None:
+    def log_dict(dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        for name, value in dictionary.items():
+            log(name, value)
+
+    vars(module).update(log=log, log_dict=log_dict, print=_nothing)
+
+
+# --------------------------------------------------------------------------------------------------
+# The training loss
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Moment:
+    """Everything that a replay of one micro-batch's ``training_step`` depends on, but for θ and λ.
+
+    Attributes:
+        batch: The batch, on the device.
+        batch_idx: Its index in the epoch.
+        rng: The random state in which the step starts.
+        global_step: The trainer's counter at that step.
+        buffers: The buffers at that step; None for a replay that happens at once.
+    """
+
+    batch: Any
+    batch_idx: int
+    rng: RandomState
+    global_step: int
+    buffers: Buffers | None = None
+
+
+class TrainingObjective:
+    """L_T(θ, λ; batch, ξ): ``training_step`` as a pure function.
+
+    Each evaluation draws the same random numbers ξ as the step that it replays, runs under the
+    trainer's precision, and leaves no trace.
+
+    Args:
+        trainer: The trainer.
+        module: The LightningModule.
+        hyperparameters: Those that are tuned.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        hyperparameters: Sequence[Hyperparameter],
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._hyperparameters = list(hyperparameters)
+        self._shield = Shield(trainer, module)
+
+    def moment(self, batch: Any, batch_idx: int, *, keep: bool = False) -> Moment:
+        """Records the present as the start of a ``training_step``.
+
+        Args:
+            batch: The batch, on the device.
+            batch_idx: Its index in the epoch.
+            keep: Whether the replay happens later; costs a copy of the buffers.
+        """
+        return Moment(
+            batch=batch,
+            batch_idx=batch_idx,
+            rng=RandomState.capture(self._shield.device),
+            global_step=self._trainer.global_step,
+            buffers=copy_buffers(self._module) if keep else None,
+        )
+
+    def leaves(self) -> list[Tensor]:
+        """Returns raw λ as fresh leaves that require grad, in the order of the hyperparameters."""
+        return [h.raw.detach().clone().requires_grad_() for h in self._hyperparameters]
+
+    def at(self, moment: Moment, theta: Sequence[Tensor]) -> Loss:
+        """Returns L_T at a moment as a function of (θ, raw λ).
+
+        Args:
+            moment: What is replayed.
+            theta: The module's own parameters, in whose place the function's first argument is put.
+        """
+
+        def loss(values: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
+            swaps = {id(p): v for p, v in zip(theta, values, strict=True) if p is not v}
+            swaps |= {id(h.raw): raw for h, raw in zip(self._hyperparameters, lam, strict=True)}
+            with (
+                self._shield(rng=moment.rng, buffers=moment.buffers, swaps=swaps),
+                _counted_as(self._trainer, moment.global_step),
+                self._trainer.precision_plugin.train_step_context(),
+            ):
+                step = self._module.training_step
+                output = step(*_step_arguments(step, moment.batch, moment.batch_idx))
+            return _training_loss(output)
+
+        return loss
+
+
+@contextmanager
+def _counted_as(trainer: pl.Trainer, global_step: int) -> Iterator[None]:
+    """Lets ``self.global_step`` read as it did, for losses that follow a schedule."""
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    total = loop.optim_progress.optimizer.step.total
+    before = total.completed
+    total.completed = global_step
+    try:
+        yield
+    finally:
+        total.completed = before
+
+
+def _training_loss(output: Any) -> Tensor | None:
+    """Reads the loss as Lightning does: a tensor, a mapping with ``"loss"``, or None."""
+    if output is None or isinstance(output, Tensor):
+        return output
+    loss = output["loss"]
+    return loss if isinstance(loss, Tensor) else None
+
+
+# --------------------------------------------------------------------------------------------------
+# The validation loss
+# --------------------------------------------------------------------------------------------------
+
+
+class ValidationObjective:
+    """L_V(θ; batch): the unregularized loss on held-out data, in evaluation mode.
+
+    The loss is, in this order: ``loss_function(module, batch)`` where one is given; what
+    ``validation_step`` returns (a tensor, or a mapping with ``"loss"``); the value that it logs
+    under ``monitor``.
+
+    Args:
+        trainer: The trainer.
+        module: The LightningModule.
+        loss_function: See above.
+        monitor: The name under which ``validation_step`` logs its loss.
+        dataloader_idx: Passed to a ``validation_step`` that takes it.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        loss_function: Callable[[pl.LightningModule, Any], Tensor] | None = None,
+        monitor: str = "val_loss",
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._loss_function = loss_function
+        self._monitor = monitor
+        self._dataloader_idx = dataloader_idx
+        self._shield = Shield(trainer, module)
+
+    def loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """Evaluates L_V at the parameters in place.
+
+        Raises:
+            MisconfigurationException: If there is no loss, it is not a scalar, or it does not
+                depend on the parameters.
+        """
+        module = self._module
+        logged: dict[str, Any] = {}
+
+        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            logged[name] = value
+
+        with (
+            torch.enable_grad(),
+            self._shield(log=log),
+            stage(self._trainer, RunningStage.VALIDATING),
+            self._trainer.precision_plugin.val_step_context(),
+        ):
+            module.eval()
+            if self._loss_function is not None:
+                origin = "the loss function"
+                output: Any = self._loss_function(module, batch)
+            else:
+                origin = f"{type(module).__name__}.validation_step"
+                arguments = _step_arguments(
+                    module.validation_step, batch, batch_idx, self._dataloader_idx
+                )
+                output = module.validation_step(*arguments)
+                if isinstance(output, dict):
+                    output = output.get("loss")
+                if output is None:
+                    output = logged.get(self._monitor)
+                    origin += f", logged as {self._monitor!r},"
+                if output is None:
+                    raise MisconfigurationException(
+                        f"{type(module).__name__}.validation_step returned no loss and logged "
+                        f"{sorted(logged) or 'nothing'}. Return the loss (a tensor, or a dict "
+                        "with 'loss'), or pass monitor= (the name under which it is logged) or "
+                        "validation_loss= (a function of the module and a batch) to "
+                        "OnlineHPOCallback"
+                    )
+        return _check_validation_loss(output, origin)
+
+
+def _check_validation_loss(value: Any, origin: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise MisconfigurationException(
+            f"The validation loss of {origin} is a {type(value).__name__}, expected a tensor with "
+            "a graph; do not call .item() on it"
+        )
+    if value.numel() != 1:
+        raise MisconfigurationException(
+            f"The validation loss of {origin} has shape {tuple(value.shape)}, expected a scalar; "
+            "reduce it, for example with .mean()"
+        )
+    if not value.requires_grad:
+        raise MisconfigurationException(
+            f"The validation loss of {origin} is detached from the parameters. Compute it without "
+            "torch.no_grad() and without .detach(); Lightning itself disables gradients where they "
+            "are not needed"
+        )
+    return value.reshape(())
+
+
+@contextmanager
+def stage(trainer: pl.Trainer, running: RunningStage) -> Iterator[None]:
+    """Lets the trainer appear in another stage, for hooks that ask."""
+    before = trainer.state.stage
+    trainer.state.stage = running
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
+
+
+def _step_arguments(step: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
+    """Returns as many of (batch, batch_idx, dataloader_idx) as a step takes."""
+    parameters = inspect.signature(step).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return arguments
+    return arguments[: len(parameters)]

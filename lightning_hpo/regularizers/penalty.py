@@ -1,0 +1,232 @@
+"""Penalties λ R(w): their closed-form derivatives, and how a LightningModule applies them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_hpo.hyperparameters import Hyperparameter
+
+
+class Penalty(ABC):
+    """One term λ R(w) of the training loss: one scalar λ and the weights that it acts on.
+
+    A subclass gives R, ∇R and products with the Hessian of R; the chain rule through λ and its
+    constraint is done here. No method runs the network.
+
+    Args:
+        hyperparameter: λ, of one element.
+        weights: For each weight, the module that owns it and its name there. Weights are looked up
+            when they are needed, since strategies may replace the parameters of a module.
+    """
+
+    def __init__(
+        self, hyperparameter: Hyperparameter, weights: Sequence[tuple[nn.Module, str]]
+    ) -> None:
+        self.hyperparameter = hyperparameter
+        self._weights = list(weights)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights w that the penalty acts on."""
+        return [
+            weight
+            for owner, name in self._weights
+            if (weight := owner._parameters[name]) is not None
+        ]
+
+    @abstractmethod
+    def function(self, weights: Sequence[Tensor]) -> Tensor:
+        """Returns R(w), a scalar."""
+
+    @abstractmethod
+    def gradient(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Returns ∇R(w), one tensor per weight."""
+
+    @abstractmethod
+    def hvp(self, weights: Sequence[Tensor], u: Sequence[Tensor]) -> list[Tensor] | None:
+        """Returns ∇²R(w) u for m stacked directions u, or None where it is zero."""
+
+    def value(self) -> Tensor:
+        """Returns λ R(w) as a differentiable scalar, to be added to a loss."""
+        strength: Tensor = self.hyperparameter()
+        return strength.reshape(()) * self.function(self.weights)
+
+    def add_gradient_(self) -> None:
+        """Adds λ ∇R(w) to the ``.grad`` of every weight that has one; costs one pass over w."""
+        pairs = [(w, w.grad) for w in self.weights if w.grad is not None]
+        if not pairs:
+            return
+        strength = self.hyperparameter().detach().reshape(())
+        gradients = [g for _, g in pairs]
+        directions = self.gradient([w.detach() for w, _ in pairs])
+        if strength.device.type == "cpu":
+            torch._foreach_add_(gradients, directions, alpha=float(strength))
+        else:
+            # Reading the number would make the host wait for the device.
+            torch._foreach_addcmul_(gradients, directions, [strength] * len(directions))
+
+    def joint_hvp(
+        self,
+        weights: Sequence[Tensor],
+        u: Sequence[Tensor] | None,
+        e: Tensor | None,
+    ) -> tuple[list[Tensor] | None, Tensor]:
+        r"""Returns the products of the Hessian of λ(raw) R(w) over (w, raw) with m directions.
+
+            θ part: λ ∇²R u + λ' e ∇R        λ part: λ' ⟨∇R, u⟩ + λ'' R e
+
+        with λ' and λ'' the derivatives of the constraint with respect to raw.
+
+        Args:
+            weights: w, as it was when the gradient was taken.
+            u: One tensor ``(m, *w.shape)`` per weight; None stands for zeros.
+            e: ``(m,)``; None stands for zeros.
+
+        Returns:
+            The θ part, one tensor ``(m, *w.shape)`` per weight (None: zeros), and the λ part
+            ``(m,)``.
+        """
+        value, first, second = (
+            t.reshape(()) for t in self.hyperparameter.constraint.derivatives(self.raw)
+        )
+        gradient = self.gradient(weights)
+        theta_part: list[Tensor] | None = None
+        lambda_part = torch.zeros(1, dtype=first.dtype, device=first.device)
+        if u is not None:
+            product = self.hvp(weights, u)
+            if product is not None:
+                theta_part = list(torch._foreach_mul(product, value.to(product[0].dtype)))
+            dots = [d.flatten(1) @ g.flatten() for d, g in zip(u, gradient, strict=True)]
+            lambda_part = first * torch.stack(dots).sum(0)
+        if e is not None:
+            along = [torch.tensordot(first * e, g, dims=0) for g in gradient]
+            theta_part = (
+                along if theta_part is None else list(torch._foreach_add(theta_part, along))
+            )
+            lambda_part = lambda_part + second * self.function(weights) * e
+        return theta_part, lambda_part
+
+    @property
+    def raw(self) -> Tensor:
+        """The raw tensor of λ."""
+        return self.hyperparameter.raw
+
+
+class PenaltyMixin(pl.LightningModule):
+    """Adds registered penalties to the gradient, or offers them as a term of the loss.
+
+    In the gradient, λ ∇R(w) is added in :meth:`on_before_optimizer_step`: after unscaling and
+    before clipping, where a coupled weight decay would act. In the loss, the user adds
+    :meth:`penalty`. Each penalty acts in exactly one of the two ways.
+    """
+
+    def _add_penalty(self, penalty: Penalty, *, inside_loss: bool) -> None:
+        registry = vars(self).setdefault("_hpo_penalties", {"loss": [], "gradient": []})
+        registry["loss" if inside_loss else "gradient"].append(penalty)
+
+    @property
+    def gradient_penalties(self) -> list[Penalty]:
+        """The penalties that act on the gradient."""
+        return self._registered("gradient")
+
+    @property
+    def loss_penalties(self) -> list[Penalty]:
+        """The penalties that :meth:`penalty` sums."""
+        return self._registered("loss")
+
+    def _registered(self, place: str) -> list[Penalty]:
+        return list(vars(self).get("_hpo_penalties", {}).get(place, ()))
+
+    def penalty(self) -> Tensor:
+        """Returns Σ λ R(w) over the penalties registered with ``inside_loss=True``.
+
+        Raises:
+            MisconfigurationException: If none is registered that way: the penalties that act in
+                the gradient must not be counted twice.
+        """
+        penalties = self.loss_penalties
+        if not penalties:
+            raise MisconfigurationException(
+                "penalty() was called, but no penalty is registered with inside_loss=True. Those "
+                "that act in the gradient need no term in the loss: remove the call, or register "
+                "with inside_loss=True"
+            )
+        return torch.stack([p.value() for p in penalties]).sum()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Adds the gradients of the penalties; an override must call ``super()``."""
+        super().on_before_optimizer_step(optimizer)
+        with torch.no_grad():
+            for penalty in self.gradient_penalties:
+                penalty.add_gradient_()
+        vars(self)["_hpo_penalties_applied"] = True
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps the optimizer, then checks that the penalties took part in the step.
+
+        Raises:
+            MisconfigurationException: If an override of :meth:`on_before_optimizer_step` does not
+                call ``super()``.
+        """
+        vars(self)["_hpo_penalties_applied"] = False
+        super().optimizer_step(*args, **kwargs)
+        self.check_penalties_applied()
+
+    def check_penalties_applied(self) -> None:
+        """Refuses a step in which :meth:`on_before_optimizer_step` of this mixin did not run.
+
+        Raises:
+            MisconfigurationException: See :meth:`optimizer_step`.
+        """
+        if self.gradient_penalties and not vars(self).get("_hpo_penalties_applied", False):
+            raise MisconfigurationException(
+                f"{type(self).__name__}.on_before_optimizer_step does not call "
+                "super().on_before_optimizer_step(optimizer), so the registered penalties never "
+                "reach the gradient. Call it, or register the penalties with inside_loss=True and "
+                "add self.penalty() to the loss"
+            )
+
+
+_NORMALIZATION = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
+
+
+def default_weights(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Lists the weights that a penalty acts on unless told otherwise.
+
+    Biases (parameters whose name contains ``bias``) and the parameters of normalization layers
+    (the classes of torch, and any whose class name contains ``norm``) are left out; a shared
+    weight is listed once.
+
+    Returns:
+        The dotted name, the owning module and the name there, of each weight.
+    """
+    return [
+        (full, owner, name)
+        for full, owner, name in all_weights(module)
+        if "bias" not in name
+        and not isinstance(owner, _NORMALIZATION)
+        and "norm" not in type(owner).__name__.lower()
+    ]
+
+
+def all_weights(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Lists every parameter once, as in :func:`default_weights`."""
+    found = []
+    seen = set()
+    for prefix, owner in module.named_modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found.append((f"{prefix}.{name}" if prefix else name, owner, name))
+    return found
