@@ -66,9 +66,9 @@ def make_record(
 
 
 def log_record(trainer: pl.Trainer, module: pl.LightningModule, record: HistoryRecord) -> None:
-    """Sends a record to every logger, and its values to the progress bar.
+    """Sends a record to every logger, and its first values to the progress bar.
 
-    A hyperparameter of several elements is logged as its mean, minimum and maximum.
+    Names: ``hpo/<name>`` (the value), ``hpo/<name>_grad`` and ``hpo/<name>_tangent_norm``. A hyperparameter of several elements is logged as its mean, minimum and maximum.
     """
     values: dict[str, float] = {}
     others: dict[str, float] = {}
@@ -79,12 +79,10 @@ def log_record(trainer: pl.Trainer, module: pl.LightningModule, record: HistoryR
             others.update(_flat(f"hpo/{name}_tangent_norm", record.tangent_norms[name]))
     for logger in trainer.loggers:
         logger.log_metrics({**values, **others}, step=record.step)
+    # Logging through the module costs a third of a millisecond per name: only what the progress
+    # bar has room for.
     shown = dict(list(values.items())[:_PROGRESS_BAR_NAMES])
-    hidden = {**values, **others}
-    for name in shown:
-        del hidden[name]
     module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
-    module.log_dict(hidden, on_step=True, on_epoch=False, logger=False)
 
 
 def _numbers(tensor: Tensor) -> Any:
