@@ -68,7 +68,8 @@ def make_record(
 def log_record(trainer: pl.Trainer, module: pl.LightningModule, record: HistoryRecord) -> None:
     """Sends a record to every logger, and its first values to the progress bar.
 
-    Names: ``hpo/<name>`` (the value), ``hpo/<name>_grad`` and ``hpo/<name>_tangent_norm``. A hyperparameter of several elements is logged as its mean, minimum and maximum.
+    Names: ``hpo/<name>`` (the value), ``hpo/<name>_grad`` and ``hpo/<name>_tangent_norm``. A
+    hyperparameter of several elements is logged as its mean, minimum and maximum.
     """
     values: dict[str, float] = {}
     others: dict[str, float] = {}

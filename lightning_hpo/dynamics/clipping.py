@@ -48,7 +48,7 @@ class GradientClipping:
         scale = self.value / (norm + 1e-6)
         if bool(scale >= 1):
             return
-        dots = sum(v.flatten(1) @ g.to(v.dtype).flatten() for g, v in pairs)
+        dots = sum(v.reshape(len(v), -1) @ g.to(v.dtype).flatten() for g, v in pairs)
         assert isinstance(dots, Tensor)
         weights = dots / (norm * (norm + 1e-6))
         for g, v in pairs:

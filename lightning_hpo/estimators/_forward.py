@@ -67,7 +67,7 @@ class Tangents:
 
     def norms(self) -> Tensor:
         """Returns ‖y‖ over all parameters, one number per scalar λ: ``(m,)``."""
-        parts = [torch.linalg.vector_norm(y.flatten(1), dim=1) for y in self.state[THETA]]
+        parts = [torch.linalg.vector_norm(y.reshape(len(y), -1), dim=1) for y in self.state[THETA]]
         norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
         return norms
 
@@ -91,7 +91,7 @@ class Tangents:
     def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
         """Returns ⟨g_V, y⟩ for each λ (online-HPO paper, eq. 5)."""
         products = [
-            y.flatten(1) @ g.flatten().to(y.dtype)
+            y.reshape(len(y), -1) @ g.flatten().to(y.dtype)
             for y, g in zip(self.state[THETA], g_v, strict=True)
         ]
         return self._problem.from_stack(torch.stack(products).sum(0))

@@ -103,7 +103,7 @@ class Penalty(ABC):
             product = self.hvp(weights, u)
             if product is not None:
                 theta_part = list(torch._foreach_mul(product, value.to(product[0].dtype)))
-            dots = [d.flatten(1) @ g.flatten() for d, g in zip(u, gradient, strict=True)]
+            dots = [d.reshape(len(d), -1) @ g.flatten() for d, g in zip(u, gradient, strict=True)]
             lambda_part = first * torch.stack(dots).sum(0)
         if e is not None:
             along = [torch.tensordot(first * e, g, dims=0) for g in gradient]
