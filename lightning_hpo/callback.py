@@ -194,7 +194,9 @@ class OnlineHPOCallback(pl.Callback):
             optimizer.register_step_post_hook(self._after_optimizer_step),
         ]
 
-    def _first_batch(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+    def _first_batch(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Makes the checks that need data, then starts the estimator."""
         problem = self._problem
         theta = problem.theta
@@ -203,7 +205,7 @@ class OnlineHPOCallback(pl.Callback):
 
         objective = problem.objective
         leaves = objective.leaves()
-        loss = objective.at(objective.moment(batch, 0), theta)(theta, leaves)
+        loss = objective.at(objective.moment(batch, batch_idx), theta)(theta, leaves)
         if loss is None:
             return  # a skipped batch shows nothing; look again at the next
         if loss.requires_grad:
@@ -232,7 +234,7 @@ class OnlineHPOCallback(pl.Callback):
         """Shows the estimator the micro-batch while θ_t is in place."""
         self._stepped = False
         if not self._ready:
-            self._first_batch(trainer, pl_module, batch)
+            self._first_batch(trainer, pl_module, batch, batch_idx)
         self._observing = self._ready and self._observes()
         if not self._observing:
             return

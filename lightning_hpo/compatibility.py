@@ -86,7 +86,12 @@ def check_strategy(strategy: Any, derivatives: str) -> list[str]:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Refuses optimizers whose step cannot be differentiated."""
+    """Refuses optimizers whose step cannot be differentiated, and those that move nothing."""
+    if not any(group["params"] for group in optimizer.param_groups):
+        return [
+            "configure_optimizers returned no optimizer, or one without parameters. Use one that "
+            "moves the parameters of the module"
+        ]
     for kind in type(optimizer).__mro__:
         if kind.__module__.startswith("torch.optim") and kind.__name__ in _REFUSED_OPTIMIZERS:
             return [

@@ -80,6 +80,8 @@ def log_record(trainer: pl.Trainer, module: pl.LightningModule, record: HistoryR
             others.update(_flat(f"hpo/{name}_tangent_norm", record.tangent_norms[name]))
     for logger in trainer.loggers:
         logger.log_metrics({**values, **others}, step=record.step)
+    if trainer.barebones:
+        return  # Lightning warns of every module.log then
     # Logging through the module costs a third of a millisecond per name: only what the progress
     # bar has room for.
     shown = dict(list(values.items())[:_PROGRESS_BAR_NAMES])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -26,7 +27,10 @@ from lightning_hpo.rng import RandomState, forked_rng
 # --------------------------------------------------------------------------------------------------
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, dict, set, deque)
+
+# Tensors and arrays up to this many elements, kept as plain attributes, are copied for a replay. A
+# larger one is rather data than a counter; a replay that writes to it is refused.
+_COPIED_ELEMENTS = 1_000_000
 
 
 class Shield:
@@ -70,7 +74,9 @@ class Shield:
         """
         trainer = self._trainer
         modules = list(self._module.modules())
-        before = [(module, dict(vars(module)), _copies(module)) for module in modules]
+        before = [(module, dict(vars(module))) for module in modules]
+        copied: dict[int, Any] = {}
+        shared: list[tuple[str, Tensor, int]] = []
         loggers = trainer.loggers
         metrics = []
         try:
@@ -78,6 +84,7 @@ class Shield:
                 for module in modules:
                     if not isinstance(module, torch.jit.ScriptModule):
                         _isolate(module, buffers, swaps or {})
+                        _copy_attributes(module, copied, shared)
                         metrics += self._swap_metrics(module)
                     if isinstance(module, pl.LightningModule):
                         _mute(module, log or _nothing)
@@ -85,12 +92,18 @@ class Shield:
                 yield
         finally:
             trainer.loggers = loggers
-            for module, attributes, copies in before:
+            for module, attributes in before:
                 vars(module).clear()
                 vars(module).update(attributes)
-                _put_back(attributes, copies)
             for metric in metrics:
                 metric.reset()
+        for name, tensor, version in shared:
+            if tensor._version != version:
+                raise MisconfigurationException(
+                    f"A replay of the step wrote to the attribute {name!r}, a tensor of shape "
+                    f"{tuple(tensor.shape)}, in place, which cannot be undone; register it as a "
+                    "buffer"
+                )
 
     def _swap_metrics(self, module: nn.Module) -> list[Any]:
         """Puts clones in the place of the metrics that are direct children of ``module``.
@@ -148,24 +161,75 @@ def _isolate(module: nn.Module, buffers: Buffers | None, swaps: dict[int, Tensor
             attributes["_flat_weights"] = [swaps.get(id(w), w) for w in attributes["_flat_weights"]]
 
 
-def _copies(module: nn.Module) -> dict[str, Any]:
-    """Copies the plain containers among a module's own attributes, such as a list of outputs."""
-    return {
-        name: value.copy()
-        for name, value in vars(module).items()
-        if type(value) in _CONTAINERS and name not in _MODULE_INTERNALS
-    }
+def _copy_attributes(
+    module: nn.Module, copied: dict[int, Any], shared: list[tuple[str, Tensor, int]]
+) -> None:
+    """Gives a replay copies of what a module keeps in plain attributes: lists, counts, sums.
 
-
-def _put_back(attributes: dict[str, Any], copies: dict[str, Any]) -> None:
-    """Restores the contents of containers, keeping their identity."""
-    for name, copy in copies.items():
-        original = attributes[name]
-        original.clear()
-        if isinstance(original, (dict, set)):
-            original.update(copy)
+    Args:
+        module: The module.
+        copied: Copies made so far, by the ``id`` of the original: what is shared stays shared.
+        shared: Receives the tensors that are too large to be copied, with their versions.
+    """
+    if isinstance(module, (Metric, MetricCollection)):
+        return
+    attributes = vars(module)
+    for name, value in list(attributes.items()):
+        if name in _MODULE_INTERNALS:
+            continue
+        if isinstance(value, Tensor) and value.numel() > _COPIED_ELEMENTS:
+            shared.append((name, value, value._version))
         else:
-            original.extend(copy)
+            attributes[name] = _copied(value, copied)
+
+
+def _copied(value: Any, copied: dict[int, Any]) -> Any:
+    """Copies containers all through, and tensors and arrays; anything else is shared."""
+    kind = type(value)
+    if kind not in _COPIERS:
+        return value
+    if id(value) not in copied:
+        _COPIERS[kind](value, copied)
+    return copied[id(value)]
+
+
+def _copy_sequence(value: Any, copied: dict[int, Any]) -> None:
+    copy = copied[id(value)] = value.copy()
+    copy.clear()
+    copy.extend(_copied(item, copied) for item in value)
+
+
+def _copy_mapping(value: Any, copied: dict[int, Any]) -> None:
+    copy = copied[id(value)] = value.copy()
+    for key, item in value.items():
+        copy[key] = _copied(item, copied)
+
+
+def _copy_set(value: Any, copied: dict[int, Any]) -> None:
+    copied[id(value)] = value.copy()
+
+
+def _copy_tensor(value: Tensor, copied: dict[int, Any]) -> None:
+    # A tensor with a graph was computed, and is not written to.
+    small = value.numel() <= _COPIED_ELEMENTS and not value.requires_grad
+    copied[id(value)] = value.clone() if small else value
+
+
+def _copy_array(value: np.ndarray[Any, Any], copied: dict[int, Any]) -> None:
+    copied[id(value)] = value.copy() if value.size <= _COPIED_ELEMENTS else value
+
+
+_COPIERS: dict[type, Callable[[Any, dict[int, Any]], None]] = {
+    list: _copy_sequence,
+    deque: _copy_sequence,
+    dict: _copy_mapping,
+    OrderedDict: _copy_mapping,
+    defaultdict: _copy_mapping,
+    Counter: _copy_mapping,
+    set: _copy_set,
+    Tensor: _copy_tensor,
+    np.ndarray: _copy_array,
+}
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Derivatives of the training and the validation loss; knows nothing of Lightning."""
+"""Derivatives of the training loss; knows nothing of Lightning."""
 
 from lightning_hpo.derivatives.joint_hvp import BACKENDS, Loss, is_missing_derivative, joint_hvp
 

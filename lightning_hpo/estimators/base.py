@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -100,7 +101,7 @@ class Problem:
             moment: The micro-batch.
             u: Directions in θ, ``(m, *p.shape)`` each, or None for zeros.
             e: Directions in raw λ, or None for zeros.
-            theta: Values of θ to differentiate at. Default: those in place.
+            theta: Values of θ to differentiate at; not copied. Default: those in place.
             theta_part: Whether H u + B e is wanted.
             lambda_part: Whether Bᵀ u + C e is wanted.
 
@@ -119,9 +120,6 @@ class Problem:
             return theta_result, lam_result
 
         own = [parameters[i] for i in active]
-        values = own if theta is None else [theta[i] for i in active]
-        for value in values:
-            value.requires_grad_(True)
         leaves = self.objective.leaves()
         at = self.objective.at(moment, own)
 
@@ -131,9 +129,10 @@ class Problem:
                 every[i] = value
             return at(th, every)
 
-        theta_products, lam_products = self._product(
-            loss, values, [leaves[i] for i in in_loss], u, e, theta_part, lambda_part
-        )
+        with _in_place(own, None if theta is None else [theta[i] for i in active]):
+            theta_products, lam_products = self._product(
+                loss, own, [leaves[i] for i in in_loss], u, e, theta_part, lambda_part
+            )
         for i, product in zip(active, theta_products, strict=bool(theta_products)):
             theta_result[i] = product.detach()
         for i, product in zip(in_loss, lam_products, strict=bool(lam_products)):
@@ -221,6 +220,23 @@ class Problem:
                 torch._foreach_add_([theta_result[i] for i in index], theta_part)
             if lam_result:
                 lam_result[k] += lambda_part.reshape(lam_result[k].shape)
+
+
+@contextmanager
+def _in_place(parameters: list[Tensor], values: list[Tensor] | None) -> Iterator[None]:
+    """Lets parameters hold other values for a while.
+
+    The parameters themselves stay in the module, so that whatever refers to them (hooks, lists,
+    recurrent layers) sees the values. The storages are exchanged: nothing is copied or rounded.
+    """
+    before = [p.data for p in parameters]
+    try:
+        for p, value in zip(parameters, before if values is None else values, strict=True):
+            p.data = value.data
+        yield
+    finally:
+        for p, data in zip(parameters, before, strict=True):
+            p.data = data
 
 
 class Estimator(ABC):
