@@ -321,6 +321,8 @@ class OnlineHPOCallback(pl.Callback):
         average_(g_v)
         with torch.no_grad():
             hypergradients = self.estimator.hypergradient(g_v)
+            if hypergradients is None:
+                return
             scale = self._lr if self.scale_lr_with_model else 1.0
             if not self._hyper_optimizer.step(hypergradients, scale):
                 self._skip()

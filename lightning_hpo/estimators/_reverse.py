@@ -36,6 +36,9 @@ class Window:
         self._records: list[_Record] = []
         self._moments: list[tuple[Moment, float]] = []
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def discard(self) -> None:
         """Forgets the micro-batches of a step that did not happen."""
         self._moments = []

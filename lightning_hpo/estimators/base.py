@@ -272,14 +272,15 @@ class Estimator(ABC):
         """Sees the final gradient before θ moves."""
 
     @abstractmethod
-    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
+    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
         """Returns the estimate of dL_V/dλ and starts the next window.
 
         Args:
             g_v: ∇θ L_V at θ_{t+1}, one tensor per parameter.
 
         Returns:
-            One tensor per hyperparameter, with respect to raw λ and shaped like it.
+            One tensor per hyperparameter, with respect to raw λ and shaped like it; None where the
+            window is incomplete, so that λ is left alone.
         """
 
     @property

@@ -50,6 +50,7 @@ class UnrollK(Estimator):
         """Starts a training, and settles the mode."""
         super().setup(problem)
         forward = self.mode == "forward" or (self.mode == "auto" and problem.count < self.k)
+        self._is_cut = False
         self._mechanism: Tangents | Window = (Tangents if forward else Window)(problem)
 
     @property
@@ -74,9 +75,16 @@ class UnrollK(Estimator):
         """Forgets the micro-batches of a step that did not happen."""
         self._mechanism.discard()
 
-    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
-        """Returns the derivative over the window, with respect to raw λ."""
+    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
+        """Returns the derivative over the window, with respect to raw λ.
+
+        None at the end of a window that was resumed from a checkpoint in reverse mode: checkpoints
+        hold no batches, so its first steps cannot be replayed.
+        """
         result = self._mechanism.hypergradient(g_v)
+        if self._is_cut:
+            self._is_cut = False
+            return None
         if isinstance(self._mechanism, Tangents):
             self._norms = self.problem.from_stack(self._mechanism.norms())
             self._mechanism.reset()
@@ -87,10 +95,14 @@ class UnrollK(Estimator):
         return self._norms if isinstance(self._mechanism, Tangents) else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the tangents of an open window in forward mode."""
-        return self._mechanism.state_dict() if isinstance(self._mechanism, Tangents) else {}
+        """Returns the tangents of an open window in forward mode, its length in reverse mode."""
+        if isinstance(self._mechanism, Tangents):
+            return self._mechanism.state_dict()
+        return {"open_steps": len(self._mechanism)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the tangents of an open window."""
+        """Restores the tangents of an open window, or notes that its steps are lost."""
         if isinstance(self._mechanism, Tangents):
             self._mechanism.load_state_dict(state)
+        else:
+            self._is_cut = state["open_steps"] > 0

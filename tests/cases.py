@@ -1,0 +1,211 @@
+"""The problems that the tests share: small, smooth, seeded, in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hpo import L2Mixin, OnlineHPOCallback, named_hyperparameters
+
+STEPS = 10
+BATCH = 8
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.3}),
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "adam": (torch.optim.Adam, {"lr": 0.03}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.03, "weight_decay": 0.1}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
+}
+
+# Thresholds at which clipping acts in some steps and, by value, on some elements only.
+CLIPPINGS: dict[str, dict[str, Any]] = {
+    "unclipped": {},
+    "norm": {"gradient_clip_val": 0.3, "gradient_clip_algorithm": "norm"},
+    "value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+}
+
+
+def make_optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
+    kind, options = OPTIMIZERS[name]
+    return kind(parameters, **options)
+
+
+def frozen(raw: list[Tensor]) -> torch.optim.Optimizer:
+    """A λ-optimizer that observes without moving: λ stays where a reference can follow."""
+    return torch.optim.SGD(raw, lr=0.0)
+
+
+def cosine(t: int) -> float:
+    """The factor of the learning rate at step t under the schedule of :class:`Mlp`."""
+    return (1 + math.cos(math.pi * t / (STEPS + 2))) / 2
+
+
+def _draw(seed: int, n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (n,), generator=generator)
+
+
+TRAIN = _draw(1, 40)
+VALID = _draw(2, 20)
+
+
+def train_batch(t: int) -> list[Tensor]:
+    """The batch of optimizer step t (from 0): the loader does not shuffle."""
+    start = t * BATCH % len(TRAIN[0])
+    return [part[start : start + BATCH] for part in TRAIN]
+
+
+def train_loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*TRAIN), **{"batch_size": BATCH, **options})
+
+
+def valid_loader(**options: Any) -> DataLoader[Any]:
+    """One batch holds all held-out data, so that every T2 batch is the same up to its order."""
+    return DataLoader(TensorDataset(*VALID), **{"batch_size": len(VALID[0]), **options})
+
+
+class Mlp(L2Mixin, pl.LightningModule):
+    """A smooth classifier with L2, whose initial weights never change."""
+
+    def __init__(
+        self,
+        optimizer: str = "sgd",
+        *,
+        granularity: str = "layer",
+        inside_loss: bool = False,
+        schedule: bool = True,
+        raw: Sequence[float] | None = None,
+        init: float = 0.05,
+        activation: Callable[[], nn.Module] = nn.Tanh,
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 3))
+        self.optimizer_name = optimizer
+        self.schedule = schedule
+        self.inside_loss = inside_loss
+        self.register_l2(init=init, granularity=granularity, inside_loss=inside_loss)
+        if raw is not None:
+            for h, value in zip(named_hyperparameters(self).values(), raw, strict=True):
+                h.raw.fill_(value)
+
+    def loss(self, batch: Sequence[Tensor]) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        return loss + self.penalty() if self.inside_loss else loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.optimizer_name, self.parameters())
+        if not self.schedule:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+class MemoryLogger(Logger):
+    """Keeps what is logged, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.entries.append((step, dict(metrics)))
+
+
+def make_trainer(steps: int = STEPS, **options: Any) -> pl.Trainer:
+    defaults: dict[str, Any] = {
+        "max_steps": steps,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return pl.Trainer(**{**defaults, **options})
+
+
+def fit(
+    model: pl.LightningModule,
+    callback: pl.Callback | list[pl.Callback] | None = None,
+    *,
+    steps: int = STEPS,
+    train: Any = None,
+    valid: Any = None,
+    ckpt_path: str | None = None,
+    **options: Any,
+) -> pl.Trainer:
+    """Trains for a number of optimizer steps; options go to the Trainer."""
+    trainer = make_trainer(steps, callbacks=callback, **options)
+    trainer.fit(
+        model,
+        train_loader() if train is None else train,
+        valid_loader() if valid is None else valid,
+        ckpt_path=ckpt_path,
+    )
+    return trainer
+
+
+def observe(
+    estimator: Any, model: pl.LightningModule, *, steps: int = STEPS, **options: Any
+) -> OnlineHPOCallback:
+    """Trains with frozen λ; ``callback`` options are recognized, the others go to the Trainer."""
+    names = ("every_n_steps", "derivatives", "dataloader", "seed", "warmup_steps")
+    own = {name: options.pop(name) for name in names if name in options}
+    callback = OnlineHPOCallback(estimator, optimizer=frozen, **own)
+    fit(model, callback, steps=steps, **options)
+    return callback
+
+
+def last_hypergradient(callback: OnlineHPOCallback) -> Tensor:
+    return flat(callback.history[-1].hypergradients.values())
+
+
+def validation_loss(model: Mlp) -> float:
+    with torch.no_grad():
+        return model.loss(VALID).item()
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def weights(model: nn.Module) -> Tensor:
+    return flat(model.parameters())
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return ((value - truth).norm() / truth.norm()).item()

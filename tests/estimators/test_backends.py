@@ -1,0 +1,117 @@
+"""The backends of joint_hvp under the callback, and what ``derivatives="auto"`` stands for."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Mlp, observe, relative_error, valid_loader
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_hpo import ClipR, UnrollK
+
+
+class OnceTanh(torch.autograd.Function):
+    """As fused kernels are: a backward of its own, which has no derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y)
+
+
+class OnceTanhLayer(nn.Module):
+    def forward(self, x):
+        return OnceTanh.apply(x)
+
+
+class Attention(nn.Module):
+    """Attention over the hidden units in the place of an activation."""
+
+    def forward(self, x):
+        q = torch.stack([x, x.sin()], dim=-1).unsqueeze(1)
+        return F.scaled_dot_product_attention(q, q, q)[:, 0, :, 0]
+
+
+class DifferentiableAttention(Attention):
+    def forward(self, x):
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().forward(x)
+
+
+# Models without a double backward, and their twins that have one.
+NO_DOUBLE_BACKWARD = pytest.mark.parametrize(
+    ("activation", "twin"),
+    [(OnceTanhLayer, nn.Tanh), (Attention, DifferentiableAttention)],
+    ids=["once_differentiable", "attention"],
+)
+
+
+def hypergradients(estimator, model, derivatives):
+    history = observe(estimator, model, steps=5, derivatives=derivatives).history
+    return torch.stack([torch.stack(list(r.hypergradients.values())) for r in history])
+
+
+@pytest.mark.parametrize("make", [lambda: ClipR(radius=5.0), lambda: UnrollK(5, "reverse")])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("inside_loss", [False, True], ids=["gradient", "loss"])
+def test_the_backends_agree(make, optimizer, inside_loss):
+    reverse, forward, difference, auto = (
+        hypergradients(make(), Mlp(optimizer, inside_loss=inside_loss), derivatives)
+        for derivatives in ("reverse", "forward", "finite_difference", "auto")
+    )
+    assert relative_error(forward, reverse) < 1e-10
+    assert torch.equal(auto, reverse)
+    assert 0 < relative_error(difference, reverse) < 1e-4
+
+
+@NO_DOUBLE_BACKWARD
+@pytest.mark.parametrize("make", [lambda: ClipR(radius=5.0), lambda: UnrollK(5, "reverse")])
+def test_auto_falls_back_to_finite_differences_and_says_so_once(activation, twin, make):
+    truth = hypergradients(make(), Mlp("momentum", activation=twin), "reverse")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = hypergradients(make(), Mlp("momentum", activation=activation), "auto")
+    said = [w for w in caught if "uses finite differences" in str(w.message)]
+    assert relative_error(result, truth) < 1e-4
+    assert len(said) == 1
+    assert "double backward" in str(said[0].message)
+
+
+@NO_DOUBLE_BACKWARD
+def test_an_explicit_backend_is_not_replaced_silently(activation, twin):
+    with pytest.raises(RuntimeError, match=r"derivatives='reverse'.*Use derivatives='auto'"):
+        hypergradients(ClipR(), Mlp(activation=activation), "reverse")
+
+
+def test_auto_does_not_hide_errors_of_the_users():
+    class Broken(Mlp):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise RuntimeError("the user's own")
+            return super().training_step(batch, batch_idx)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(RuntimeError, match=r"^the user's own$"):
+            hypergradients(ClipR(), Broken(), "auto")
+    assert not [w for w in caught if "finite differences" in str(w.message)]
+
+
+def test_training_under_finite_differences_is_bit_identical():
+    """θ is put back by copy; adding and subtracting the same number would not restore it."""
+    trained = []
+    for derivatives in ("finite_difference", "reverse"):
+        model = Mlp("adam", inside_loss=True)
+        observe(ClipR(), model, derivatives=derivatives, valid=valid_loader())
+        trained.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
