@@ -4,36 +4,67 @@
 from lightning_hpo.callback import OnlineHPOCallback
 
 # How hypergradients are estimated
-from lightning_hpo.estimators import T1T2, ClipR, Estimator, UnrollK
+from lightning_hpo.estimators import T1T2, ClipR, Estimator, Implicit, UnrollK
 
 # What is tuned
 from lightning_hpo.hyperparameters import (
+    Box,
     Constraint,
     Hyperparameter,
     Interval,
+    L1Ball,
     Positive,
+    Simplex,
     Unconstrained,
     UnitInterval,
+    fixed_values,
+    freeze,
     named_hyperparameters,
 )
 
-# Regularizers
-from lightning_hpo.regularizers import L2Mixin
+# Regularizers: mixins for LightningModules, and the layers that they use
+from lightning_hpo.regularizers import (
+    DropoutMixin,
+    ExampleWeightMixin,
+    GaussianNoise,
+    GaussianNoiseMixin,
+    IndexedDataset,
+    L1Mixin,
+    L2Mixin,
+    LabelSmoothing,
+    LossWeightMixin,
+    TunableDropout,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "T1T2",
+    "Box",
     "ClipR",
     "Constraint",
+    "DropoutMixin",
     "Estimator",
+    "ExampleWeightMixin",
+    "GaussianNoise",
+    "GaussianNoiseMixin",
     "Hyperparameter",
+    "Implicit",
+    "IndexedDataset",
     "Interval",
+    "L1Ball",
+    "L1Mixin",
     "L2Mixin",
+    "LabelSmoothing",
+    "LossWeightMixin",
     "OnlineHPOCallback",
     "Positive",
+    "Simplex",
+    "TunableDropout",
     "Unconstrained",
     "UnitInterval",
     "UnrollK",
+    "fixed_values",
+    "freeze",
     "named_hyperparameters",
 ]

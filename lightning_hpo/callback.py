@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,15 +11,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo import compatibility
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.distributed import average_
-from lightning_hpo.dynamics import GradientClipping, make_dynamics
+from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics
 from lightning_hpo.estimators import ClipR, Estimator, Problem
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
-from lightning_hpo.hyperparameters import named_hyperparameters
+from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.monitoring import HistoryRecord, log_record, make_record
 from lightning_hpo.objectives import TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import PenaltyMixin
@@ -49,12 +50,16 @@ class OnlineHPOCallback(pl.Callback):
             :func:`lightning_hpo.derivatives.joint_hvp`. ``"auto"`` takes ``"reverse"`` where the
             model supports it and falls back to finite differences, saying so once.
         scale_lr_with_model: Multiplies the λ-optimizer's learning rate c by the model's learning
-            rate η in force at that step: c·η of Algorithm 1 of the online-HPO paper.
+            rate η in force at that step (that of its first parameter group): c·η of Algorithm 1 of
+            the online-HPO paper.
         validation_loss: L_V as a function of the module and a batch. Default: what
             ``validation_step`` returns, or else logs under ``monitor``.
         monitor: The name under which ``validation_step`` logs its loss, where it returns none.
         dataloader_idx: Which of several validation dataloaders to draw from.
         seed: Seed of the order in which held-out batches are drawn.
+        optimizer_hyperparameters: Options of the model's optimizer to tune as well, such as
+            ``["lr", "momentum"]``, or a mapping from options to the :class:`Hyperparameter` to use;
+            see :class:`~lightning_hpo.dynamics.OptimizerOptions`.
 
     Attributes:
         history: One :class:`~lightning_hpo.monitoring.HistoryRecord` per update.
@@ -81,6 +86,7 @@ class OnlineHPOCallback(pl.Callback):
         monitor: str = "val_loss",
         dataloader_idx: int = 0,
         seed: int = 0,
+        optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter] = (),
     ) -> None:
         estimator = ClipR() if estimator is None else estimator
         if not isinstance(estimator, Estimator):
@@ -93,6 +99,21 @@ class OnlineHPOCallback(pl.Callback):
                 f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
                 "tensors to a torch.optim.Optimizer"
             )
+        if isinstance(dataloader, (Dataset, Iterator)):
+            raise TypeError(
+                f"OnlineHPOCallback: dataloader is a {type(dataloader).__name__}, expected a "
+                "DataLoader, or another iterable of batches that can be iterated again and again"
+            )
+        if validation_loss is not None and not callable(validation_loss):
+            raise TypeError(
+                f"OnlineHPOCallback: validation_loss={validation_loss!r}, expected a function of "
+                "the module and a batch; the name of a logged value goes to monitor="
+            )
+        if not isinstance(scale_lr_with_model, bool):
+            raise TypeError(
+                f"OnlineHPOCallback: scale_lr_with_model={scale_lr_with_model!r}, expected True or "
+                "False"
+            )
         if derivatives not in compatibility.DERIVATIVES:
             raise ValueError(
                 f"OnlineHPOCallback: derivatives={derivatives!r}, expected one of "
@@ -103,6 +124,7 @@ class OnlineHPOCallback(pl.Callback):
             ("every_n_steps", every_n_steps, 1),
             ("warmup_steps", warmup_steps, 0),
             ("dataloader_idx", dataloader_idx, 0),
+            ("seed", seed, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"OnlineHPOCallback: {name}={value!r}, expected an integer")
@@ -127,9 +149,13 @@ class OnlineHPOCallback(pl.Callback):
         self._monitor = monitor
         self._dataloader_idx = dataloader_idx
         self._seed = seed
+        self._option_names = optimizer_hyperparameters
         self._steps = 0
         self._handles: list[RemovableHandle] = []
         self._restored: dict[str, Any] | None = None
+        self._final: dict[str, Any] = {}
+        self._fitting = True
+        self._ready = False
 
     # ---------------------------------------------------------------------------------- scheduling
 
@@ -144,15 +170,24 @@ class OnlineHPOCallback(pl.Callback):
         """Whether the estimator needs to see the coming step."""
         window = self.estimator.window
         coming = self._steps + 1
-        return window is None or any(self.should_update(coming + i) for i in range(window))
+        if window is None:
+            return coming % self.estimator.stride == 0
+        return any(self.should_update(coming + i) for i in range(window))
 
     # -------------------------------------------------------------------------------------- set-up
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Notes whether a state that may be loaded next belongs to a training."""
+        self._fitting = stage == "fit"
+        self._restored = None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the hyperparameters, checks that all can work, and starts the estimator."""
-        self._hyperparameters = named_hyperparameters(pl_module)
+        self._hyperparameters = {
+            name: h for name, h in named_hyperparameters(pl_module).items() if not h.frozen
+        }
         findings = compatibility.check_trainer(
-            trainer, pl_module, self._hyperparameters, self.derivatives
+            trainer, pl_module, [*self._hyperparameters, *self._option_names], self.derivatives
         )
         source = find_t2_source(trainer, pl_module, self._dataloader, self._dataloader_idx)
         if source is None:
@@ -164,6 +199,15 @@ class OnlineHPOCallback(pl.Callback):
         assert source is not None
 
         (optimizer,) = trainer.optimizers
+        options = None
+        if self._option_names:
+            options = OptimizerOptions(
+                optimizer, self._option_names, scheduled=bool(trainer.lr_scheduler_configs)
+            )
+            for h in options.hyperparameters.values():
+                h.to(pl_module.device)
+            self._hyperparameters |= options.hyperparameters
+        self._options = options
         clip = trainer.gradient_clip_val
         self._problem = Problem(
             objective=TrainingObjective(trainer, pl_module, list(self._hyperparameters.values())),
@@ -174,7 +218,11 @@ class OnlineHPOCallback(pl.Callback):
             if clip
             else None,
             derivatives=self.derivatives,
+            options=options,
         )
+        if options is not None:
+            # ∂Φ/∂λ needs the gradient and the state even where Φ is linear in them.
+            self._problem.dynamics.nonlinear = True
         self._stream = T2Stream(source, self._seed, trainer.global_rank, max(1, trainer.world_size))
         self._validation = ValidationObjective(
             trainer, pl_module, self._validation_loss, self._monitor, self._dataloader_idx
@@ -185,6 +233,7 @@ class OnlineHPOCallback(pl.Callback):
         self._stepped = False
         self._observing = False
         self._lr = 0.0
+        self._expected: list[Tensor | None] | None = None
         self._ready = False
         if self._restored is None:
             self.history, self.skipped, self._steps = [], 0, 0
@@ -209,17 +258,24 @@ class OnlineHPOCallback(pl.Callback):
         if loss is None:
             return  # a skipped batch shows nothing; look again at the next
         if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
             problem.in_loss = {
                 name
                 for name, g in zip(self._hyperparameters, gradients, strict=True)
                 if g is not None
             }
+        options = [] if self._options is None else list(self._options.hyperparameters.values())
         compatibility.refuse(
             compatibility.check_dependence(
-                module, self._hyperparameters, problem.in_loss, problem.penalties, theta
+                module,
+                {n: h for n, h in self._hyperparameters.items() if h not in options},
+                problem.in_loss,
+                problem.penalties,
+                theta,
             )
         )
+        if trainer.accumulate_grad_batches == 1 and loss.requires_grad:
+            self._expected = self._gradient_of(loss)
         self.estimator.setup(problem)
         if self._restored is not None:
             self._restore(self._restored)
@@ -231,10 +287,33 @@ class OnlineHPOCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Shows the estimator the micro-batch while θ_t is in place."""
+        """Arranges to look at the micro-batch just before it is trained on, θ_t in place.
+
+        That is after the module's own ``on_train_batch_start``, which Lightning calls after those
+        of all callbacks: any of them may draw random numbers or set what the loss depends on.
+        """
         self._stepped = False
+        hook = pl_module.on_train_batch_start
+        shadowed = vars(pl_module).get("on_train_batch_start")
+
+        def after_the_module(*args: Any, **kwargs: Any) -> Any:
+            if shadowed is None:
+                del vars(pl_module)["on_train_batch_start"]
+            else:
+                vars(pl_module)["on_train_batch_start"] = shadowed
+            response = hook(*args, **kwargs)
+            if response != -1:  # the module ends the epoch
+                self._before_batch(trainer, pl_module, batch, batch_idx)
+            return response
+
+        vars(pl_module)["on_train_batch_start"] = after_the_module
+
+    def _before_batch(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Shows the estimator a micro-batch."""
         if not self._ready:
-            self._first_batch(trainer, pl_module, batch, batch_idx)
+            self._first_batch(trainer, module, batch, batch_idx)
         self._observing = self._ready and self._observes()
         if not self._observing:
             return
@@ -250,19 +329,43 @@ class OnlineHPOCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Keeps the gradient before it is clipped: the derivative of clipping needs it."""
+        self._check_gradient()
         if not self._observing or self._problem.clipping is None:
             return
         theta = self._problem.theta
         self._unclipped = [None if p.grad is None else p.grad.detach().clone() for p in theta]
         # The module adds its penalties after this hook.
-        positions = {id(p): i for i, p in enumerate(theta)}
-        for penalty in self._problem.penalties:
-            weights = [w.detach() for w in penalty.weights]
-            strength = penalty.hyperparameter().detach().reshape(())
-            for w, direction in zip(penalty.weights, penalty.gradient(weights), strict=True):
-                gradient = self._unclipped[positions[id(w)]] if id(w) in positions else None
-                if gradient is not None:
-                    gradient.addcmul_(direction, strength.to(direction.dtype))
+        self._problem.add_penalty_gradients_(self._unclipped)
+
+    def _gradient_of(self, loss: Tensor) -> list[Tensor | None]:
+        """Returns ∇θ of a replayed loss, averaged over the ranks."""
+        theta = self._problem.theta
+        active = [p for p in theta if p.requires_grad]
+        parts = iter(torch.autograd.grad(loss, active, allow_unused=True))
+        gradients = [next(parts) if p.requires_grad else None for p in theta]
+        average_([g for g in gradients if g is not None])
+        return gradients
+
+    def _check_gradient(self) -> None:
+        """Compares the first gradient with that of its replay, and warns where they differ."""
+        expected, self._expected = self._expected, None
+        pairs = [
+            (g.float(), p.grad.float())
+            for p, g in zip(self._problem.theta, expected or (), strict=False)
+            if g is not None and p.grad is not None
+        ]
+        if not pairs:
+            return
+        difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
+        scale = torch.stack([b.norm() for _, b in pairs]).norm()
+        if bool(difference > 0.05 * scale):
+            warnings.warn(
+                "OnlineHPOCallback: the first gradient differs from that of a replay of its "
+                f"training_step by {float(difference / scale):.0%}. Either hooks change gradients, "
+                "or the loss depends on something that a replay cannot reproduce; hypergradients "
+                "will not see it",
+                stacklevel=2,
+            )
 
     def _before_optimizer_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -271,6 +374,8 @@ class OnlineHPOCallback(pl.Callback):
 
         With a gradient scaler there is no closure, and the gradient is final already.
         """
+        if self._options is not None:
+            self._options.set_()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._observe_step(optimizer)
@@ -297,6 +402,8 @@ class OnlineHPOCallback(pl.Callback):
 
     def _after_optimizer_step(self, *_: Any) -> None:
         self._stepped = True
+        if self._options is not None:
+            self._options.restore_()
 
     def on_train_batch_end(
         self,
@@ -310,7 +417,7 @@ class OnlineHPOCallback(pl.Callback):
         if not self._stepped:
             return
         self._steps += 1
-        if self._observing and self.should_update(self._steps):
+        if self._ready and self.should_update(self._steps):
             self._update(trainer, pl_module)
 
     # -------------------------------------------------------------------------------------- update
@@ -326,15 +433,17 @@ class OnlineHPOCallback(pl.Callback):
             scale = self._lr if self.scale_lr_with_model else 1.0
             if not self._hyper_optimizer.step(hypergradients, scale):
                 self._skip()
+            self.estimator.after_update()
         record = make_record(
             self._steps,
             self._hyperparameters,
             hypergradients,
             self.estimator.tangent_norms(),
             self.skipped,
+            None if self.estimator.outcome is None else str(self.estimator.outcome),
         )
         self.history.append(record)
-        log_record(trainer, module, record)
+        log_record(trainer, module, record, trainer.global_step)
 
     def _validation_gradient(self, batch: Any) -> list[Tensor]:
         """Returns g_V = ∇θ L_V at the parameters in place; zeros where L_V does not depend on θ."""
@@ -361,22 +470,34 @@ class OnlineHPOCallback(pl.Callback):
             handle.remove()
         self._handles = []
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets go of the optimizer."""
+    def _release(self) -> None:
+        """Lets go of the optimizer, the module, the data and their worker processes."""
         self._remove_hooks()
+        if self._ready:
+            self._final = self.state_dict()
+        self._ready = False
+        self.estimator.release()
+        for name in ("_problem", "_stream", "_validation", "_hyper_optimizer", "_options"):
+            vars(self).pop(name, None)
+        for name in ("_module", "_hyperparameters", "_unclipped"):
+            vars(self).pop(name, None)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the state for a later checkpoint, and lets go of everything else."""
+        self._release()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Lets go of the optimizer."""
-        self._remove_hooks()
+        """Keeps the state for a later checkpoint, and lets go of everything else."""
+        self._release()
 
     # --------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Returns counters, history, λ-optimizer and estimator, for a checkpoint."""
-        if not getattr(self, "_ready", False):
-            return {}
+        if not self._ready:
+            return self._final
         return {
             "steps": self._steps,
             "consumed": self._stream.consumed,
@@ -384,11 +505,15 @@ class OnlineHPOCallback(pl.Callback):
             "history": [asdict(record) for record in self.history],
             "optimizer": self._hyper_optimizer.state_dict(),
             "estimator": self.estimator.state_dict(),
+            "options": {}
+            if self._options is None
+            else {name: h.raw.clone() for name, h in self._options.hyperparameters.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until the training starts and everything is on its device."""
-        self._restored = dict(state_dict) or None
+        if self._fitting:
+            self._restored = dict(state_dict) or None
 
     def _restore(self, state: dict[str, Any]) -> None:
         names = set(self._hyperparameters)
@@ -404,3 +529,6 @@ class OnlineHPOCallback(pl.Callback):
         self._hyper_optimizer.load_state_dict(state["optimizer"])
         self.estimator.load_state_dict(state["estimator"])
         self._stream.skip_to(state["consumed"])
+        if self._options is not None:
+            for name, h in self._options.hyperparameters.items():
+                h.raw.copy_(state["options"][name])

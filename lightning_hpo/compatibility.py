@@ -29,7 +29,7 @@ _REFUSED_OPTIMIZERS = {
 def check_trainer(
     trainer: pl.Trainer,
     module: pl.LightningModule,
-    hyperparameters: dict[str, Hyperparameter],
+    names: Sequence[str],
     derivatives: str,
 ) -> list[str]:
     """Lists what is wrong with the way that the training is set up, before any data are read.
@@ -37,17 +37,18 @@ def check_trainer(
     Args:
         trainer: The trainer, with its optimizers in place.
         module: The LightningModule.
-        hyperparameters: Those found in it.
+        names: What is to be tuned.
         derivatives: The callback's argument.
 
     Returns:
         One sentence per finding; empty if all is well.
     """
     findings = []
-    if not hyperparameters:
+    if not names:
         findings.append(
-            f"{type(module).__name__} has no Hyperparameter. Register one, for example with "
-            "self.register_l2(init=1e-4) of L2Mixin, or assign a Hyperparameter to an attribute"
+            f"{type(module).__name__} has no Hyperparameter to tune. Register one, for example "
+            "with self.register_l2(init=1e-4) of L2Mixin, or assign a Hyperparameter to an "
+            "attribute"
         )
     if not module.automatic_optimization:
         findings.append(

@@ -30,7 +30,7 @@ class HyperOptimizer:
         factory: Makes the optimizer from the list of raw tensors.
 
     Raises:
-        TypeError: If the factory does not return a ``torch.optim.Optimizer``.
+        TypeError: If the factory does not return a ``torch.optim.Optimizer``, or returns an LBFGS.
     """
 
     def __init__(
@@ -44,6 +44,11 @@ class HyperOptimizer:
                 f"{type(self.optimizer).__name__}, expected a torch.optim.Optimizer, for example "
                 "optimizer=lambda raw: torch.optim.SGD(raw, lr=0.1)"
             )
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "OnlineHPOCallback: optimizer makes an LBFGS, which evaluates a closure; expected "
+                "an optimizer of gradients, for example torch.optim.Adam"
+            )
 
     def step(self, hypergradients: list[Tensor], lr_scale: float = 1.0) -> bool:
         """Makes one update, or none if any hypergradient is not finite.
@@ -53,13 +58,17 @@ class HyperOptimizer:
             lr_scale: Multiplies the learning rate for this update.
 
         Returns:
-            Whether λ was updated.
+            Whether λ was updated. It is not where a hypergradient, or what the update would leave
+            behind, is not finite.
         """
         if not all(bool(torch.isfinite(h).all()) for h in hypergradients):
             return False
+        raws = [h.raw for h in self._hyperparameters]
+        before = [raw.clone() for raw in raws]
+        state = {raw: _copied(self.optimizer.state.get(raw, {})) for raw in raws}
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        for h, gradient in zip(self._hyperparameters, hypergradients, strict=True):
-            h.raw.grad = gradient.to(h.raw.dtype).reshape(h.raw.shape)
+        for raw, gradient in zip(raws, hypergradients, strict=True):
+            raw.grad = gradient.to(raw.dtype).reshape(raw.shape)
         try:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * lr_scale
@@ -67,8 +76,15 @@ class HyperOptimizer:
         finally:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-            for h in self._hyperparameters:
-                h.raw.grad = None
+            for raw in raws:
+                raw.grad = None
+        tensors = [*raws, *(v for raw in raws for v in self.optimizer.state[raw].values())]
+        if not all(bool(torch.isfinite(t).all()) for t in tensors if isinstance(t, Tensor)):
+            # A finite hypergradient can be too large for the arithmetic of the λ-optimizer.
+            for raw, value in zip(raws, before, strict=True):
+                raw.copy_(value)
+                self.optimizer.state[raw] = state[raw]
+            return False
         for h in self._hyperparameters:
             h.raw.copy_(h.constraint.project(h.raw))
         return True
@@ -80,3 +96,7 @@ class HyperOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the λ-optimizer's state."""
         self.optimizer.load_state_dict(state)
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}

@@ -33,6 +33,8 @@ class HistoryRecord:
         tangent_norms: ‖dθ/d(raw λ)‖: a float, or a list for a tensor; None for reverse estimators.
         skipped: How many updates have been skipped so far because their hypergradient was not
             finite, this one included.
+        outcome: How the solver of an implicit estimator ended (the value of a
+            :class:`~lightning_hpo.estimators.SolverOutcome`); None for other estimators.
     """
 
     step: int
@@ -40,6 +42,7 @@ class HistoryRecord:
     hypergradients: dict[str, Any]
     tangent_norms: dict[str, Any] | None
     skipped: int
+    outcome: str | None = None
 
 
 def make_record(
@@ -48,6 +51,7 @@ def make_record(
     hypergradients: list[Tensor],
     tangent_norms: list[Tensor] | None,
     skipped: int,
+    outcome: str | None = None,
 ) -> HistoryRecord:
     """Collects a record; every tensor is copied to the CPU."""
     names = list(hyperparameters)
@@ -62,10 +66,13 @@ def make_record(
         if tangent_norms is None
         else {name: _numbers(t) for name, t in zip(names, tangent_norms, strict=True)},
         skipped=skipped,
+        outcome=outcome,
     )
 
 
-def log_record(trainer: pl.Trainer, module: pl.LightningModule, record: HistoryRecord) -> None:
+def log_record(
+    trainer: pl.Trainer, module: pl.LightningModule, record: HistoryRecord, step: int
+) -> None:
     """Sends a record to every logger, and its first values to the progress bar.
 
     Names: ``hpo/<name>`` (the value), ``hpo/<name>_grad`` and ``hpo/<name>_tangent_norm``. A
@@ -79,7 +86,7 @@ def log_record(trainer: pl.Trainer, module: pl.LightningModule, record: HistoryR
         if record.tangent_norms is not None:
             others.update(_flat(f"hpo/{name}_tangent_norm", record.tangent_norms[name]))
     for logger in trainer.loggers:
-        logger.log_metrics({**values, **others}, step=record.step)
+        logger.log_metrics({**values, **others}, step=step)
     if trainer.barebones:
         return  # Lightning warns of every module.log then
     # Logging through the module costs a third of a millisecond per name: only what the progress

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +17,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_hpo.derivatives import Loss
 from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.regularizers.penalty import PenaltyMixin
 from lightning_hpo.rng import RandomState, forked_rng
 
 # --------------------------------------------------------------------------------------------------
@@ -60,7 +64,7 @@ class Shield:
         self,
         *,
         rng: RandomState | None = None,
-        buffers: Buffers | None = None,
+        state: ModuleState | None = None,
         swaps: dict[int, Tensor] | None = None,
         log: Callable[..., None] | None = None,
     ) -> Iterator[None]:
@@ -68,7 +72,7 @@ class Shield:
 
         Args:
             rng: The random state to run under. Default: the present one.
-            buffers: Values that the modules' buffers had at an earlier moment.
+            state: What the modules held at an earlier moment.
             swaps: Tensors to put in the place of parameters and buffers, by the ``id`` of these.
             log: What ``self.log`` calls instead. Default: nothing happens.
         """
@@ -77,14 +81,16 @@ class Shield:
         before = [(module, dict(vars(module))) for module in modules]
         copied: dict[int, Any] = {}
         shared: list[tuple[str, Tensor, int]] = []
+        swaps = {**_frozen_copies(self._module, shared), **(swaps or {})}
         loggers = trainer.loggers
         metrics = []
         try:
             with forked_rng(self.device, rng):
                 for module in modules:
                     if not isinstance(module, torch.jit.ScriptModule):
-                        _isolate(module, buffers, swaps or {})
-                        _copy_attributes(module, copied, shared)
+                        earlier = None if state is None else state.get(id(module))
+                        _isolate(module, earlier, swaps)
+                        _copy_attributes(module, earlier, copied, shared)
                         metrics += self._swap_metrics(module)
                     if isinstance(module, pl.LightningModule):
                         _mute(module, log or _nothing)
@@ -126,29 +132,42 @@ class Shield:
         return list(clones.values())
 
 
-Buffers = dict[int, dict[str, "Tensor | None"]]
-"""Copies of buffers, by the ``id`` of the module that owns them."""
+ModuleState = dict[int, tuple[dict[str, "Tensor | None"], dict[str, Any]]]
+"""Copies of the buffers and of the plain attributes, by the ``id`` of the module that owns them."""
 
 
-def copy_buffers(module: nn.Module) -> Buffers:
-    """Copies every buffer of a module tree, for a replay at a later moment."""
+def capture_state(module: nn.Module) -> ModuleState:
+    """Copies the buffers and attributes of a module tree, for a replay at a later moment."""
+    copied: dict[int, Any] = {}
     return {
-        id(m): {name: None if b is None else b.detach().clone() for name, b in m._buffers.items()}
+        id(m): (
+            {name: None if b is None else b.detach().clone() for name, b in m._buffers.items()},
+            {name: _copied(value, copied) for name, value in vars(m).items() if _is_own(name)},
+        )
         for m in module.modules()
-        if m._buffers
+        if not isinstance(m, (Metric, torch.jit.ScriptModule))
     }
 
 
-def _isolate(module: nn.Module, buffers: Buffers | None, swaps: dict[int, Tensor]) -> None:
+def _is_own(name: str) -> bool:
+    """Whether an attribute is the user's, or the mode of the module, and no machinery of torch."""
+    return name not in _MODULE_INTERNALS or name == "training"
+
+
+def _isolate(
+    module: nn.Module,
+    earlier: tuple[dict[str, Tensor | None], dict[str, Any]] | None,
+    swaps: dict[int, Tensor],
+) -> None:
     """Rebinds a module's tensors: buffers to clones, and whatever is swapped."""
     attributes = vars(module)
     if module._buffers:
-        earlier = {} if buffers is None else buffers.get(id(module), {})
+        values = {} if earlier is None else earlier[0]
 
         def stand_in(name: str, buffer: Tensor | None) -> Tensor | None:
             if buffer is None or id(buffer) in swaps:
                 return None if buffer is None else swaps[id(buffer)]
-            value = earlier.get(name)
+            value = values.get(name)
             return (buffer if value is None else value).detach().clone()
 
         attributes["_buffers"] = {name: stand_in(name, b) for name, b in module._buffers.items()}
@@ -161,21 +180,41 @@ def _isolate(module: nn.Module, buffers: Buffers | None, swaps: dict[int, Tensor
             attributes["_flat_weights"] = [swaps.get(id(w), w) for w in attributes["_flat_weights"]]
 
 
+def _frozen_copies(module: nn.Module, shared: list[tuple[str, Tensor, int]]) -> dict[int, Tensor]:
+    """Copies the parameters that do not require grad: a step may write to them (mean teachers).
+
+    A large frozen backbone is shared instead, and watched.
+    """
+    parameters = dict(module.named_parameters())
+    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+    size = sum(p.numel() for p in parameters.values())
+    if 5 * sum(p.numel() for p in frozen.values()) > 4 * size:
+        shared += [(name, p, p._version) for name, p in frozen.items()]
+        return {}
+    return {id(p): nn.Parameter(p.detach().clone(), False) for p in frozen.values()}
+
+
 def _copy_attributes(
-    module: nn.Module, copied: dict[int, Any], shared: list[tuple[str, Tensor, int]]
+    module: nn.Module,
+    earlier: tuple[dict[str, Tensor | None], dict[str, Any]] | None,
+    copied: dict[int, Any],
+    shared: list[tuple[str, Tensor, int]],
 ) -> None:
     """Gives a replay copies of what a module keeps in plain attributes: lists, counts, sums.
 
     Args:
         module: The module.
+        earlier: What it held at an earlier moment; None: the present.
         copied: Copies made so far, by the ``id`` of the original: what is shared stays shared.
         shared: Receives the tensors that are too large to be copied, with their versions.
     """
     if isinstance(module, (Metric, MetricCollection)):
         return
     attributes = vars(module)
+    if earlier is not None:
+        attributes.update(earlier[1])
     for name, value in list(attributes.items()):
-        if name in _MODULE_INTERNALS:
+        if not _is_own(name):
             continue
         if isinstance(value, Tensor) and value.numel() > _COPIED_ELEMENTS:
             shared.append((name, value, value._version))
@@ -184,13 +223,45 @@ def _copy_attributes(
 
 
 def _copied(value: Any, copied: dict[int, Any]) -> Any:
-    """Copies containers all through, and tensors and arrays; anything else is shared."""
+    """Copies containers all through, tensors, arrays, generators and plain objects.
+
+    Anything else is shared.
+    """
     kind = type(value)
-    if kind not in _COPIERS:
+    if isinstance(value, _ATOMS):
         return value
     if id(value) not in copied:
-        _COPIERS[kind](value, copied)
+        if kind in _COPIERS:
+            _COPIERS[kind](value, copied)
+        elif isinstance(value, Metric):
+            copied[id(value)] = value.clone()
+        elif _is_plain_object(value):
+            copied[id(value)] = copy = object.__new__(kind)
+            vars(copy).update({name: _copied(v, copied) for name, v in vars(value).items()})
+        else:
+            copied[id(value)] = value
     return copied[id(value)]
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether an object is a bare bundle of numbers and containers, as an average meter is."""
+    return (
+        type(value).__new__ is object.__new__
+        and not isinstance(value, (nn.Module, type))
+        and not callable(value)
+        and hasattr(value, "__dict__")
+        and not hasattr(type(value), "__slots__")
+        and all(isinstance(v, _ATOMS) or type(v) in _COPIERS for v in vars(value).values())
+    )
+
+
+def _deep_copy(value: Any, copied: dict[int, Any]) -> None:
+    copied[id(value)] = deepcopy(value)
+
+
+def _copy_generator(value: torch.Generator, copied: dict[int, Any]) -> None:
+    clone = copied[id(value)] = torch.Generator(value.device)
+    clone.set_state(value.get_state())
 
 
 def _copy_sequence(value: Any, copied: dict[int, Any]) -> None:
@@ -229,7 +300,13 @@ _COPIERS: dict[type, Callable[[Any, dict[int, Any]], None]] = {
     set: _copy_set,
     Tensor: _copy_tensor,
     np.ndarray: _copy_array,
+    torch.Generator: _copy_generator,
+    np.random.Generator: _deep_copy,
+    np.random.RandomState: _deep_copy,
+    random.Random: _deep_copy,
 }
+
+_ATOMS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -254,18 +331,20 @@ class Moment:
     """Everything that a replay of one micro-batch's ``training_step`` depends on, but for θ and λ.
 
     Attributes:
-        batch: The batch, on the device.
+        batch: The batch, on the device. Each replay gets a copy: a step may write to it.
         batch_idx: Its index in the epoch.
         rng: The random state in which the step starts.
-        global_step: The trainer's counter at that step.
-        buffers: The buffers at that step; None for a replay that happens at once.
+        global_step: The trainer's count of steps at that step.
+        epoch: The trainer's count of epochs at that step.
+        state: What the modules held at that step; None for a replay that happens at once.
     """
 
     batch: Any
     batch_idx: int
     rng: RandomState
     global_step: int
-    buffers: Buffers | None = None
+    epoch: int
+    state: ModuleState | None = None
 
 
 class TrainingObjective:
@@ -297,15 +376,21 @@ class TrainingObjective:
         Args:
             batch: The batch, on the device.
             batch_idx: Its index in the epoch.
-            keep: Whether the replay happens later; costs a copy of the buffers.
+            keep: Whether the replay happens later; costs a copy of the batch and the buffers.
         """
         return Moment(
-            batch=batch,
+            batch=copy_batch(batch) if keep else batch,
             batch_idx=batch_idx,
             rng=RandomState.capture(self._shield.device),
             global_step=self._trainer.global_step,
-            buffers=copy_buffers(self._module) if keep else None,
+            epoch=self._trainer.current_epoch,
+            state=capture_state(self._module) if keep else None,
         )
+
+    def buffers(self) -> list[Tensor]:
+        """Returns the module's buffers, raw λ excepted."""
+        raws = {id(m.raw) for m in self._module.modules() if isinstance(m, Hyperparameter)}
+        return [b for b in self._module.buffers() if id(b) not in raws]
 
     def leaves(self) -> list[Tensor]:
         """Returns raw λ as fresh leaves that require grad, in the order of the hyperparameters."""
@@ -323,28 +408,34 @@ class TrainingObjective:
             swaps = {id(p): v for p, v in zip(theta, values, strict=True) if p is not v}
             swaps |= {id(h.raw): raw for h, raw in zip(self._hyperparameters, lam, strict=True)}
             with (
-                self._shield(rng=moment.rng, buffers=moment.buffers, swaps=swaps),
-                _counted_as(self._trainer, moment.global_step),
+                self._shield(rng=moment.rng, state=moment.state, swaps=swaps),
+                _counted_as(self._trainer, moment.global_step, moment.epoch),
                 self._trainer.precision_plugin.train_step_context(),
             ):
                 step = self._module.training_step
-                output = step(*_step_arguments(step, moment.batch, moment.batch_idx))
+                output = step(*_step_arguments(step, copy_batch(moment.batch), moment.batch_idx))
             return _training_loss(output)
 
         return loss
 
 
 @contextmanager
-def _counted_as(trainer: pl.Trainer, global_step: int) -> Iterator[None]:
-    """Lets ``self.global_step`` read as it did, for losses that follow a schedule."""
+def _counted_as(trainer: pl.Trainer, global_step: int, epoch: int) -> Iterator[None]:
+    """Lets ``global_step`` and ``current_epoch`` read as they did, for losses with a schedule."""
     loop = trainer.fit_loop.epoch_loop.automatic_optimization
     total = loop.optim_progress.optimizer.step.total
-    before = total.completed
-    total.completed = global_step
+    epochs = trainer.fit_loop.epoch_progress.current
+    before = total.completed, epochs.completed
+    total.completed, epochs.completed = global_step, epoch
     try:
         yield
     finally:
-        total.completed = before
+        total.completed, epochs.completed = before
+
+
+def copy_batch(batch: Any) -> Any:
+    """Copies the containers and tensors of a batch; objects of other kinds are shared."""
+    return apply_to_collection(batch, Tensor, torch.clone)
 
 
 def _training_loss(output: Any) -> Tensor | None:
@@ -410,6 +501,10 @@ class ValidationObjective:
             self._trainer.precision_plugin.val_step_context(),
         ):
             module.eval()
+            batch = copy_batch(batch)
+            for part in module.modules():
+                if isinstance(part, PenaltyMixin):
+                    vars(part)["_hpo_without_penalty"] = True
             if self._loss_function is not None:
                 origin = "the loss function"
                 output: Any = self._loss_function(module, batch)
@@ -471,4 +566,5 @@ def _step_arguments(step: Callable[..., Any], *arguments: Any) -> tuple[Any, ...
     parameters = inspect.signature(step).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return arguments
-    return arguments[: len(parameters)]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return arguments[: len(positional)]

@@ -284,7 +284,9 @@ class Source(Mlp):
 
 
 class Drawn:
-    """Not a list: a shielded call would restore it."""
+    """Has slots: what a module keeps in lists and plain objects is restored after a replay."""
+
+    __slots__ = ("values",)
 
     def __init__(self):
         self.values = set()

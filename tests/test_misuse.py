@@ -194,7 +194,7 @@ MISUSES = {
     # The module.
     "no-hyperparameter": (
         tune(NoHyperparameter),
-        r"NoHyperparameter has no Hyperparameter\. Register one",
+        r"NoHyperparameter has no Hyperparameter to tune\. Register one",
     ),
     "unused-hyperparameter": (
         tune(Unused),
@@ -365,8 +365,7 @@ MISUSES = {
     "l2-name-dotted": (register(name="a.b"), r"name='a\.b' is no name.*attribute name"),
     "l2-parameter-name": (
         register(parameters=["net.0.wieght"]),
-        r"names 'net\.0\.wieght', which Model does not have; the closest names are "
-        r"\['net\.0\.weight'",
+        r"Model has no parameter 'net\.0\.wieght'; the closest names are \['net\.0\.weight'",
     ),
     "l2-foreign-parameter": (
         register(parameters=[nn.Parameter(torch.zeros(7))]),

@@ -15,7 +15,9 @@ START = math.log(0.05)
 
 
 class Log:
-    """Not a list: a shielded call would restore it."""
+    """Has slots: what a module keeps in lists and plain objects is restored after a replay."""
+
+    __slots__ = ("entries",)
 
     def __init__(self):
         self.entries = []

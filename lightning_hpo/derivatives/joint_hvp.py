@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo.derivatives import finite_difference, forward, reverse
+from lightning_hpo.derivatives.difference import with_differences
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], "Tensor | None"]
 """L_T as a pure function of (θ, λ); None where the step has no loss (a skipped batch)."""
@@ -44,6 +45,7 @@ def joint_hvp(
     backend: str = "reverse",
     theta_part: bool = True,
     lambda_part: bool = True,
+    difference_steps: Sequence[float | None] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     r"""Multiplies the Hessian of the loss over the joint vector (θ, λ) with m directions.
 
@@ -63,6 +65,10 @@ def joint_hvp(
             1e-4 in float32 on smooth networks).
         theta_part: Whether H u + B e is wanted.
         lambda_part: Whether Bᵀ u + C e is wanted.
+        difference_steps: For each entry of ``lam``, None, or half the width of the central
+            difference by which the loss is differentiated with respect to it (random masks have no
+            other derivative). Such entries mix freely with the others; each element that a
+            direction moves, or whose λ part is wanted, costs two gradients.
 
     Returns:
         The θ part and the λ part, each a list with the shapes of ``u`` and ``e``; a part that is
@@ -90,7 +96,12 @@ def joint_hvp(
     e = e if e is None or len(e) else None
     if (u is None and e is None) or not (theta_part or lambda_part):
         raise ValueError("joint_hvp: needs a direction (u or e) and a part that is wanted")
-    return BACKENDS[backend](loss, theta, lam, u, e, theta_part, lambda_part)
+    product = BACKENDS[backend]
+    if difference_steps is None or all(step is None for step in difference_steps):
+        return product(loss, theta, lam, u, e, theta_part, lambda_part)
+    return with_differences(
+        product, loss, theta, lam, u, e, theta_part, lambda_part, difference_steps
+    )
 
 
 def is_missing_derivative(error: RuntimeError) -> bool:

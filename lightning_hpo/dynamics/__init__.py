@@ -6,6 +6,7 @@ from lightning_hpo.dynamics.adam import AdamDynamics
 from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State
 from lightning_hpo.dynamics.clipping import GradientClipping
 from lightning_hpo.dynamics.generic import GenericDynamics
+from lightning_hpo.dynamics.options import OptimizerOptions, add_to_tangent_, pull_back
 from lightning_hpo.dynamics.sgd import SGDDynamics
 
 
@@ -30,8 +31,11 @@ __all__ = [
     "Dynamics",
     "GenericDynamics",
     "GradientClipping",
+    "OptimizerOptions",
     "OptimizerStep",
     "SGDDynamics",
     "State",
+    "add_to_tangent_",
     "make_dynamics",
+    "pull_back",
 ]

@@ -96,7 +96,14 @@ class Dynamics(ABC):
         groups = []
         start = 0
         for group in self.optimizer.param_groups:
-            options.append({name: v for name, v in group.items() if name != "params"})
+            # A scheduler writes to a learning rate that is a tensor in place.
+            options.append(
+                {
+                    name: v.detach().clone() if isinstance(v, Tensor) else v
+                    for name, v in group.items()
+                    if name != "params"
+                }
+            )
             groups.append(list(range(start, start + len(group["params"]))))
             start += len(group["params"])
         theta = self.theta
@@ -105,7 +112,10 @@ class Dynamics(ABC):
         step = OptimizerStep(options, groups, [p.detach() for p in theta], gradients, state)
         if keep:
             step.theta = [p.clone() for p in step.theta]
-            if self.nonlinear:
+            if not self.nonlinear:
+                # Only which parameters have one matters; the tensors themselves can be freed.
+                step.gradients = [None if g is None else g.new_empty(0) for g in gradients]
+            else:
                 step.gradients = [None if g is None else g.clone() for g in step.gradients]
                 step.state = [
                     {n: v.clone() if isinstance(v, Tensor) else v for n, v in s.items()}

@@ -28,6 +28,18 @@ class GradientClipping:
     value: float
     by_value: bool = False
 
+    def clip_(self, gradients: list[Tensor | None]) -> None:
+        """Clips gradients in place, as the Trainer does."""
+        present = [g for g in gradients if g is not None]
+        if self.by_value:
+            for g in present:
+                g.clamp_(-self.value, self.value)
+        elif present:
+            norm = torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(g) for g in present])
+            )
+            torch._foreach_mul_(present, (self.value / (norm + 1e-6)).clamp(max=1.0))
+
     def product_(self, gradients: list[Tensor | None], vectors: list[Tensor]) -> None:
         """Multiplies ∂ĝ/∂g with m vectors, in place.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ class GenericDynamics(Dynamics):
         results = [self._jvp_one(step, tangent, gradient, j) for j in range(m)]
         for name, values in results[0].items():
             for i in values:
-                self._slot(tangent, name)[i] = torch.stack([r[name][i] for r in results])
+                self.slot(tangent, name)[i] = torch.stack([r[name][i] for r in results])
 
     def _jvp_one(
         self, step: OptimizerStep, tangent: State, gradient: list[Tensor], j: int
@@ -93,7 +95,7 @@ class GenericDynamics(Dynamics):
                 for name, values in moved.items()
                 for i, value in values.items()
                 if value.requires_grad
-                and (bar := self._slot(adjoint, name)[i]).shape[1:] == value.shape
+                and (bar := self.slot(adjoint, name)[i]).shape[1:] == value.shape
             ]
             rows = [
                 torch.autograd.grad(
@@ -111,13 +113,46 @@ class GenericDynamics(Dynamics):
             if name == "gradient":
                 result[i] = pulled
             else:
-                self._slot(adjoint, name)[i] = pulled
+                self.slot(adjoint, name)[i] = pulled
         for name in moved:
             for i in moved[name]:
                 if (name, i) not in leaves:
                     # This state was created by the step: nothing before it depends on it.
-                    self._slot(adjoint, name)[i] = torch.zeros_like(self._slot(adjoint, name)[i])
+                    self.slot(adjoint, name)[i] = torch.zeros_like(self.slot(adjoint, name)[i])
         return result
+
+    def run_in_double(
+        self, step: OptimizerStep, options: list[dict[str, Any]]
+    ) -> dict[str, dict[int, Tensor]]:
+        """Makes the step with other options, on copies in float64.
+
+        Returns:
+            What the step wrote: by the name of the state tensor and the position of the parameter.
+        """
+        active = [i for i, g in enumerate(step.gradients) if g is not None]
+        with torch.no_grad():
+            return self._run(
+                replace(step, options=options),
+                active,
+                theta=lambda i, p: p.detach().to(torch.float64, copy=True),
+                gradient=lambda i, g: g.double(),
+                state=lambda i, name, v: v.to(torch.float64, copy=True),
+            )
+
+    def advance(self, step: OptimizerStep) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """Makes a step on copies; returns θ and the optimizer's state after it."""
+        active = [i for i, g in enumerate(step.gradients) if g is not None]
+        theta, state = list(step.theta), list(step.state)
+        with torch.no_grad():
+            self._run(
+                step,
+                active,
+                theta=lambda i, p: p.detach().clone(),
+                gradient=lambda i, g: g,
+                state=lambda i, name, v: v.clone(),
+                result=(theta, state),
+            )
+        return theta, state
 
     def _run(
         self,
@@ -127,11 +162,20 @@ class GenericDynamics(Dynamics):
         theta: Callable[[int, Tensor], Tensor],
         gradient: Callable[[int, Tensor], Tensor],
         state: Callable[[int, str, Tensor], Tensor],
+        result: tuple[list[Tensor], list[dict[str, Any]]] | None = None,
     ) -> dict[str, dict[int, Tensor]]:
-        """Runs the optimizer's step on stand-ins; returns what it wrote, by name and position."""
+        """Runs the optimizer's step on stand-ins; returns what it wrote, by name and position.
+
+        ``result`` receives θ and the whole state, step counters included, where it is given.
+        """
         optimizer = self.optimizer
         shadow = object.__new__(type(optimizer))
-        vars(shadow).update(vars(optimizer))
+        vars(shadow).update(
+            {
+                name: copy(value) if isinstance(value, (list, dict, set)) else value
+                for name, value in vars(optimizer).items()
+            }
+        )
         vars(shadow).pop("step", None)  # learning-rate schedulers patch the instance
         shadow.state = defaultdict(dict)
         params: dict[int, Tensor] = {}
@@ -160,13 +204,15 @@ class GenericDynamics(Dynamics):
         _unwrapped_step(type(optimizer))(shadow)
         moved: dict[str, dict[int, Tensor]] = {THETA: params}
         for i, p in params.items():
+            if result is not None:
+                result[0][i], result[1][i] = p, dict(shadow.state[p])
             for name, value in shadow.state[p].items():
                 if _is_function_of_theta(name, value):
                     moved.setdefault(name, {})[i] = value
         return moved
 
     @staticmethod
-    def _slot(state: State, name: str) -> list[Tensor]:
+    def slot(state: State, name: str) -> list[Tensor]:
         """Returns the entries of a state tensor; empty ones, (m, 0), where it does not exist."""
         if name not in state:
             m = state[THETA][0].shape[0]

@@ -42,6 +42,7 @@ class Tangents:
 
     def before_batch(self, moment: Moment, weight: float) -> None:
         """Adds the micro-batch's H y + B to the tangent of the gradient."""
+        self._follow()
         products, _ = self._problem.network_hvp(
             moment, None if self._is_zero else self.state[THETA], self._unit, lambda_part=False
         )
@@ -54,6 +55,7 @@ class Tangents:
 
     def before_step(self, step: OptimizerStep) -> None:
         """Moves the tangents along with θ."""
+        self._follow()
         problem = self._problem
         gradient = self._gradient
         if gradient is None:
@@ -62,8 +64,22 @@ class Tangents:
         if problem.clipping is not None and step.unclipped is not None:
             problem.clipping.product_(step.unclipped, gradient)
         problem.dynamics.jvp_(step, self.state, gradient)
+        problem.add_option_tangents_(step, self.state, self._unit)
         self._is_zero = False
         self.discard()
+
+    def _follow(self) -> None:
+        """Adds zero tangents for parameters that the optimizer has been given meanwhile."""
+        theta = self._problem.theta
+        if len(theta) > len(self.state[THETA]):
+            fresh = self._problem.dynamics.zeros(self._problem.count)
+            for name, tensors in self.state.items():
+                known = len(tensors)
+                tensors.extend(
+                    fresh[name][known:]
+                    if name in fresh
+                    else [t.new_zeros((len(t), 0)) for t in fresh[THETA][known:]]
+                )
 
     def norms(self) -> Tensor:
         """Returns ‖y‖ over all parameters, one number per scalar λ: ``(m,)``."""

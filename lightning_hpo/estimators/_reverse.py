@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_hpo.dynamics import THETA, OptimizerStep
+from lightning_hpo.estimators._recompute import rebuild, thinned
 from lightning_hpo.estimators.base import Problem
 from lightning_hpo.objectives import Moment
+
+# Windows up to this length keep every step.
+KEPT_STEPS = 256
 
 
 @dataclass
@@ -27,12 +32,20 @@ class Window:
     one step's graph is alive at a time. Memory: |θ| per step, and for a nonlinear optimizer its
     gradient and state besides. The cost does not depend on the number of λ.
 
+    A window of more than ``KEPT_STEPS`` steps keeps every √K-th step only, and makes those in
+    between again from there: about 2 √K |θ|, for one more gradient per step.
+
     Args:
         problem: The problem.
+        length: The number of steps K.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, length: int = 1) -> None:
         self._problem = problem
+        self._stride = 1 if length <= KEPT_STEPS else math.isqrt(length)
+        if self._stride > 1:
+            # Making steps again needs the values of g and of the state.
+            problem.dynamics.nonlinear = True
         self._records: list[_Record] = []
         self._moments: list[tuple[Moment, float]] = []
 
@@ -49,17 +62,27 @@ class Window:
 
     def before_step(self, step: OptimizerStep) -> None:
         """Keeps the step. It must have been captured with ``keep=True``."""
+        if len(self._records) % self._stride:
+            step = thinned(step)
         self._records.append(_Record(self._moments, step))
         self._moments = []
 
-    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
-        """Differentiates the window backwards, and empties it."""
+    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
+        """Differentiates the window backwards, and empties it.
+
+        None where the optimizer was given parameters within the window.
+        """
         problem = self._problem
+        if any(len(record.step.gradients) != len(g_v) for record in self._records):
+            self._records.clear()
+            return None
         adjoint = problem.dynamics.zeros(1)
         adjoint[THETA] = [g.unsqueeze(0).clone() for g in g_v]
         _, total = problem.zeros(1, theta_part=False)
         while self._records:
+            self._complete_last()
             record = self._records.pop()
+            problem.add_option_adjoints_(record.step, adjoint, total)
             g_bar = problem.dynamics.vjp_(record.step, adjoint)
             if problem.clipping is not None and record.step.unclipped is not None:
                 problem.clipping.product_(record.step.unclipped, g_bar)
@@ -68,7 +91,21 @@ class Window:
             self._accumulate(record, g_bar, (adjoint[THETA] if theta_part else [], total))
         return [t[0] for t in total]
 
-    def one_step(self, g_v: list[Tensor]) -> list[Tensor]:
+    def _complete_last(self) -> None:
+        """Makes the steps since the last one that was kept again, if they are thinned."""
+        if self._records[-1].step.theta:
+            return
+        kept = max(i for i, record in enumerate(self._records) if record.step.theta)
+        later = self._records[kept + 1 :]
+        steps = rebuild(
+            self._problem,
+            self._records[kept].step,
+            [(record.moments, record.step) for record in later],
+        )
+        for record, step in zip(later, steps, strict=True):
+            record.step = step
+
+    def one_step(self, g_v: list[Tensor]) -> list[Tensor] | None:
         """Returns −Bᵀ g_V of the last step alone: no optimizer, no clipping, no step size."""
         _, total = self._problem.zeros(1, theta_part=False)
         record = self._records.pop()

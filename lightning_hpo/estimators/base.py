@@ -10,11 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_hpo.derivatives import is_missing_derivative, joint_hvp
 from lightning_hpo.distributed import average_
-from lightning_hpo.dynamics import Dynamics, GradientClipping, OptimizerStep
+from lightning_hpo.dynamics import (
+    Dynamics,
+    GradientClipping,
+    OptimizerOptions,
+    OptimizerStep,
+    State,
+    add_to_tangent_,
+    pull_back,
+)
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.objectives import Moment, TrainingObjective
 from lightning_hpo.regularizers import Penalty
@@ -34,6 +43,7 @@ class Problem:
         dynamics: The optimizer's step.
         clipping: The gradient clipping between the two; None where there is none.
         derivatives: ``"auto"`` or the name of a backend of :func:`joint_hvp`.
+        options: The optimizer's own options that are tuned; None where there are none.
         in_loss: The names of the λ that the training loss itself depends on.
     """
 
@@ -43,6 +53,7 @@ class Problem:
     dynamics: Dynamics
     clipping: GradientClipping | None
     derivatives: str
+    options: OptimizerOptions | None = None
     in_loss: set[str] = field(default_factory=set)
 
     @property
@@ -129,7 +140,7 @@ class Problem:
                 every[i] = value
             return at(th, every)
 
-        with _in_place(own, None if theta is None else [theta[i] for i in active]):
+        with in_place(own, None if theta is None else [theta[i] for i in active]):
             theta_products, lam_products = self._product(
                 loss, own, [leaves[i] for i in in_loss], u, e, theta_part, lambda_part
             )
@@ -162,6 +173,9 @@ class Problem:
                 backend=backend,
                 theta_part=theta_part,
                 lambda_part=lambda_part,
+                difference_steps=[
+                    h.difference_step for n, h in self.hyperparameters.items() if n in self.in_loss
+                ],
             )
         except RuntimeError as error:
             if not is_missing_derivative(error):
@@ -210,20 +224,76 @@ class Problem:
             ]
             if not index:
                 continue
-            k = lam_index[id(penalty.hyperparameter)]
+            k = lam_index.get(id(penalty.hyperparameter))  # None: it is frozen
             theta_part, lambda_part = penalty.joint_hvp(
                 [step.theta[i] for i in index],
                 None if u is None else [u[i] for i in index],
-                None if e is None else e[k].flatten(),
+                None if e is None or k is None else e[k].flatten(),
             )
             if theta_result and theta_part is not None:
                 torch._foreach_add_([theta_result[i] for i in index], theta_part)
-            if lam_result:
+            if lam_result and k is not None:
                 lam_result[k] += lambda_part.reshape(lam_result[k].shape)
+
+    def add_penalty_gradients_(
+        self, gradients: list[Tensor | None], theta: list[Tensor] | None = None
+    ) -> None:
+        """Adds λ ∇R(w) of the penalties that act in the gradient, where there is a gradient.
+
+        Args:
+            gradients: One per parameter, added to in place.
+            theta: Values of θ. Default: those in place.
+        """
+        parameters = self.theta
+        values = [p.detach() for p in parameters] if theta is None else theta
+        positions = {id(p): i for i, p in enumerate(parameters)}
+        for penalty in self.penalties:
+            index = [i for w in penalty.weights if (i := positions.get(id(w))) is not None]
+            strength = penalty.hyperparameter().detach().reshape(())
+            directions = penalty.gradient([values[i] for i in index])
+            for i, direction in zip(index, directions, strict=True):
+                gradient = gradients[i]
+                if gradient is not None:
+                    gradient.addcmul_(direction, strength.to(direction.dtype))
+
+    def refuse_options(self, estimator: str, reason: str) -> None:
+        """Refuses to tune the optimizer's options with an estimator that cannot see them.
+
+        Raises:
+            MisconfigurationException: If any is to be tuned.
+        """
+        if self.options is not None:
+            raise MisconfigurationException(
+                f"{estimator} cannot tune {list(self.options.hyperparameters)}: {reason}. Use "
+                "T1T2(), UnrollK or ClipR"
+            )
+
+    def add_option_tangents_(self, step: OptimizerStep, tangent: State, e: list[Tensor]) -> None:
+        """Adds ∂Φ/∂λ λ̇ of the tuned optimizer options to tangents that have passed the step."""
+        for k, i, derivative in self._option_derivatives(step):
+            add_to_tangent_(tangent, derivative, e[k].reshape(self.count, -1)[:, i])
+
+    def add_option_adjoints_(
+        self, step: OptimizerStep, adjoint: State, lam_result: list[Tensor]
+    ) -> None:
+        """Adds (∂Φ/∂λ)ᵀ s̄' of the tuned optimizer options, for adjoints that are yet to pass."""
+        for k, i, derivative in self._option_derivatives(step):
+            row = lam_result[k].reshape(len(lam_result[k]), -1)[:, i]
+            row += pull_back(adjoint, derivative).to(row)
+
+    def _option_derivatives(
+        self, step: OptimizerStep
+    ) -> Iterator[tuple[int, int, dict[str, dict[int, Tensor]]]]:
+        """Yields the position of λ, the element, and ∂s'/∂λ."""
+        if self.options is not None:
+            names = list(self.hyperparameters)
+            for name, entries in self.options.derivatives(step).items():
+                for i, derivative in enumerate(entries):
+                    yield names.index(name), i, derivative
 
 
 @contextmanager
-def _in_place(parameters: list[Tensor], values: list[Tensor] | None) -> Iterator[None]:
+def in_place(parameters: list[Tensor], values: list[Tensor] | None) -> Iterator[None]:
     """Lets parameters hold other values for a while.
 
     The parameters themselves stay in the module, so that whatever refers to them (hooks, lists,
@@ -252,7 +322,13 @@ class Estimator(ABC):
     """Steps between λ updates unless ``every_n_steps`` says otherwise."""
 
     window: int | None = None
-    """How many steps before an update the estimator observes; None: every step."""
+    """How many steps before an update the estimator observes; None: every ``stride``-th step."""
+
+    stride: int = 1
+    """Which steps an estimator without a window observes."""
+
+    outcome: str | None = None
+    """How the last estimate ended, where that can fail; kept in the history."""
 
     def setup(self, problem: Problem) -> None:
         """Starts a training; forgets everything about an earlier one."""
@@ -298,6 +374,14 @@ class Estimator(ABC):
 
     def discard(self) -> None:  # noqa: B027 - most estimators have nothing to forget
         """Forgets the micro-batches of a step that did not happen (a gradient overflow)."""
+
+    def release(self) -> None:
+        """Lets go of the training: only the constructor's arguments and the outcome stay."""
+        for name in ("problem", "_window", "_mechanism", "_tangents", "_moments", "_step"):
+            vars(self).pop(name, None)
+
+    def after_update(self) -> None:  # noqa: B027
+        """Follows the λ update."""
 
     def tangent_norms(self) -> list[Tensor] | None:
         """Returns ‖dθ/dλ‖ per scalar λ, shaped like raw λ; None for a reverse-mode estimator."""

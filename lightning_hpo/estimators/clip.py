@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,13 +33,18 @@ class ClipR(Estimator):
     Args:
         radius: r, in the units of θ per unit of raw λ; ``inf`` is RTHO (Franceschi et al. 2017).
         decay: γ between 0 and 1, applied at every step; 0 forgets everything, which is T1–T2.
+        stride: Advances the tangents at every n-th step only, with n times its learning rate and
+            γⁿ, so that the cost per step falls by n. This is a step of size nη through the same
+            linear system: it diverges (up to the clipping) where nη times the largest curvature
+            exceeds 2, though training itself is stable.
 
     Raises:
         TypeError: If an argument is not a number.
-        ValueError: If ``radius`` is NaN or not positive, or ``decay`` is outside [0, 1].
+        ValueError: If ``radius`` is NaN or not positive, ``decay`` is outside [0, 1], or
+            ``stride`` is no positive integer.
     """
 
-    def __init__(self, radius: float = 20.0, decay: float = 1.0) -> None:
+    def __init__(self, radius: float = 20.0, decay: float = 1.0, stride: int = 1) -> None:
         for name, value in (("radius", radius), ("decay", decay)):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"ClipR: {name}={value!r}, expected a number")
@@ -46,8 +52,11 @@ class ClipR(Estimator):
             raise ValueError(f"ClipR: radius={radius}, expected a positive number or inf (RTHO)")
         if not 0 <= decay <= 1:
             raise ValueError(f"ClipR: decay={decay}, expected a number in [0, 1]")
+        if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
+            raise ValueError(f"ClipR: stride={stride!r}, expected a positive integer")
         self.radius = float(radius)
         self.decay = float(decay)
+        self.stride = stride
 
     def setup(self, problem: Problem) -> None:
         """Starts a training from y = 0."""
@@ -56,12 +65,15 @@ class ClipR(Estimator):
         self._fresh_step = False
 
     def before_batch(self, moment: Moment, weight: float) -> None:
-        """Forgets by γ once per step, and multiplies with the joint Hessian."""
+        """Forgets by γ per step, and multiplies with the joint Hessian."""
         self._forget()
         self._tangents.before_batch(moment, weight)
 
     def before_step(self, step: OptimizerStep) -> None:
         """Advances the tangents and clips them."""
+        if self.stride > 1:
+            longer = [{**o, "lr": float(o["lr"]) * self.stride} for o in step.options]
+            step = replace(step, options=longer)
         self._tangents.before_step(step)
         if math.isfinite(self.radius):
             self._tangents.scale_(self.radius / self._tangents.norms().clamp(min=self.radius))
@@ -94,5 +106,5 @@ class ClipR(Estimator):
     def _forget(self) -> None:
         if self._fresh_step and self.decay != 1.0:
             with torch.no_grad():
-                self._tangents.scale_(self.decay)
+                self._tangents.scale_(self.decay**self.stride)
         self._fresh_step = False

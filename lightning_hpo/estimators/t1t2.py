@@ -22,7 +22,8 @@ class T1T2(Estimator):
     where the Hessian of L_T is a multiple of the identity.
 
     Cost per update: one validation gradient, and the product Bᵀα, which is free for penalties that
-    act in the gradient. It does not depend on the number of λ. Memory: one copy of θ.
+    act in the gradient. It does not depend on the number of λ. Memory: one copy of θ, and for
+    an optimizer such as Adam, whose step is nonlinear, one of its gradient and state.
 
     Args:
         scale_by_lr: With False, α = −g_V: the variant Unroll1-gTgV of the online-HPO paper (§4 a),
@@ -43,6 +44,8 @@ class T1T2(Estimator):
     def setup(self, problem: Problem) -> None:
         """Starts a training."""
         super().setup(problem)
+        if not self.scale_by_lr:
+            problem.refuse_options("T1T2(scale_by_lr=False)", "it leaves the optimizer's step out")
         self._window = Window(problem)
 
     @property
@@ -67,6 +70,6 @@ class T1T2(Estimator):
         """Forgets the micro-batches of a step that did not happen."""
         self._window.discard()
 
-    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
+    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
         """Returns Bᵀα, with respect to raw λ."""
         return (self._window.hypergradient if self.scale_by_lr else self._window.one_step)(g_v)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_hpo.dynamics import OptimizerStep
@@ -15,6 +17,31 @@ from lightning_hpo.objectives import Moment
 MODES = ("auto", "forward", "reverse")
 
 
+class Snapshot:
+    """A copy of θ, the optimizer's state and the buffers, to return to.
+
+    Args:
+        problem: The problem.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        optimizer = problem.dynamics.optimizer
+        self._theta = [p.detach().clone() for p in problem.theta]
+        self._state = [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in problem.theta]
+        self._buffers = [(b, b.detach().clone()) for b in problem.objective.buffers()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts everything back; the λ themselves stay."""
+        optimizer = self._problem.dynamics.optimizer
+        for p, value, state in zip(self._problem.theta, self._theta, self._state, strict=True):
+            p.copy_(value)
+            optimizer.state[p] = state
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+
+
 class UnrollK(Estimator):
     r"""dL_V(θ_K)/dλ for the last K steps, θ_0 held fixed (Franceschi et al. 2017).
 
@@ -22,26 +49,34 @@ class UnrollK(Estimator):
     to be there. So the estimate vanishes with the learning rate (§3.2); ``UnrollK(1)`` is T1–T2.
 
     Cost: forward, K products with the joint Hessian per scalar λ and (1 + optimizer states) |θ| of
-    memory per scalar λ; reverse, K products in all and about K |θ| of memory.
+    memory per scalar λ; reverse, K products in all and about K |θ| of memory, or 2 √K |θ| and
+    one more gradient per step for K above 256.
 
     Args:
         k: The length K of the window, in optimizer steps.
         mode: ``"forward"`` (Forward-HG), ``"reverse"`` (Reverse-HG), or ``"auto"``: forward where
             there are fewer scalar λ than K, else reverse. Both give the same numbers to rounding.
+        restart: After each λ update, θ, the optimizer's state and the module's buffers return to
+            the start of the window: the offline method of Maclaurin et al. (2015) and Franceschi et
+            al. (2017), with K the whole training. Costs one copy of them. The learning-rate
+            schedule goes on: it counts all steps.
 
     Raises:
-        TypeError: If ``k`` is not an integer.
+        TypeError: If ``k`` is not an integer, or ``restart`` is not a bool.
         ValueError: If ``k < 1`` or ``mode`` is unknown.
     """
 
-    def __init__(self, k: int, mode: str = "auto") -> None:
+    def __init__(self, k: int, mode: str = "auto", restart: bool = False) -> None:
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"UnrollK: k={k!r} is a {type(k).__name__}, expected an integer")
         if k < 1:
             raise ValueError(f"UnrollK: k={k}, expected at least 1 step")
         if mode not in MODES:
             raise ValueError(f"UnrollK: mode={mode!r}, expected one of {MODES}")
+        if not isinstance(restart, bool):
+            raise TypeError(f"UnrollK: restart={restart!r}, expected True or False")
         self.k = k
+        self.restart = restart
         self.mode = mode
         self.horizon = k
         self.window = k
@@ -50,8 +85,11 @@ class UnrollK(Estimator):
         """Starts a training, and settles the mode."""
         super().setup(problem)
         forward = self.mode == "forward" or (self.mode == "auto" and problem.count < self.k)
+        self._start: Snapshot | None = None
         self._is_cut = False
-        self._mechanism: Tangents | Window = (Tangents if forward else Window)(problem)
+        self._mechanism: Tangents | Window = (
+            Tangents(problem) if forward else Window(problem, self.k)
+        )
 
     @property
     def replay(self) -> Literal["now", "later"]:
@@ -69,6 +107,8 @@ class UnrollK(Estimator):
 
     def before_step(self, step: OptimizerStep) -> None:
         """Advances or keeps the step."""
+        if self.restart and self._start is None:
+            self._start = Snapshot(self.problem)
         self._mechanism.before_step(step)
 
     def discard(self) -> None:
@@ -89,6 +129,12 @@ class UnrollK(Estimator):
             self._norms = self.problem.from_stack(self._mechanism.norms())
             self._mechanism.reset()
         return result
+
+    def after_update(self) -> None:
+        """Returns to the start of the window, where ``restart`` asks for it."""
+        if self._start is not None:
+            self._start.restore()
+            self._start = None
 
     def tangent_norms(self) -> list[Tensor] | None:
         """Returns ‖y‖ at the end of the last window; None in reverse mode."""

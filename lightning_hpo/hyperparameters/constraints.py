@@ -55,7 +55,11 @@ class Constraint:
         """Refuses a value that is not finite or lies outside ``[low, high]``."""
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"got the value {_show(value)}, which is not finite")
-        if bool((value < low).any()) or bool((value > high).any()):
+        # A bound itself may miss its own interval by a rounding error.
+        slack = 1e-6
+        below = value < low - slack * abs(low) if math.isfinite(low) else value < low
+        above = value > high + slack * abs(high) if math.isfinite(high) else value > high
+        if bool(below.any()) or bool(above.any()):
             raise ValueError(
                 f"got the value {_show(value)}, which lies outside [{low:g}, {high:g}] of {self}; "
                 "start inside that range, or pass a constraint with a wider one"
@@ -143,7 +147,25 @@ class UnitInterval(Constraint):
 
 
 @dataclass(frozen=True)
-class Interval(Constraint):
+class Unconstrained(Constraint):
+    """Any finite value: the identity, without a projection."""
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Returns ``raw`` itself."""
+        return raw
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """Returns ``value`` itself; raises ``ValueError`` where it is not finite."""
+        self._check(value, -math.inf, math.inf)
+        return value
+
+    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ``raw``, ones and zeros."""
+        return raw.detach(), torch.ones_like(raw), torch.zeros_like(raw)
+
+
+@dataclass(frozen=True)
+class Interval(Unconstrained):
     """Values in ``[low, high]``: the identity, projected by clamping after every update.
 
     Args:
@@ -161,10 +183,6 @@ class Interval(Constraint):
         if not self.low < self.high:
             raise ValueError(f"Interval needs low < high, got {self}")
 
-    def __call__(self, raw: Tensor) -> Tensor:
-        """Returns ``raw`` itself."""
-        return raw
-
     def inverse(self, value: Tensor) -> Tensor:
         """Returns ``value`` itself; raises ``ValueError`` outside ``[low, high]``."""
         self._check(value, self.low, self.high)
@@ -174,21 +192,91 @@ class Interval(Constraint):
         """Clamps ``raw`` to ``[low, high]``."""
         return raw.clamp(self.low, self.high)
 
-    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns ``raw``, ones and zeros."""
-        return raw.detach(), torch.ones_like(raw), torch.zeros_like(raw)
+
+@dataclass(frozen=True)
+class Box(Interval):
+    """Vectors whose elements all lie in ``[low, high]``: the identity, projected by clamping."""
+
+    low: float = 0.0
+    high: float = 1.0
 
 
 @dataclass(frozen=True)
-class Unconstrained(Interval):
-    """Any finite value: the identity without a projection."""
+class Simplex(Unconstrained):
+    """Vectors of weights that are not negative and sum to ``total``, projected by distance.
 
-    low: float = -math.inf
-    high: float = math.inf
+    Args:
+        total: The sum.
+
+    Raises:
+        ValueError: If ``total`` is not positive and finite.
+    """
+
+    total: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.total < math.inf:
+            raise ValueError(f"Simplex needs a positive, finite total, got {self}")
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """Returns ``value``; raises ``ValueError`` where it does not lie on the simplex."""
+        self._check(value, 0.0, math.inf)
+        total = float(value.sum())
+        if not math.isclose(total, self.total, rel_tol=1e-4):
+            raise ValueError(f"the values sum to {total:g}, expected {self.total:g} of {self}")
+        return value
 
     def project(self, raw: Tensor) -> Tensor:
-        """Returns ``raw`` itself."""
-        return raw
+        """Returns the nearest point of the simplex (Duchi et al. 2008, Fig. 1)."""
+        return _nearest_on_simplex(raw, self.total)
+
+
+@dataclass(frozen=True)
+class L1Ball(Unconstrained):
+    """Vectors with Σ |x| ≤ ``radius``, projected by distance.
+
+    Args:
+        radius: R of the data hyper-cleaner (Franceschi et al. 2017, §5.1).
+        nonnegative: Whether elements below 0 are projected to 0 too, as weights need.
+
+    Raises:
+        ValueError: If ``radius`` is not positive and finite.
+    """
+
+    radius: float = 1.0
+    nonnegative: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.radius < math.inf:
+            raise ValueError(f"L1Ball needs a positive, finite radius, got {self}")
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """Returns ``value``; raises ``ValueError`` where it lies outside the ball."""
+        self._check(value, 0.0 if self.nonnegative else -math.inf, math.inf)
+        norm = float(value.abs().sum())
+        if norm > self.radius * (1 + 1e-4):
+            raise ValueError(
+                f"the values have L1 norm {norm:g}, but the radius of {self} is {self.radius:g}; "
+                f"start at {self.radius / value.numel():g} each, or take a larger radius"
+            )
+        return value
+
+    def project(self, raw: Tensor) -> Tensor:
+        """Returns the nearest point of the ball (Duchi et al. 2008, §4)."""
+        inside = raw.clamp(min=0) if self.nonnegative else raw
+        if float(inside.abs().sum()) <= self.radius:
+            return inside
+        return inside.sign() * _nearest_on_simplex(inside.abs(), self.radius)
+
+
+def _nearest_on_simplex(x: Tensor, total: float) -> Tensor:
+    """Projects a vector onto {w ≥ 0, Σ w = total} by sorting."""
+    flat = x.flatten()
+    ordered, _ = flat.sort(descending=True)
+    excess = ordered.cumsum(0) - total
+    rank = torch.arange(1, len(flat) + 1, device=x.device, dtype=x.dtype)
+    count = int((ordered - excess / rank > 0).sum())
+    return (flat - excess[count - 1] / count).clamp(min=0).reshape(x.shape)
 
 
 def _show(value: Tensor) -> str:

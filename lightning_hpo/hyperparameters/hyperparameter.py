@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +20,15 @@ class Hyperparameter(nn.Module):
     ``raw`` is a persistent *buffer*: it is saved in checkpoints and moves with the module, but
     ``module.parameters()`` does not list it, so the model's optimizer never sees it.
 
+    With ``frozen`` set to True the callback leaves it alone.
+
     Args:
         init: Initial value, in the scale of the value (not raw). A float or a tensor of any shape.
         constraint: The map from raw to value. Default: :class:`Unconstrained`.
+        difference_step: Half the width, in raw λ, of the central difference by which the loss is
+            differentiated with respect to this hyperparameter: for one that acts through random
+            masks or another step function, where autograd sees no or a wrong derivative. Default:
+            autograd.
 
     Raises:
         TypeError: If ``init`` is not a number or a floating-point tensor, or ``constraint`` is not
@@ -29,7 +38,12 @@ class Hyperparameter(nn.Module):
 
     raw: Tensor
 
-    def __init__(self, init: float | Tensor, constraint: Constraint | None = None) -> None:
+    def __init__(
+        self,
+        init: float | Tensor,
+        constraint: Constraint | None = None,
+        difference_step: float | None = None,
+    ) -> None:
         super().__init__()
         constraint = Unconstrained() if constraint is None else constraint
         if not isinstance(constraint, Constraint):
@@ -53,12 +67,29 @@ class Hyperparameter(nn.Module):
             )
         if value.numel() == 0:
             raise ValueError("Hyperparameter: init is empty, expected at least one number")
+        if difference_step is not None and not 0 < difference_step < math.inf:
+            raise ValueError(
+                f"Hyperparameter: difference_step={difference_step!r}, expected a positive number"
+            )
         self.constraint = constraint
+        self.difference_step = difference_step
+        self.frozen = False
         try:
             raw = constraint.inverse(value)
         except ValueError as error:
             raise ValueError(f"Hyperparameter: init={init!r} is refused: {error}") from None
         self.register_buffer("raw", raw, persistent=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Hyperparameter:
+        """Moves with the module, but keeps ``raw`` in float32 or better.
+
+        In half precision, steps of the λ-optimizer would be lost to rounding.
+        """
+        before = self.raw
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.raw.dtype in (torch.float16, torch.bfloat16):
+            self.raw = before.to(self.raw.device)
+        return self
 
     def forward(self) -> Tensor:
         """Returns the constrained value, of the shape of ``raw``."""
@@ -79,6 +110,13 @@ def named_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
 
     Returns:
         Dotted names, as in ``module.named_modules()``, mapped to the hyperparameters. One that is
-        registered in several places appears once, under its first name.
+        registered in several places, as a rate shared by several layers is, appears once, under the
+        name that was registered last among those with the fewest dots.
     """
-    return {name: m for name, m in module.named_modules() if isinstance(m, Hyperparameter)}
+    names: dict[Hyperparameter, str] = {}
+    for name, m in module.named_modules(remove_duplicate=False):
+        if isinstance(m, Hyperparameter) and (
+            m not in names or name.count(".") <= names[m].count(".")
+        ):
+            names[m] = name
+    return {name: m for m, name in names.items()}

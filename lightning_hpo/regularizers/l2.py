@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Positive
-from lightning_hpo.regularizers.penalty import (
-    Penalty,
-    PenaltyMixin,
-    all_weights,
-    default_weights,
-)
-
-GRANULARITIES = ("model", "layer", "parameter")
+from lightning_hpo.hyperparameters import Constraint
+from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
 
 
 class L2Penalty(Penalty):
@@ -82,75 +74,6 @@ class L2Mixin(PenaltyMixin):
                 ``init`` lies outside the constraint, or ``parameters`` is empty or holds what this
                 module does not own.
         """
-        if granularity not in GRANULARITIES:
-            raise ValueError(
-                f"register_l2: granularity={granularity!r}, expected one of {GRANULARITIES}"
-            )
-        if not name.isidentifier() or hasattr(self, name):
-            raise ValueError(
-                f"register_l2: name={name!r} is {'taken' if name.isidentifier() else 'no name'} "
-                f"in {type(self).__name__}; expected an attribute name that is free"
-            )
-        weights = default_weights(self) if parameters is None else _chosen_weights(self, parameters)
-        if not weights:
-            raise ValueError(
-                f"register_l2: {type(self).__name__} has no weights to regularize (biases and "
-                "normalization layers are left out). Call it after the network has been built, or "
-                "choose with parameters="
-            )
-        groups: dict[str, list[tuple[nn.Module, str]]] = {}
-        for full, owner, leaf in weights:
-            layer = full.rpartition(".")[0]
-            key = {"model": "", "layer": layer or "own", "parameter": full}[granularity]
-            groups.setdefault(key, []).append((owner, leaf))
-        constraint = Positive() if constraint is None else constraint
-        made = {key: Hyperparameter(init, constraint) for key in groups}
-        for key, members in groups.items():
-            _attach(self, f"{name}.{key}" if key else name, made[key])
-            self._add_penalty(L2Penalty(made[key], members), inside_loss=inside_loss)
-
-
-def _chosen_weights(
-    module: nn.Module, parameters: Iterable[nn.Parameter | str]
-) -> list[tuple[str, nn.Module, str]]:
-    """Finds the given parameters or names in the module."""
-    known = all_weights(module)
-    by_name = {full: (full, owner, leaf) for full, owner, leaf in known}
-    by_id = {id(owner._parameters[leaf]): (full, owner, leaf) for full, owner, leaf in known}
-    chosen = {}
-    for item in [parameters] if isinstance(parameters, (str, nn.Parameter)) else parameters:
-        if isinstance(item, str):
-            if item not in by_name:
-                close = difflib.get_close_matches(item, by_name, n=3)
-                raise ValueError(
-                    f"register_l2: parameters names {item!r}, which {type(module).__name__} does "
-                    f"not have; the closest names are {close or list(by_name)[:3]}"
-                )
-            entry = by_name[item]
-        elif isinstance(item, nn.Parameter):
-            if id(item) not in by_id:
-                raise ValueError(
-                    f"register_l2: parameters holds a parameter of shape {tuple(item.shape)} that "
-                    f"is not registered in {type(module).__name__}; pass parameters of this module"
-                )
-            entry = by_id[id(item)]
-        else:
-            raise TypeError(
-                f"register_l2: parameters holds a {type(item).__name__}, expected parameters of "
-                "this module or their dotted names"
-            )
-        chosen[entry[0]] = entry
-    return list(chosen.values())
-
-
-def _attach(module: nn.Module, path: str, hyperparameter: Hyperparameter) -> None:
-    """Registers a hyperparameter under a dotted path, with plain modules in between."""
-    *parents, leaf = path.split(".")
-    for part in parents:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    if leaf in module._modules:
-        # A container is already there: a layer that owns weights besides its sub-layers'.
-        module, leaf = module.get_submodule(leaf), "own"
-    module.add_module(leaf, hyperparameter)
+        self._register_penalty(
+            L2Penalty, init, name, granularity, parameters, inside_loss, constraint
+        )

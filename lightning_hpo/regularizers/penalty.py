@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +11,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Positive
+from lightning_hpo.regularizers._placement import attach, check_free_name, closest
+
+GRANULARITIES = ("model", "layer", "parameter")
 
 
 class Penalty(ABC):
@@ -35,11 +38,14 @@ class Penalty(ABC):
     @property
     def weights(self) -> list[Tensor]:
         """The weights w that the penalty acts on."""
-        return [
-            weight
-            for owner, name in self._weights
-            if (weight := owner._parameters[name]) is not None
-        ]
+        for owner, name in self._weights:
+            if owner._parameters.get(name) is None:
+                raise MisconfigurationException(
+                    f"A penalty acts on the parameter {name!r} of a {type(owner).__name__}, which "
+                    "no longer has it: register penalties after pruning, weight normalization and "
+                    "whatever else replaces parameters"
+                )
+        return [owner._parameters[name] for owner, name in self._weights]  # type: ignore[misc]
 
     @abstractmethod
     def function(self, weights: Sequence[Tensor]) -> Tensor:
@@ -104,9 +110,9 @@ class Penalty(ABC):
             if product is not None:
                 theta_part = list(torch._foreach_mul(product, value.to(product[0].dtype)))
             dots = [d.reshape(len(d), -1) @ g.flatten() for d, g in zip(u, gradient, strict=True)]
-            lambda_part = first * torch.stack(dots).sum(0)
+            lambda_part = first * torch.stack(dots).sum(0).to(first.dtype)
         if e is not None:
-            along = [torch.tensordot(first * e, g, dims=0) for g in gradient]
+            along = [torch.tensordot((first * e).to(g.dtype), g, dims=0) for g in gradient]
             theta_part = (
                 along if theta_part is None else list(torch._foreach_add(theta_part, along))
             )
@@ -130,6 +136,45 @@ class PenaltyMixin(pl.LightningModule):
     def _add_penalty(self, penalty: Penalty, *, inside_loss: bool) -> None:
         registry = vars(self).setdefault("_hpo_penalties", {"loss": [], "gradient": []})
         registry["loss" if inside_loss else "gradient"].append(penalty)
+
+    def _register_penalty(
+        self,
+        kind: type[Penalty],
+        init: float,
+        name: str,
+        granularity: str,
+        parameters: Iterable[nn.Parameter | str] | None,
+        inside_loss: bool,
+        constraint: Constraint | None,
+    ) -> None:
+        """Registers λ R(w), as described at ``register_l2``."""
+        caller = f"register_{kind.__name__.removesuffix('Penalty').lower()}"
+        if granularity not in GRANULARITIES:
+            raise ValueError(
+                f"{caller}: granularity={granularity!r}, expected one of {GRANULARITIES}"
+            )
+        check_free_name(caller, self, name)
+        weights = (
+            default_weights(self)
+            if parameters is None
+            else _chosen_weights(caller, self, parameters)
+        )
+        if not weights:
+            raise ValueError(
+                f"{caller}: {type(self).__name__} has no weights to regularize (biases and "
+                "normalization layers are left out). Call it after the network has been built, or "
+                "choose with parameters="
+            )
+        groups: dict[str, list[tuple[nn.Module, str]]] = {}
+        for full, owner, leaf in weights:
+            layer = full.rpartition(".")[0]
+            key = {"model": "", "layer": layer or "own", "parameter": full}[granularity]
+            groups.setdefault(key, []).append((owner, leaf))
+        constraint = Positive() if constraint is None else constraint
+        made = {key: Hyperparameter(init, constraint) for key in groups}
+        for key, members in groups.items():
+            attach(self, f"{name}.{key}" if key else name, made[key])
+            self._add_penalty(kind(made[key], members), inside_loss=inside_loss)
 
     @property
     def gradient_penalties(self) -> list[Penalty]:
@@ -158,7 +203,9 @@ class PenaltyMixin(pl.LightningModule):
                 "that act in the gradient need no term in the loss: remove the call, or register "
                 "with inside_loss=True"
             )
-        return torch.stack([p.value() for p in penalties]).sum()
+        total = torch.stack([p.value() for p in penalties]).sum()
+        # L_V is unregularized, also where validation_step shares its code with training_step.
+        return total * 0.0 if vars(self).get("_hpo_without_penalty", False) else total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Adds the gradients of the penalties; an override must call ``super()``."""
@@ -230,3 +277,35 @@ def all_weights(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
                 seen.add(id(parameter))
                 found.append((f"{prefix}.{name}" if prefix else name, owner, name))
     return found
+
+
+def _chosen_weights(
+    caller: str, module: nn.Module, parameters: Iterable[nn.Parameter | str]
+) -> list[tuple[str, nn.Module, str]]:
+    """Finds the given parameters or names in the module."""
+    known = all_weights(module)
+    by_name = {full: (full, owner, leaf) for full, owner, leaf in known}
+    by_id = {id(owner._parameters[leaf]): (full, owner, leaf) for full, owner, leaf in known}
+    chosen = {}
+    for item in [parameters] if isinstance(parameters, (str, nn.Parameter)) else parameters:
+        if isinstance(item, str):
+            if item not in by_name:
+                raise ValueError(
+                    f"{caller}: {type(module).__name__} has no parameter {item!r}; "
+                    f"{closest(item, by_name)}"
+                )
+            entry = by_name[item]
+        elif isinstance(item, nn.Parameter):
+            if id(item) not in by_id:
+                raise ValueError(
+                    f"{caller}: parameters holds a parameter of shape {tuple(item.shape)} that "
+                    f"is not registered in {type(module).__name__}; pass parameters of this module"
+                )
+            entry = by_id[id(item)]
+        else:
+            raise TypeError(
+                f"{caller}: parameters holds a {type(item).__name__}, expected parameters of "
+                "this module or their dotted names"
+            )
+        chosen[entry[0]] = entry
+    return list(chosen.values())

@@ -1,0 +1,191 @@
+"""The optimizer's own options as hyperparameters: learning rate, momentum, betas, weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.dynamics.base import OptimizerStep, State
+from lightning_hpo.dynamics.generic import GenericDynamics
+from lightning_hpo.hyperparameters import (
+    Constraint,
+    Hyperparameter,
+    Interval,
+    Positive,
+    UnitInterval,
+)
+
+# In raw λ. The step is evaluated in float64, where this leaves a relative error of about 1e-10.
+_EPSILON = 1e-5
+
+# SGD keeps no momentum buffer at exactly 0, and so shows no derivative there.
+_LEAST_MOMENTUM = 1e-6
+
+
+class OptimizerOptions:
+    r"""Tunes options of an optimizer: λ acts in Φ itself, s' = Φ(s, g, λ).
+
+    With ∂Φ/∂λ added to the tangents, ``ClipR(radius=inf)`` is RTHO (Franceschi et al. 2017) and
+    ``T1T2`` is one-step hypergradient descent. ∂Φ/∂λ is a central difference of the optimizer's own
+    step in float64: two steps on copies, per scalar option.
+
+    Each λ is named ``optimizer.<option>``. ``lr`` is tuned on a log scale; under a schedule, or
+    where the groups differ, it is the *scale* on the learning rates, and starts at 1. Other options
+    are common to all groups.
+
+    Args:
+        optimizer: The user's optimizer.
+        names: Names of options, or a mapping from names to the :class:`Hyperparameter` to use.
+        scheduled: Whether a scheduler changes the learning rate.
+
+    Raises:
+        ValueError: If the optimizer has no such option, or its groups differ in it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Iterable[str] | Mapping[str, Hyperparameter],
+        scheduled: bool,
+    ) -> None:
+        self._optimizer = optimizer
+        self._dynamics = GenericDynamics(optimizer)
+        self._saved: list[dict[str, Any]] = []
+        given = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
+        groups = optimizer.param_groups
+        self._is_scale = scheduled or len({float(group["lr"]) for group in groups}) > 1
+        self._by_option: dict[str, Hyperparameter] = {}
+        for option, hyperparameter in given.items():
+            value = groups[0].get(option)
+            values = list(value) if isinstance(value, (tuple, list)) else [value]
+            if not _is_number(value):
+                known = [
+                    n
+                    for n, v in groups[0].items()
+                    if _is_number(v) and n not in ("params", "initial_lr")
+                ]
+                raise ValueError(
+                    f"OnlineHPOCallback: optimizer_hyperparameters names {option!r}, but "
+                    f"{type(optimizer).__name__} has no such number; it has {known}"
+                )
+            if option != "lr" and any(group[option] != value for group in groups):
+                raise ValueError(
+                    f"OnlineHPOCallback: the parameter groups differ in {option!r} "
+                    f"({[group[option] for group in groups]}), so one value cannot be tuned for all"
+                )
+            self._by_option[option] = hyperparameter or self._default(option, values)
+
+    @property
+    def hyperparameters(self) -> dict[str, Hyperparameter]:
+        """The hyperparameters, by name."""
+        return {f"optimizer.{option}": h for option, h in self._by_option.items()}
+
+    def _default(self, option: str, values: list[Any]) -> Hyperparameter:
+        numbers = [float(v) for v in values]
+        constraint: Constraint
+        if option == "lr":
+            return Hyperparameter(1.0 if self._is_scale else numbers[0], Positive())
+        if option == "momentum":
+            numbers = [max(v, _LEAST_MOMENTUM) for v in numbers]
+            constraint = Interval(_LEAST_MOMENTUM, 1 - 1e-4)
+        elif option == "betas":
+            constraint = UnitInterval()
+        else:
+            constraint = Positive() if min(numbers) > 0 else Interval(0.0)
+        init = numbers[0] if len(numbers) == 1 else torch.tensor(numbers)
+        return Hyperparameter(init, constraint)
+
+    def set_(self) -> None:
+        """Puts the tuned values in the place of the optimizer's, for one step."""
+        groups = self._optimizer.param_groups
+        self._saved = [{option: group[option] for option in self._by_option} for group in groups]
+        for group in groups:
+            for option, h in self._by_option.items():
+                value = _numbers(h())
+                if option == "lr" and self._is_scale:
+                    assert isinstance(value, float)
+                    value *= float(group["lr"])
+                group[option] = value
+
+    def restore_(self) -> None:
+        """Puts back what a scheduler expects to find."""
+        for group, saved in zip(self._optimizer.param_groups, self._saved, strict=False):
+            group.update(saved)
+        self._saved = []
+
+    def derivatives(self, step: OptimizerStep) -> dict[str, list[dict[str, dict[int, Tensor]]]]:
+        """Returns ∂s'/∂(raw λ) of a step that was made with the present λ.
+
+        Returns:
+            For each hyperparameter, one entry per element: by the name of the state tensor and the
+            position of the parameter, a tensor shaped like it.
+        """
+        result = {}
+        for option, h in self._by_option.items():
+            entries = []
+            for i in range(h.raw.numel()):
+                ahead, behind = (
+                    self._moved(step, option, h, i, sign * _EPSILON) for sign in (1.0, -1.0)
+                )
+                entries.append(
+                    {
+                        name: {
+                            at: (value - behind[name][at]) / (2 * _EPSILON)
+                            for at, value in values.items()
+                        }
+                        for name, values in ahead.items()
+                    }
+                )
+            result[f"optimizer.{option}"] = entries
+        return result
+
+    def _moved(
+        self, step: OptimizerStep, option: str, h: Hyperparameter, i: int, distance: float
+    ) -> dict[str, dict[int, Tensor]]:
+        """Runs the step with element i of one raw λ moved."""
+        raw = h.raw.detach().double()
+        moved = raw.clone()
+        moved.view(-1)[i] += distance
+        value = _numbers(h.constraint(moved))
+        if option == "lr":
+            # The value in force is λ times the schedule, or λ itself.
+            ratio = h.constraint(moved).item() / h.constraint(raw).item()
+            options = [{**o, "lr": float(o["lr"]) * ratio} for o in step.options]
+        else:
+            options = [{**o, option: value} for o in step.options]
+        return self._dynamics.run_in_double(step, options)
+
+
+def add_to_tangent_(
+    tangent: State, derivative: dict[str, dict[int, Tensor]], rates: Tensor
+) -> None:
+    """Adds ∂s'/∂λ · λ̇ to m tangents, where λ̇ has one entry per tangent."""
+    for name, values in derivative.items():
+        for i, value in values.items():
+            slot = GenericDynamics.slot(tangent, name)
+            if slot[i].shape[1:] != value.shape:
+                slot[i] = slot[i].new_zeros((len(rates), *value.shape))
+            slot[i] += torch.tensordot(rates.to(slot[i].dtype), value.to(slot[i].dtype), dims=0)
+
+
+def pull_back(adjoint: State, derivative: dict[str, dict[int, Tensor]]) -> Tensor:
+    """Returns ⟨s̄', ∂s'/∂λ⟩ for each of m adjoints: ``(m,)``."""
+    m = adjoint["theta"][0].shape[0]
+    total = torch.zeros(m, dtype=torch.float64, device=adjoint["theta"][0].device)
+    for name, values in derivative.items():
+        for i, value in values.items():
+            if name in adjoint and adjoint[name][i].shape[1:] == value.shape:
+                total += adjoint[name][i].double().reshape(m, -1) @ value.flatten()
+    return total
+
+
+def _is_number(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(v, (int, float, Tensor)) and not isinstance(v, bool) for v in values)
+
+
+def _numbers(value: Tensor) -> float | tuple[float, ...]:
+    return value.item() if value.dim() == 0 else tuple(value.tolist())

@@ -1,0 +1,181 @@
+"""Implicit: the hypergradient at a stationary point of the training loss."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.dynamics import OptimizerStep
+from lightning_hpo.estimators.base import Estimator, Problem
+from lightning_hpo.objectives import Moment
+
+SOLVERS = ("cg", "neumann")
+
+
+class SolverOutcome(str, Enum):
+    """How the linear solver of :class:`Implicit` ended."""
+
+    CONVERGED = "converged"
+    """The residual is below the tolerance."""
+    ITERATION_LIMIT = "iteration limit"
+    """It is not, after all iterations: the last iterate is used."""
+    NEGATIVE_CURVATURE = "negative curvature"
+    """CG met a direction p with pᵀHp ≤ 0: the iterate before it is used. More damping helps."""
+    DIVERGED = "diverged"
+    """The Neumann series grows: its step size exceeds 2 / the largest curvature."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Implicit(Estimator):
+    r"""dL_V/dλ = −Bᵀ v with (H + damping · I) v = g_V (Pedregosa 2016, Algorithm 1; Larsen 1998).
+
+    By the implicit function theorem this is the derivative of L_V(θ*(λ)) where g_T(θ*, λ) = 0
+    (online-HPO paper, eq. 2), and an approximation before training has come that far. H, B and g_V
+    are taken at the present θ, H and B on the batch of the last step; the optimizer plays no part.
+
+    Cost per update: one product with the joint Hessian per iteration, and one more. It does not
+    depend on the number of λ. Memory: four vectors like θ.
+
+    Args:
+        solver: ``"cg"``: conjugate gradients, for positive definite H + damping · I. ``"neumann"``:
+            v = a Σ_k (I − a H)^k g_V (Lorraine et al. 2020, eq. 3), with the learning rate in force
+            as the step a.
+        iterations: The largest number of iterations.
+        damping: Added to the diagonal of H.
+        tolerance: The solver stops where the residual is below ``tolerance`` · ‖g_V‖.
+
+    Attributes:
+        outcome: How the last solve ended; the history has it for every update.
+
+    Raises:
+        ValueError: If ``solver`` is unknown, ``iterations`` is no positive integer, or ``damping``
+            or ``tolerance`` is negative or not finite.
+    """
+
+    horizon = 1
+    window = 1
+
+    def __init__(
+        self,
+        solver: str = "cg",
+        iterations: int = 20,
+        damping: float = 0.0,
+        tolerance: float = 1e-6,
+    ) -> None:
+        if solver not in SOLVERS:
+            raise ValueError(f"Implicit: solver={solver!r}, expected one of {SOLVERS}")
+        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+            raise ValueError(f"Implicit: iterations={iterations!r}, expected a positive integer")
+        for name, value in (("damping", damping), ("tolerance", tolerance)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Implicit: {name}={value!r}, expected a number ≥ 0")
+        self.solver = solver
+        self.iterations = iterations
+        self.damping = float(damping)
+        self.tolerance = float(tolerance)
+
+    def setup(self, problem: Problem) -> None:
+        """Starts a training."""
+        super().setup(problem)
+        problem.refuse_options("Implicit", "the optimizer plays no part in it")
+        self._moments: list[tuple[Moment, float]] = []
+        self._step: OptimizerStep | None = None
+
+    @property
+    def replay(self) -> Literal["later"]:
+        """After the step."""
+        return "later"
+
+    def before_batch(self, moment: Moment, weight: float) -> None:
+        """Keeps the micro-batch."""
+        self._moments.append((moment, weight))
+
+    def before_step(self, step: OptimizerStep) -> None:
+        """Notes which parameters take part; their values are read after the step."""
+        self._step = step
+
+    def discard(self) -> None:
+        """Forgets the micro-batches of a step that did not happen."""
+        self._moments = []
+
+    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
+        """Returns −Bᵀ v, with respect to raw λ."""
+        assert self._step is not None
+        solve = self._cg if self.solver == "cg" else self._neumann
+        v, self.outcome = solve([g.unsqueeze(0) for g in g_v], self._step.lr)
+        _, total = self._product(v, theta_part=False)
+        self._moments, self._step = [], None
+        return [-t[0] for t in total]
+
+    def _product(self, u: list[Tensor], *, theta_part: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns H u, or Bᵀ u, of the last step's batch at the present θ."""
+        problem = self.problem
+        assert self._step is not None
+        products = problem.zeros(1, theta_part=theta_part, lambda_part=not theta_part)
+        for moment, weight in self._moments:
+            parts = problem.network_hvp(
+                moment, u, None, theta_part=theta_part, lambda_part=not theta_part
+            )
+            for total, part in zip(products, parts, strict=True):
+                if total:
+                    torch._foreach_add_(total, part, alpha=weight)
+        problem.add_penalty_hvp_(products, self._step, u, None)
+        return products
+
+    def _damped(self, u: list[Tensor]) -> list[Tensor]:
+        product, _ = self._product(u, theta_part=True)
+        if self.damping:
+            torch._foreach_add_(product, u, alpha=self.damping)
+        return product
+
+    def _cg(self, b: list[Tensor], lr: float) -> tuple[list[Tensor], SolverOutcome]:
+        """Conjugate gradients (Hestenes & Stiefel 1952) from 0."""
+        x = [torch.zeros_like(t) for t in b]
+        r = [t.clone() for t in b]
+        p = [t.clone() for t in b]
+        rr = _dot(r, r)
+        target = self.tolerance**2 * rr
+        for iteration in range(self.iterations):
+            if rr <= target:
+                return x, SolverOutcome.CONVERGED
+            q = self._damped(p)
+            curvature = _dot(p, q)
+            if not curvature > 0:
+                # The first direction is g_V itself: without it there would be no step at all.
+                return (b if iteration == 0 else x), SolverOutcome.NEGATIVE_CURVATURE
+            alpha = rr / curvature
+            torch._foreach_add_(x, p, alpha=alpha)
+            torch._foreach_add_(r, q, alpha=-alpha)
+            before, rr = rr, _dot(r, r)
+            torch._foreach_mul_(p, rr / before)
+            torch._foreach_add_(p, r)
+        return x, SolverOutcome.CONVERGED if rr <= target else SolverOutcome.ITERATION_LIMIT
+
+    def _neumann(self, b: list[Tensor], lr: float) -> tuple[list[Tensor], SolverOutcome]:
+        """Sums the Neumann series of (H + damping · I)⁻¹ with step ``lr``."""
+        term = [t.clone() for t in b]
+        total = [t.clone() for t in b]
+        norm = first = _dot(b, b)
+        outcome = SolverOutcome.ITERATION_LIMIT
+        for _ in range(self.iterations):
+            torch._foreach_add_(term, self._damped(term), alpha=-lr)
+            before, norm = norm, _dot(term, term)
+            if not norm <= first or not norm <= before * (1 + 1e-3):
+                outcome = SolverOutcome.DIVERGED
+                break
+            torch._foreach_add_(total, term)
+            if norm <= self.tolerance**2 * first:
+                outcome = SolverOutcome.CONVERGED
+                break
+        torch._foreach_mul_(total, lr)
+        return total, outcome
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))

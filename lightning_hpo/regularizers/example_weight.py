@@ -1,0 +1,109 @@
+"""One tunable weight per training example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_hpo.hyperparameters import Box, Constraint, Hyperparameter
+from lightning_hpo.regularizers._placement import check_free_name
+
+
+class ExampleWeightMixin(pl.LightningModule):
+    """Weighs every training example: data hyper-cleaning (Franceschi et al. 2017, §5.1).
+
+    Example::
+
+        self.register_example_weights(len(train_set))
+        ...
+        x, y, index = batch                       # from IndexedDataset(train_set)
+        return self.weighted_mean(F.cross_entropy(self.net(x), y, reduction="none"), index)
+    """
+
+    def register_example_weights(
+        self,
+        count: int,
+        init: float | Tensor = 1.0,
+        name: str = "example_weights",
+        constraint: Constraint | None = None,
+    ) -> None:
+        """Registers a vector of weights, one per training example.
+
+        Use a reverse-mode estimator (``T1T2``, or ``UnrollK``): its cost does not grow with the
+        number of weights.
+
+        Args:
+            count: The number of training examples.
+            init: Initial weight of all of them, or a tensor ``(count,)``.
+            name: The attribute under which the vector is registered.
+            constraint: Default: ``Box(0, 1)``. ``Simplex()`` and ``L1Ball(radius)`` project the
+                whole vector.
+
+        Raises:
+            ValueError: If ``count`` is not positive, ``init`` has another shape or lies outside the
+                constraint, or ``name`` is taken.
+        """
+        check_free_name("register_example_weights", self, name)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"register_example_weights: count={count!r}, expected the number of training "
+                "examples"
+            )
+        if isinstance(init, Tensor) and init.shape != (count,):
+            raise ValueError(
+                f"register_example_weights: init has shape {tuple(init.shape)}, expected ({count},)"
+            )
+        value = init if isinstance(init, Tensor) else torch.full((count,), float(init))
+        self.add_module(name, Hyperparameter(value, Box() if constraint is None else constraint))
+        vars(self)["_hpo_example_weights"] = name
+
+    def weighted_mean(self, losses: Tensor, index: Tensor | None) -> Tensor:
+        """Returns 1/B Σ_i w[index_i] · losses_i over a batch of B examples.
+
+        Args:
+            losses: One loss per example, ``(B,)``.
+            index: The positions of the examples in the training set, ``(B,)``, integers.
+
+        Raises:
+            ValueError: If the index is missing, has another shape, or is out of range.
+        """
+        weights: Tensor = self.get_submodule(vars(self)["_hpo_example_weights"])()
+        if not isinstance(index, Tensor) or index.is_floating_point():
+            raise ValueError(
+                f"weighted_mean: index is {type(index).__name__}, expected the integer positions "
+                "of the examples; wrap the training set in IndexedDataset, which adds them"
+            )
+        if losses.shape != index.shape:
+            raise ValueError(
+                f"weighted_mean: losses have shape {tuple(losses.shape)} and index "
+                f"{tuple(index.shape)}, expected one loss per example; use reduction='none'"
+            )
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(weights):
+            raise ValueError(
+                f"weighted_mean: index reaches from {int(index.min())} to {int(index.max())}, but "
+                f"there are {len(weights)} example weights"
+            )
+        return (weights.to(losses.dtype)[index] * losses).mean()
+
+
+class IndexedDataset(Dataset[Any]):
+    """Adds to each sample its position: ``(*sample, index)``; to a batch, if indexed by a list.
+
+    Args:
+        dataset: A map-style dataset of tuples.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int | list[int]) -> tuple[Any, ...]:
+        sample = self.dataset[index]
+        position = torch.as_tensor(index) if isinstance(index, list) else index
+        return (*(sample if isinstance(sample, (tuple, list)) else (sample,)), position)

@@ -1,0 +1,82 @@
+"""L1 regularization with tunable strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hpo.hyperparameters import Constraint
+from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
+
+
+class L1Penalty(Penalty):
+    """λ ‖w‖₁ (Tibshirani 1996), with sign(0) = 0.
+
+    Its gradient jumps where a weight crosses 0: hypergradients are exact for the steps in which
+    none does.
+    """
+
+    def function(self, weights: Sequence[Tensor]) -> Tensor:
+        """Returns ‖w‖₁."""
+        return torch.stack([w.abs().sum() for w in weights]).sum()
+
+    def gradient(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Returns sign(w)."""
+        return [w.sign() for w in weights]
+
+    def hvp(self, weights: Sequence[Tensor], u: Sequence[Tensor]) -> None:
+        """Returns None: almost everywhere the second derivative is 0."""
+
+
+class L1Mixin(PenaltyMixin):
+    """Gives a LightningModule L1 penalties whose strengths can be tuned.
+
+    Without the callback the strengths are simply fixed.
+
+    Example::
+
+        class LitClassifier(L1Mixin, lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.net = make_net()
+                self.register_l1(init=1e-4)
+    """
+
+    def register_l1(
+        self,
+        init: float,
+        name: str = "l1",
+        granularity: str = "model",
+        parameters: Iterable[nn.Parameter | str] | None = None,
+        inside_loss: bool = False,
+        constraint: Constraint | None = None,
+    ) -> None:
+        r"""Adds Σ λ ‖w‖₁ to the training loss. Call it after the network has been built.
+
+        By default the penalty acts in the gradient: λ sign(w) is added before clipping, and
+        ``training_step`` does not change. Together with :class:`L2Mixin` it is an elastic net.
+
+        Args:
+            init: Initial strength λ, in the scale of the value (not its logarithm).
+            name: The attribute under which the hyperparameters are registered, and the first part
+                of their names.
+            granularity: ``"model"``: one λ for all weights, named ``name``. ``"layer"``: one per
+                module that owns weights, named ``name.<module>``. ``"parameter"``: one per weight,
+                named ``name.<module>.<weight>``.
+            parameters: The weights to regularize: parameters of this module, or their dotted names.
+                Default: all but biases and the parameters of normalization layers.
+            inside_loss: Whether ``training_step`` adds ``self.penalty()`` to its loss instead. Both
+                ways give the same θ and λ to rounding.
+            constraint: Default: :class:`Positive`, so that λ is tuned on a log scale.
+
+        Raises:
+            TypeError: If ``parameters`` holds something else than parameters and names.
+            ValueError: If ``granularity`` is unknown, ``name`` is taken or no attribute name,
+                ``init`` lies outside the constraint, or ``parameters`` is empty or holds what this
+                module does not own.
+        """
+        self._register_penalty(
+            L1Penalty, init, name, granularity, parameters, inside_loss, constraint
+        )

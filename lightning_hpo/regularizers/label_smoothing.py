@@ -1,0 +1,41 @@
+"""Label smoothing with a tunable strength."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
+
+
+class LabelSmoothing(nn.Module):
+    r"""Cross-entropy against smoothed labels (Szegedy et al. 2016, §7), in training only.
+
+        L = (1 − ε) · (−log p_y) + ε / C · Σ_c (−log p_c)
+
+    In evaluation mode it is the plain cross-entropy, so that the same module serves
+    ``training_step`` and ``validation_step``.
+
+    Args:
+        init: Initial strength ε.
+        constraint: Default: ``Interval(0, 1)``.
+
+    Raises:
+        ValueError: If ``init`` lies outside the constraint.
+    """
+
+    def __init__(self, init: float, constraint: Constraint | None = None) -> None:
+        super().__init__()
+        self.epsilon = Hyperparameter(
+            init, Interval(0.0, 1.0) if constraint is None else constraint
+        )
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Returns the mean loss of ``logits`` ``(N, C, …)`` and integer ``labels`` ``(N, …)``."""
+        plain = F.cross_entropy(logits, labels)
+        if not self.training:
+            return plain
+        epsilon: Tensor = self.epsilon()
+        uniform = -torch.log_softmax(logits, dim=1).mean()
+        return (1 - epsilon) * plain + epsilon * uniform

@@ -1,0 +1,72 @@
+"""Tunable weights of auxiliary losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
+from lightning_hpo.regularizers._placement import attach, check_free_name, closest
+
+
+class LossWeightMixin(pl.LightningModule):
+    """Weighs auxiliary tasks: ρ in the phone experiment of Franceschi et al. (2017, §5.2).
+
+    Example::
+
+        self.register_loss_weights({"context": 1.6})
+        ...
+        return self.weighted_loss(loss_phones, context=loss_context)
+    """
+
+    def register_loss_weights(
+        self,
+        inits: Mapping[str, float],
+        name: str = "loss_weights",
+        constraint: Constraint | None = None,
+    ) -> None:
+        """Registers one weight per auxiliary loss, named ``name.<loss>``.
+
+        Args:
+            inits: Initial weights, by the name of the loss.
+            name: The attribute under which they are registered.
+            constraint: Default: ``Interval(0, inf)``, so that a weight can reach 0.
+
+        Raises:
+            ValueError: If ``inits`` is empty, a name is taken or no attribute name, or an initial
+                weight lies outside the constraint.
+        """
+        check_free_name("register_loss_weights", self, name)
+        if not inits or not all(key.isidentifier() for key in inits):
+            raise ValueError(
+                f"register_loss_weights: inits={dict(inits)}, expected a weight for each name of "
+                "an auxiliary loss, for example {'context': 1.6}"
+            )
+        constraint = Interval(0.0) if constraint is None else constraint
+        for key, init in inits.items():
+            attach(self, f"{name}.{key}", Hyperparameter(init, constraint))
+        vars(self)["_hpo_loss_weights"] = name
+
+    def weighted_loss(self, main: Tensor, **auxiliary: Tensor) -> Tensor:
+        """Returns main + Σ ρ_k loss_k.
+
+        Args:
+            main: The loss whose weight is 1.
+            **auxiliary: The auxiliary losses, by the names that were registered.
+
+        Raises:
+            ValueError: If a loss has no registered weight, or a weight no loss.
+        """
+        weights = self.get_submodule(vars(self)["_hpo_loss_weights"])._modules
+        for key in auxiliary.keys() ^ weights.keys():
+            raise ValueError(
+                f"weighted_loss: {key!r} is "
+                + (f"not registered; {closest(key, weights)}" if key in auxiliary else "missing")
+            )
+        for key, loss in auxiliary.items():
+            weight = weights[key]
+            assert weight is not None
+            main = main + weight() * loss
+        return main

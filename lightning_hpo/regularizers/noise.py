@@ -1,0 +1,121 @@
+"""Additive Gaussian noise with a tunable standard deviation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
+from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
+
+
+class GaussianNoise(nn.Module):
+    r"""Adds noise in training: x + σ ε with ε ~ N(0, 1), one draw per element.
+
+    Source: Luketina et al. (2016), §2.2 and §3; Fioravanti, §II-B, eq. 6. σ acts differentiably, so
+    that every backend gives its exact mixed derivative for the draws at hand.
+
+    Args:
+        init: Initial standard deviation σ, in the units of the input.
+        constraint: Default: ``Interval(0, inf)``.
+
+    Raises:
+        ValueError: If ``init`` lies outside the constraint.
+    """
+
+    def __init__(self, init: float, constraint: Constraint | None = None) -> None:
+        super().__init__()
+        self.sigma = Hyperparameter(init, Interval(0.0) if constraint is None else constraint)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns a tensor of the shape of ``x``; ``x`` itself in evaluation mode."""
+        return add_noise(x, self.sigma()) if self.training else x
+
+
+def add_noise(x: Tensor, sigma: Tensor) -> Tensor:
+    """Returns x + σ ε, with ε drawn like ``x``."""
+    return x + sigma.to(x.dtype) * torch.randn_like(x)
+
+
+class GaussianNoiseMixin(pl.LightningModule):
+    """Adds tunable Gaussian noise to the inputs of modules, by hooks.
+
+    Example::
+
+        self.net = make_net()
+        self.register_noise(init=0.1)                        # at the input of the network
+        self.register_noise(init=0.1, at=["net.2", "net.4"], name="hidden_noise", tied=False)
+    """
+
+    def register_noise(
+        self,
+        init: float,
+        at: str | Sequence[str] = "input",
+        name: str = "noise",
+        tied: bool = True,
+        constraint: Constraint | None = None,
+    ) -> None:
+        """Adds σ ε to the first floating-point input of modules, in training only.
+
+        Call it after the network has been built.
+
+        Args:
+            init: Initial σ, in the units of the input.
+            at: ``"input"``: the first child of this module that has parameters. Otherwise the
+                dotted names of the modules before which the noise is added.
+            name: The attribute under which σ is registered, and the first part of its name.
+            tied: Whether all places share one σ, named ``name``. Otherwise there is one each, named
+                ``name.<module>``.
+            constraint: Default: ``Interval(0, inf)``.
+
+        Raises:
+            ValueError: If a module does not exist (the closest names are listed), ``name`` is
+                taken, or ``init`` lies outside the constraint.
+        """
+        check_free_name("register_noise", self, name)
+        if at == "input":
+            places = [
+                child
+                for child, module in self.named_children()
+                if next(module.parameters(), None) is not None
+            ][:1]
+            if not places:
+                raise ValueError(
+                    f"register_noise: at='input', but {type(self).__name__} has no child with "
+                    "parameters; call it after the network has been built, or name modules"
+                )
+        else:
+            places = [at] if isinstance(at, str) else list(at)
+        modules = find_modules("register_noise", self, places)
+        constraint = Interval(0.0) if constraint is None else constraint
+        shared = Hyperparameter(init, constraint) if tied else None
+        if shared is not None:
+            attach(self, name, shared)
+        for place, module in zip(places, modules, strict=True):
+            sigma = shared
+            if sigma is None:
+                sigma = Hyperparameter(init, constraint)
+                attach(self, f"{name}.{place}", sigma)
+            module.register_forward_pre_hook(_NoiseHook(sigma), with_kwargs=False)
+
+
+class _NoiseHook:
+    """Adds noise to the first floating-point argument of a module.
+
+    A class, not a closure, so that a copy of the module gets a hook with its own σ.
+    """
+
+    def __init__(self, sigma: Hyperparameter) -> None:
+        self.sigma = sigma
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not module.training:
+            return None
+        for i, value in enumerate(args):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return (*args[:i], add_noise(value, self.sigma()), *args[i + 1 :])
+        return None

@@ -1,0 +1,141 @@
+"""Windows that keep every √K-th step, and windows that are repeated."""
+
+import math
+
+import pytest
+import torch
+from cases import (
+    OPTIMIZERS,
+    STEPS,
+    VALID,
+    Mlp,
+    fit,
+    frozen,
+    last_hypergradient,
+    observe,
+    train_loader,
+)
+
+from lightning_hpo import ClipR, OnlineHPOCallback, UnrollK
+from lightning_hpo.estimators import _reverse
+
+
+@pytest.mark.parametrize("clip", [None, "norm", "value"])
+@pytest.mark.parametrize("inside_loss", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_thinned_windows_give_the_same(optimizer, inside_loss, clip, monkeypatch):
+    """Ten steps, of which the first, fourth, seventh and tenth are kept."""
+    options = {
+        None: {},
+        "norm": {"gradient_clip_val": 0.3},
+        "value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    }[clip]
+
+    def run():
+        model = Mlp(optimizer, inside_loss=inside_loss)
+        return last_hypergradient(observe(UnrollK(STEPS, "reverse"), model, **options))
+
+    whole = run()
+    monkeypatch.setattr(_reverse, "KEPT_STEPS", 2)
+    torch.testing.assert_close(run(), whole, rtol=1e-9, atol=0)
+
+
+def test_thinned_windows_with_accumulation_and_dropout(monkeypatch):
+    class Dropped(Mlp):
+        def __init__(self):
+            super().__init__("adam", inside_loss=True)
+            self.net.insert(2, torch.nn.Dropout(0.3))
+
+    def run():
+        torch.manual_seed(3)
+        model = Dropped()
+        options = {"train": train_loader(batch_size=4), "accumulate_grad_batches": 2}
+        return last_hypergradient(observe(UnrollK(STEPS, "reverse"), model, **options))
+
+    whole = run()
+    monkeypatch.setattr(_reverse, "KEPT_STEPS", 2)
+    torch.testing.assert_close(run(), whole, rtol=1e-9, atol=0)
+
+
+def test_thinned_records_hold_no_tensors_in_between(monkeypatch):
+    monkeypatch.setattr(_reverse, "KEPT_STEPS", 2)
+    sizes = []
+
+    class Watching(UnrollK):
+        def before_step(self, step):
+            super().before_step(step)
+            records = self._mechanism._records
+            sizes.append(sum(bool(record.step.theta) for record in records))
+
+    observe(Watching(9, "reverse"), Mlp("adam"), steps=9)
+    assert sizes == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_restart_repeats_the_window_from_its_start(mode):
+    """Every window starts from the same θ and optimizer state, with another λ."""
+    starts, buffers = [], []
+
+    class Watching(Mlp):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.trainer.global_step % 5 == 0:
+                starts.append([p.detach().clone() for p in self.net.parameters()])
+                state = self.trainer.optimizers[0].state
+                buffers.append([len(state[p]) for p in self.net.parameters()])
+
+    # One epoch has five batches: every window sees the same.
+    model = Watching("momentum", schedule=False)
+    callback = OnlineHPOCallback(
+        UnrollK(5, mode, restart=True), optimizer=lambda raw: torch.optim.SGD(raw, lr=3.0)
+    )
+    fit(model, callback, steps=20)
+    assert len(callback.history) == 4
+    for start, filled in zip(starts[1:], buffers[1:], strict=True):
+        assert filled == buffers[0]
+        for a, b in zip(start, starts[0], strict=True):
+            assert torch.equal(a, b)
+    values = [record.values["l2.net.2"] for record in callback.history]
+    assert len(set(values)) == 4
+
+    # The hypergradient of each window is that of a whole training with that λ.
+    def trained(raw):
+        other = Mlp("momentum", schedule=False, raw=raw)
+        fit(other, steps=5)
+        with torch.no_grad():
+            return other.loss(VALID).item()
+
+    raw = [math.log(callback.history[1].values[f"l2.net.{k}"]) for k in (0, 2)]
+    h = 1e-4
+    truth = (trained([raw[0], raw[1] + h]) - trained([raw[0], raw[1] - h])) / (2 * h)
+    found = callback.history[2].hypergradients["l2.net.2"].item()
+    assert found == pytest.approx(truth, rel=1e-5)
+
+
+def test_stride_is_a_longer_step_through_the_same_linear_system():
+    """On θ' = θ − η (H (θ − θ̄) + λ θ), three steps of η and one of 3η differ at order η²."""
+    fine = observe(ClipR(math.inf), Mlp("sgd", schedule=False, init=1e-3), steps=9)
+    coarse = observe(ClipR(math.inf, stride=3), Mlp("sgd", schedule=False, init=1e-3), steps=9)
+    a, b = last_hypergradient(fine), last_hypergradient(coarse)
+    assert 1e-3 < ((a - b).norm() / a.norm()).item() < 0.5
+    one = observe(ClipR(math.inf, stride=1), Mlp("sgd", schedule=False, init=1e-3), steps=9)
+    assert torch.equal(last_hypergradient(one), a)
+
+
+def test_stride_replays_every_nth_step_only():
+    calls = []
+
+    class Counting(Mlp):
+        def training_step(self, batch, batch_idx):
+            calls.append("log" in vars(self))
+            return super().training_step(batch, batch_idx)
+
+    fit(Counting(), OnlineHPOCallback(ClipR(stride=4), optimizer=frozen), steps=12)
+    # Steps 4, 8 and 12 are observed. At step 4 the tangent is still 0, and there is nothing to
+    # multiply with the Hessian; the first batch is replayed once, for the checks.
+    assert sum(calls) == 1 + 2
+
+
+@pytest.mark.parametrize("stride", [0, -1, 1.5, True])
+def test_a_bad_stride_is_refused(stride):
+    with pytest.raises(ValueError, match=r"stride=.*expected a positive integer"):
+        ClipR(stride=stride)

@@ -1,0 +1,225 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_hpo import Hyperparameter, named_hyperparameters
+from lightning_hpo.derivatives import joint_hvp
+from lightning_hpo.regularizers import DropoutMixin, StackedRNN, TunableDropout
+from lightning_hpo.regularizers.dropout import _DIFFERENCE_STEP, keep_probability
+
+UNITS = 4
+
+
+def _network(x, theta, mask):
+    w, v = theta
+    return (torch.tanh(torch.tanh(x @ w) * mask @ v)).square().mean()
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    theta = [
+        torch.randn(2, UNITS, generator=generator, dtype=torch.float64),
+        torch.randn(UNITS, 1, generator=generator, dtype=torch.float64),
+    ]
+    return x, theta
+
+
+def _expected_gradient(x, theta, raw):
+    """∇θ of the expected loss, over all 2⁴ masks; differentiable in raw."""
+    keep = raw.sigmoid()
+    leaves = [t.clone().requires_grad_() for t in theta]
+    total = torch.zeros((), dtype=torch.float64)
+    for bits in itertools.product((0.0, 1.0), repeat=UNITS):
+        mask = torch.tensor(bits, dtype=torch.float64)
+        probability = torch.where(mask > 0, keep, 1 - keep).prod()
+        total = total + probability * _network(x, leaves, mask / keep)
+    return torch.autograd.grad(total, leaves, create_graph=True)
+
+
+def _sampled(x, theta, raw, step, seed, coupled=True):
+    """The λ part Bᵀu for u = θ, with one mask for the batch, as joint_hvp estimates it."""
+    calls = itertools.count()
+
+    def loss(th, lam):
+        torch.manual_seed(seed if coupled else seed + 100_003 * next(calls))
+        keep = lam[0].sigmoid()
+        mask = (torch.rand(UNITS, dtype=torch.float64) < keep.detach()).double()
+        return _network(x, th, mask / keep)
+
+    leaves = [t.clone().requires_grad_() for t in theta]
+    lam = [raw.clone().requires_grad_()]
+    _, (part,) = joint_hvp(
+        loss,
+        leaves,
+        lam,
+        [t.unsqueeze(0) for t in theta],
+        None,
+        theta_part=False,
+        difference_steps=[step],
+    )
+    return part.item()
+
+
+def test_mean_over_draws_is_the_derivative_of_the_expected_loss(problem):
+    x, theta = problem
+    raw = torch.tensor(0.4, dtype=torch.float64)
+    leaf = raw.clone().requires_grad_()
+    gradient = _expected_gradient(x, theta, leaf)
+    (exact,) = torch.autograd.grad(
+        sum((g * t).sum() for g, t in zip(gradient, theta, strict=True)), leaf
+    )
+    draws = torch.tensor([_sampled(x, theta, raw, 0.2, seed) for seed in range(6000)])
+    error = draws.std() / len(draws) ** 0.5
+    # Four standard errors, and the difference's own bias of order ε².
+    assert abs(draws.mean() - exact) < 4 * error + 0.02 * abs(exact)
+    assert error < 0.1 * abs(exact)
+
+
+def test_common_draws_have_a_tenth_of_the_variance(problem):
+    x, theta = problem
+    raw = torch.tensor(0.4, dtype=torch.float64)
+    coupled = torch.tensor(
+        [_sampled(x, theta, raw, _DIFFERENCE_STEP, seed) for seed in range(1500)]
+    )
+    independent = torch.tensor(
+        [_sampled(x, theta, raw, _DIFFERENCE_STEP, seed, coupled=False) for seed in range(1500)]
+    )
+    assert coupled.var() * 10 < independent.var()
+
+
+def test_difference_and_autograd_directions_mix(problem):
+    """Where the loss is smooth in λ, a small difference step gives what autograd gives."""
+    _, theta = problem
+    generator = torch.Generator().manual_seed(1)
+
+    def loss(th, lam):
+        a, b = lam
+        return (
+            torch.tanh(th[0]).square().sum() * a.exp().sum()
+            + (th[1] * torch.sin(b)).sum() * a.sum()
+            + (b.pow(3)).sum()
+        )
+
+    leaves = [t.clone().requires_grad_() for t in theta]
+    lam = [torch.tensor([0.3, -0.2]).double(), torch.tensor(0.5).double()]
+    lam = [t.requires_grad_() for t in lam]
+    u = [torch.randn(3, *t.shape, generator=generator, dtype=torch.float64) for t in theta]
+    e = [torch.randn(3, *t.shape, generator=generator, dtype=torch.float64) for t in lam]
+    for uu, ee in ((u, e), (u, None), (None, e)):
+        exact = joint_hvp(loss, leaves, lam, uu, ee)
+        for steps in ([1e-4, None], [None, 1e-4], [1e-4, 1e-4]):
+            mixed = joint_hvp(loss, leaves, lam, uu, ee, difference_steps=steps)
+            for left, right in zip(exact[0] + exact[1], mixed[0] + mixed[1], strict=True):
+                torch.testing.assert_close(right, left, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_keeps_units_at_the_rate_and_scales_them():
+    torch.manual_seed(0)
+    layer = TunableDropout(0.25)
+    y = layer(torch.ones(200, 200))
+    assert set(y.unique().tolist()) == {0.0, 4.0}
+    assert y.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(layer.eval()(torch.ones(3)), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("spatial", "shape"), [(1, (2, 5, 7)), (2, (2, 5, 3, 3)), (3, (2, 5, 2, 2, 2))]
+)
+def test_channels_are_dropped_whole(spatial, shape):
+    torch.manual_seed(0)
+    y = TunableDropout(0.5, spatial)(torch.ones(shape)).flatten(2)
+    assert torch.equal(y.min(2).values, y.max(2).values)
+    assert len(y.unique()) == 2
+
+
+class Net(DropoutMixin):
+    def __init__(self, **options):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(3, 4), nn.Dropout(0.2), nn.Conv2d(1, 1, 1), nn.Dropout2d(0.4)
+        )
+        self.rnn = nn.LSTM(3, 4, num_layers=3, dropout=0.3, bidirectional=True, batch_first=True)
+        if options:
+            self.register_dropout(**options)
+
+
+def test_register_replaces_every_kind_and_names_them():
+    one_each = Net(tied=False)
+    assert set(named_hyperparameters(one_each)) == {"keep.net.1", "keep.net.3", "keep.rnn"}
+    values = {n: h().item() for n, h in named_hyperparameters(one_each).items()}
+    assert values == pytest.approx({"keep.net.1": 0.8, "keep.net.3": 0.6, "keep.rnn": 0.7})
+    assert isinstance(one_each.net[1], TunableDropout)
+    assert one_each.net[3].spatial == 2
+    tied = Net(init=0.5)
+    assert list(named_hyperparameters(tied)) == ["keep"]
+    assert tied.net[1].keep is tied.keep is tied.rnn.dropout.keep
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_stacked_rnn_equals_what_it_replaces(kind, bidirectional, packed):
+    torch.manual_seed(0)
+    rnn = kind(
+        3, 4, num_layers=3, dropout=0.5, bidirectional=bidirectional, batch_first=True
+    ).eval()
+    stacked = StackedRNN(rnn, keep_probability(0.5)).eval()
+    x = torch.randn(2, 5, 3)
+    if packed:
+        x = nn.utils.rnn.pack_padded_sequence(x, [5, 3], batch_first=True)
+    h = torch.randn(3 * (1 + bidirectional), 2, 4)
+    state = (h, h.flip(0)) if kind is nn.LSTM else h
+    for hx in (None, state):
+        expected, found = rnn(x, hx), stacked(x, hx)
+        for a, b in ((expected[0], found[0]), (expected[1], found[1])):
+            torch.testing.assert_close(a, b)
+    layer = stacked.train()
+    torch.manual_seed(1)
+    first = layer(x)[0]
+    torch.manual_seed(2)
+    second = layer(x)[0]
+    data = (first.data, second.data) if packed else (first, second)
+    assert not torch.allclose(*data)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TunableDropout(0.0), r"0.*lies outside"),
+        (lambda: TunableDropout(1.0), r"1.*lies outside"),
+        (lambda: Net(init=1.2), r"1\.2.*lies outside"),
+        (lambda: Net(tied=True), r"different keep probabilities"),
+        (lambda: Net(at=["net.2"]), r"\['net\.2'\] are no dropout"),
+        (lambda: Net(at=["nut.1"]), r"no module 'nut\.1'; the closest names are \['net\.1'"),
+        (lambda: Net(init=0.5, name="net"), r"name='net' is taken"),
+        (lambda: Hyperparameter(0.5, difference_step=0.0), r"difference_step=0\.0"),
+    ],
+)
+def test_bad_input_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_nothing_to_replace_is_refused():
+    class Plain(DropoutMixin):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+            self.register_dropout()
+
+    with pytest.raises(ValueError, match=r"no nn\.Dropout"):
+        Plain()
+
+
+def test_untrained_rate_trains_like_torch_dropout():
+    """In expectation over masks the loss is that of torch's own dropout."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(20_000, 3), TunableDropout(0.7)
+    ours = layer(x).square().mean()
+    theirs = F.dropout(x, 0.3).square().mean()
+    assert ours.item() == pytest.approx(theirs.item(), rel=0.05)
