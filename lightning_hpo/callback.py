@@ -233,6 +233,7 @@ class OnlineHPOCallback(pl.Callback):
         self._stepped = False
         self._observing = False
         self._lr = 0.0
+        self._verified = False
         self._expected: list[Tensor | None] | None = None
         self._ready = False
         if self._restored is None:
@@ -397,6 +398,9 @@ class OnlineHPOCallback(pl.Callback):
         self._lr = float(optimizer.param_groups[0]["lr"])
         if self._observing:
             step = self._problem.dynamics.capture(keep=self.estimator.keeps_steps)
+            if not self._verified:
+                self._verified = True
+                compatibility.refuse(compatibility.check_step(self._problem.dynamics, step))
             step.unclipped, self._unclipped = self._unclipped, None
             self.estimator.before_step(step)
 

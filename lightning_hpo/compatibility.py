@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_hpo.derivatives import BACKENDS
+from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.regularizers import Penalty, PenaltyMixin
 
@@ -103,6 +104,22 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
     return []
 
 
+def check_step(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
+    """Refuses an optimizer of another library whose step has no derivative, before it moves θ."""
+    kind = type(dynamics.optimizer)
+    if (
+        not isinstance(dynamics, GenericDynamics)
+        or kind.__module__.startswith("torch.optim")
+        or dynamics.is_differentiable_at(step)
+    ):
+        return []
+    return [
+        f"Tangents cannot follow the optimizer {kind.__name__}: its step works on .data, disables "
+        "gradients inside, or keeps its state outside of optimizer.state. Use an optimizer of "
+        "torch.optim, or write its step with in-place operations on p, p.grad and self.state[p]"
+    ]
+
+
 def check_dependence(
     module: pl.LightningModule,
     hyperparameters: dict[str, Hyperparameter],
@@ -139,8 +156,8 @@ def check_dependence(
             )
         else:
             reason = (
-                "the loss of training_step does not depend on it; call it there (its value is "
-                f"self.{name}()), or remove it"
+                "the loss of training_step on its first batch does not depend on it; call it there "
+                f"(its value is self.{name}()), or remove it"
             )
         findings.append(f"The hyperparameter {name!r} has no effect on the training: {reason}")
     return findings

@@ -245,12 +245,13 @@ def _copied(value: Any, copied: dict[int, Any]) -> Any:
 
 def _is_plain_object(value: Any) -> bool:
     """Whether an object is a bare bundle of numbers and containers, as an average meter is."""
+    kind = type(value)
     return (
-        type(value).__new__ is object.__new__
-        and not isinstance(value, (nn.Module, type))
+        kind.__new__ is object.__new__  # type: ignore[comparison-overlap]
+        and not isinstance(value, nn.Module)
         and not callable(value)
         and hasattr(value, "__dict__")
-        and not hasattr(type(value), "__slots__")
+        and not hasattr(kind, "__slots__")
         and all(isinstance(v, _ATOMS) or type(v) in _COPIERS for v in vars(value).values())
     )
 

@@ -314,3 +314,47 @@ def test_keyword_arguments_of_a_step_are_left_alone():
             return super().training_step(batch, 0)
 
     assert len(observe(ClipR(), Keywords(), steps=3).history) == 3
+
+
+class Written(torch.optim.Optimizer):
+    """Plain gradient descent, as people write it by hand."""
+
+    def __init__(self, parameters, style):
+        super().__init__(parameters, {"lr": 0.1})
+        self.style = style
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.style == "data":
+                    p.data.add_(p.grad.data, alpha=-group["lr"])
+                elif self.style == "no_grad":
+                    with torch.no_grad():
+                        p.add_(p.grad, alpha=-group["lr"])
+                else:
+                    p.add_(p.grad, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("style", ["data", "no_grad", "plain"])
+def test_optimizers_written_by_hand(style, make):
+    class Custom(Mlp):
+        def configure_optimizers(self):
+            return Written(self.parameters(), style)
+
+    model = Custom()
+    before = weights(model)
+    if style == "plain":
+        expected = Mlp("sgd", schedule=False)
+        expected.configure_optimizers = lambda: torch.optim.SGD(expected.parameters(), lr=0.1)
+        truth = last_hypergradient(observe(make(), expected))
+        found = last_hypergradient(observe(make(), model))
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=0)
+    else:
+        with pytest.raises(Exception, match="cannot follow the optimizer Written"):
+            observe(make(), model)
+        assert torch.equal(weights(model), before)
