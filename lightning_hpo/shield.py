@@ -1,0 +1,311 @@
+"""The shield: makes a call of a step invisible, and lets it see an earlier moment."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_hpo.rng import RandomState, forked_rng
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+
+# Tensors and arrays up to this many elements, kept as plain attributes, are copied for a replay. A
+# larger one is rather data than a counter; a replay that writes to it is refused.
+_COPIED_ELEMENTS = 1_000_000
+
+
+class Shield:
+    """Makes a call of ``training_step`` or ``validation_step`` invisible.
+
+    Inside :meth:`__call__`, buffers are clones, metrics are clones, ``self.log`` and the loggers
+    are mute; afterwards every attribute of every module is what it was. Buffers are rebound, never
+    written in place, so a graph that was built inside may be used after the shield is gone.
+
+    Args:
+        trainer: The trainer.
+        module: The LightningModule.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._metrics: dict[int, tuple[nn.Module, nn.Module]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """The device whose random numbers the module draws."""
+        return self._trainer.strategy.root_device
+
+    @contextmanager
+    def __call__(
+        self,
+        *,
+        rng: RandomState | None = None,
+        state: ModuleState | None = None,
+        swaps: dict[int, Tensor] | None = None,
+        log: Callable[..., None] | None = None,
+    ) -> Iterator[None]:
+        """Opens the shield.
+
+        Args:
+            rng: The random state to run under. Default: the present one.
+            state: What the modules held at an earlier moment.
+            swaps: Tensors to put in the place of parameters and buffers, by the ``id`` of these.
+            log: What ``self.log`` calls instead. Default: nothing happens.
+        """
+        trainer = self._trainer
+        modules = list(self._module.modules())
+        before = [(module, dict(vars(module))) for module in modules]
+        copied: dict[int, Any] = {}
+        shared: list[tuple[str, Tensor, int]] = []
+        swaps = {**_frozen_copies(self._module, shared), **(swaps or {})}
+        loggers = trainer.loggers
+        metrics = []
+        try:
+            with forked_rng(self.device, rng):
+                for module in modules:
+                    if not isinstance(module, torch.jit.ScriptModule):
+                        earlier = None if state is None else state.get(id(module))
+                        _isolate(module, earlier, swaps)
+                        _copy_attributes(module, earlier, copied, shared)
+                        metrics += self._swap_metrics(module)
+                    if isinstance(module, pl.LightningModule):
+                        _mute(module, log or _nothing)
+                trainer.loggers = [DummyLogger() for _ in loggers]
+                yield
+        finally:
+            trainer.loggers = loggers
+            for module, attributes in before:
+                vars(module).clear()
+                vars(module).update(attributes)
+            for metric in metrics:
+                metric.reset()
+        for name, tensor, version in shared:
+            if tensor._version != version:
+                raise MisconfigurationException(
+                    f"A replay of the step wrote to the attribute {name!r}, a tensor of shape "
+                    f"{tuple(tensor.shape)}, in place, which cannot be undone; register it as a "
+                    "buffer"
+                )
+
+    def _swap_metrics(self, module: nn.Module) -> list[Any]:
+        """Puts clones in the place of the metrics that are direct children of ``module``.
+
+        A metric's state is written in place, so that a reference to it would not protect it.
+        """
+        if isinstance(module, (Metric, MetricCollection)):
+            return []
+        clones: dict[str, Any] = {}
+        for name, child in module._modules.items():
+            if isinstance(child, (Metric, MetricCollection)):
+                known = self._metrics.get(id(child))
+                if known is None or known[0] is not child:
+                    clone = child.clone()
+                    clone.reset()
+                    self._metrics[id(child)] = known = (child, clone)
+                clones[name] = known[1]
+        if clones:
+            vars(module)["_modules"] = {**module._modules, **clones}
+        return list(clones.values())
+
+
+ModuleState = dict[int, tuple[dict[str, "Tensor | None"], dict[str, Any]]]
+"""Copies of the buffers and of the plain attributes, by the ``id`` of the module that owns them."""
+
+
+def capture_state(module: nn.Module) -> ModuleState:
+    """Copies the buffers and attributes of a module tree, for a replay at a later moment."""
+    copied: dict[int, Any] = {}
+    return {
+        id(m): (
+            {name: None if b is None else b.detach().clone() for name, b in m._buffers.items()},
+            {name: _copied(value, copied) for name, value in vars(m).items() if _is_own(name)},
+        )
+        for m in module.modules()
+        if not isinstance(m, (Metric, torch.jit.ScriptModule))
+    }
+
+
+def _is_own(name: str) -> bool:
+    """Whether an attribute is the user's, or the mode of the module, and no machinery of torch."""
+    return name not in _MODULE_INTERNALS or name == "training"
+
+
+def _isolate(
+    module: nn.Module,
+    earlier: tuple[dict[str, Tensor | None], dict[str, Any]] | None,
+    swaps: dict[int, Tensor],
+) -> None:
+    """Rebinds a module's tensors: buffers to clones, and whatever is swapped."""
+    attributes = vars(module)
+    if module._buffers:
+        values = {} if earlier is None else earlier[0]
+
+        def stand_in(name: str, buffer: Tensor | None) -> Tensor | None:
+            if buffer is None or id(buffer) in swaps:
+                return None if buffer is None else swaps[id(buffer)]
+            value = values.get(name)
+            return (buffer if value is None else value).detach().clone()
+
+        attributes["_buffers"] = {name: stand_in(name, b) for name, b in module._buffers.items()}
+    if swaps and module._parameters:
+        attributes["_parameters"] = {
+            name: None if p is None else swaps.get(id(p), p)
+            for name, p in module._parameters.items()
+        }
+        if "_flat_weights" in attributes:  # recurrent layers hold a second list of them
+            attributes["_flat_weights"] = [swaps.get(id(w), w) for w in attributes["_flat_weights"]]
+
+
+def _frozen_copies(module: nn.Module, shared: list[tuple[str, Tensor, int]]) -> dict[int, Tensor]:
+    """Copies the parameters that do not require grad: a step may write to them (mean teachers).
+
+    A large frozen backbone is shared instead, and watched.
+    """
+    parameters = dict(module.named_parameters())
+    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+    size = sum(p.numel() for p in parameters.values())
+    if 5 * sum(p.numel() for p in frozen.values()) > 4 * size:
+        shared += [(name, p, p._version) for name, p in frozen.items()]
+        return {}
+    return {id(p): nn.Parameter(p.detach().clone(), False) for p in frozen.values()}
+
+
+def _copy_attributes(
+    module: nn.Module,
+    earlier: tuple[dict[str, Tensor | None], dict[str, Any]] | None,
+    copied: dict[int, Any],
+    shared: list[tuple[str, Tensor, int]],
+) -> None:
+    """Gives a replay copies of what a module keeps in plain attributes: lists, counts, sums.
+
+    Args:
+        module: The module.
+        earlier: What it held at an earlier moment; None: the present.
+        copied: Copies made so far, by the ``id`` of the original: what is shared stays shared.
+        shared: Receives the tensors that are too large to be copied, with their versions.
+    """
+    if isinstance(module, (Metric, MetricCollection)):
+        return
+    attributes = vars(module)
+    if earlier is not None:
+        attributes.update(earlier[1])
+    for name, value in list(attributes.items()):
+        if not _is_own(name):
+            continue
+        if isinstance(value, Tensor) and value.numel() > _COPIED_ELEMENTS:
+            shared.append((name, value, value._version))
+        else:
+            attributes[name] = _copied(value, copied)
+
+
+def _copied(value: Any, copied: dict[int, Any]) -> Any:
+    """Copies containers all through, tensors, arrays, generators and plain objects.
+
+    Anything else is shared.
+    """
+    kind = type(value)
+    if isinstance(value, _ATOMS):
+        return value
+    if id(value) not in copied:
+        if kind in _COPIERS:
+            _COPIERS[kind](value, copied)
+        elif isinstance(value, Metric):
+            copied[id(value)] = value.clone()
+        elif _is_plain_object(value):
+            copied[id(value)] = copy = object.__new__(kind)
+            vars(copy).update({name: _copied(v, copied) for name, v in vars(value).items()})
+        else:
+            copied[id(value)] = value
+    return copied[id(value)]
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether an object is a bare bundle of numbers and containers, as an average meter is."""
+    kind = type(value)
+    return (
+        kind.__new__ is object.__new__  # type: ignore[comparison-overlap]
+        and not isinstance(value, nn.Module)
+        and not callable(value)
+        and hasattr(value, "__dict__")
+        and not hasattr(kind, "__slots__")
+        and all(isinstance(v, _ATOMS) or type(v) in _COPIERS for v in vars(value).values())
+    )
+
+
+def _deep_copy(value: Any, copied: dict[int, Any]) -> None:
+    copied[id(value)] = deepcopy(value)
+
+
+def _copy_generator(value: torch.Generator, copied: dict[int, Any]) -> None:
+    clone = copied[id(value)] = torch.Generator(value.device)
+    clone.set_state(value.get_state())
+
+
+def _copy_sequence(value: Any, copied: dict[int, Any]) -> None:
+    copy = copied[id(value)] = value.copy()
+    copy.clear()
+    copy.extend(_copied(item, copied) for item in value)
+
+
+def _copy_mapping(value: Any, copied: dict[int, Any]) -> None:
+    copy = copied[id(value)] = value.copy()
+    for key, item in value.items():
+        copy[key] = _copied(item, copied)
+
+
+def _copy_set(value: Any, copied: dict[int, Any]) -> None:
+    copied[id(value)] = value.copy()
+
+
+def _copy_tensor(value: Tensor, copied: dict[int, Any]) -> None:
+    # A tensor with a graph was computed, and is not written to.
+    small = value.numel() <= _COPIED_ELEMENTS and not value.requires_grad
+    copied[id(value)] = value.clone() if small else value
+
+
+def _copy_array(value: np.ndarray[Any, Any], copied: dict[int, Any]) -> None:
+    copied[id(value)] = value.copy() if value.size <= _COPIED_ELEMENTS else value
+
+
+_COPIERS: dict[type, Callable[[Any, dict[int, Any]], None]] = {
+    list: _copy_sequence,
+    deque: _copy_sequence,
+    dict: _copy_mapping,
+    OrderedDict: _copy_mapping,
+    defaultdict: _copy_mapping,
+    Counter: _copy_mapping,
+    set: _copy_set,
+    Tensor: _copy_tensor,
+    np.ndarray: _copy_array,
+    torch.Generator: _copy_generator,
+    np.random.Generator: _deep_copy,
+    np.random.RandomState: _deep_copy,
+    random.Random: _deep_copy,
+}
+
+_ATOMS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of a muted method."""
+
+
+def _mute(module: pl.LightningModule, log: Callable[..., None]) -> None:
+    def log_dict(dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        for name, value in dictionary.items():
+            log(name, value)
+
+    vars(module).update(log=log, log_dict=log_dict, print=_nothing)
