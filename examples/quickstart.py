@@ -102,7 +102,10 @@ def load(data_dir: str | None) -> Data:
     else:
         from torchvision.datasets import MNIST
 
-        sets = [MNIST(root=data_dir, train=train, download=False) for train in (True, False)]
+        try:
+            sets = [MNIST(root=data_dir, train=train) for train in (True, False)]
+        except RuntimeError:
+            raise SystemExit(f"--data-dir {data_dir}: expected MNIST/raw below it") from None
         images = torch.cat([s.data for s in sets]).flatten(1).float() / 255
         labels = torch.cat([s.targets for s in sets])
         name, sizes = "MNIST", [300, 2000, 10_000]

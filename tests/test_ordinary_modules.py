@@ -239,7 +239,7 @@ def test_a_state_that_a_test_loads_does_not_reach_the_next_training(tmp_path):
     trainer = fit(Tested(), callback)
     path = str(tmp_path / "last.ckpt")
     trainer.save_checkpoint(path)
-    trainer.test(trainer.lightning_module, valid_loader(), ckpt_path=path, weights_only=True)
+    trainer.test(trainer.lightning_module, valid_loader(), ckpt_path=path)
     fit(Tested(), callback, steps=5)
     assert [record.step for record in callback.history] == [1, 2, 3, 4, 5]
 

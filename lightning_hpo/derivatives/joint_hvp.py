@@ -86,7 +86,7 @@ def joint_hvp(
     double backward: Pearlmutter (1994).
 
     Raises:
-        ValueError: If ``backend`` is unknown.
+        ValueError: If ``backend`` is unknown, there is no direction, or no part is wanted.
         RuntimeError: If an operator of the loss has no derivative of the kind that the backend
             needs.
     """

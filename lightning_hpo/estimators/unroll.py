@@ -103,12 +103,12 @@ class UnrollK(Estimator):
 
     def before_batch(self, moment: Moment, weight: float) -> None:
         """Advances or keeps the micro-batch."""
+        if self.restart and self._start is None:
+            self._start = Snapshot(self.problem)
         self._mechanism.before_batch(moment, weight)
 
     def before_step(self, step: OptimizerStep) -> None:
         """Advances or keeps the step."""
-        if self.restart and self._start is None:
-            self._start = Snapshot(self.problem)
         self._mechanism.before_step(step)
 
     def discard(self) -> None:

@@ -22,6 +22,8 @@ def fixed_values(module: nn.Module) -> dict[str, float | list[Any]]:
 
     Returns:
         A plain dict from names to floats, or nested lists for tensors; it can be written as JSON.
+        Tuned options of the optimizer are not part of the module: ``callback.history[-1].values``
+        has them.
     """
     return {
         name: value.item() if (value := h().detach().cpu()).dim() == 0 else value.tolist()
@@ -48,7 +50,7 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
     """
     known = named_hyperparameters(module)
     raws = (
-        _raw_from_checkpoint(values)
+        _raw_from_checkpoint(values, known)
         if isinstance(values, (str, Path))
         else {name: _raw(name, known, value) for name, value in values.items()}
     )
@@ -76,6 +78,12 @@ def _raw(name: str, known: Mapping[str, Hyperparameter], value: Any) -> torch.Te
         raise ValueError(f"freeze: the value of {name!r} is refused: {error}") from None
 
 
-def _raw_from_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+def _raw_from_checkpoint(
+    path: str | Path, known: Mapping[str, Hyperparameter]
+) -> dict[str, torch.Tensor]:
+    """Looks up the known names: a shared rate stands in the checkpoint under several."""
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    return {name.removesuffix(".raw"): raw for name, raw in state.items() if name.endswith(".raw")}
+    missing = [name for name in known if f"{name}.raw" not in state]
+    if missing:
+        raise ValueError(f"freeze: the checkpoint {str(path)!r} has no hyperparameters {missing}")
+    return {name: state[f"{name}.raw"] for name in known}

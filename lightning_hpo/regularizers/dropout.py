@@ -194,7 +194,11 @@ class StackedRNN(nn.Module):
             layer.load_state_dict(
                 {name: own[name.replace("_l0", f"_l{k}")] for name in layer.state_dict()}
             )
-            layers.append(layer.to(own["weight_ih_l0"]))
+            layer = layer.to(own["weight_ih_l0"])
+            for name, parameter in layer.named_parameters():
+                trained = getattr(rnn, name.replace("_l0", f"_l{k}")).requires_grad
+                parameter.requires_grad_(trained)
+            layers.append(layer)
         self.layers = nn.ModuleList(layers)
         self.dropout = TunableDropout(keep)
 

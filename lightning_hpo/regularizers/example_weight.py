@@ -71,8 +71,11 @@ class ExampleWeightMixin(pl.LightningModule):
         Raises:
             ValueError: If the index is missing, has another shape, or is out of range.
         """
-        weights: Tensor = self.get_submodule(vars(self)["_hpo_example_weights"])()
-        if not isinstance(index, Tensor) or index.is_floating_point():
+        name = vars(self).get("_hpo_example_weights")
+        if name is None:
+            raise ValueError("weighted_mean: call register_example_weights in __init__ first")
+        weights: Tensor = self.get_submodule(name)()
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype is torch.bool:
             raise ValueError(
                 f"weighted_mean: index is {type(index).__name__}, expected the integer positions "
                 "of the examples; wrap the training set in IndexedDataset, which adds them"
@@ -87,7 +90,7 @@ class ExampleWeightMixin(pl.LightningModule):
                 f"weighted_mean: index reaches from {int(index.min())} to {int(index.max())}, but "
                 f"there are {len(weights)} example weights"
             )
-        return (weights.to(losses.dtype)[index] * losses).mean()
+        return (weights.to(losses.dtype)[index.long()] * losses).mean()
 
 
 class IndexedDataset(Dataset[Any]):

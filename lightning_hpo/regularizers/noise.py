@@ -90,6 +90,10 @@ class GaussianNoiseMixin(pl.LightningModule):
                 )
         else:
             places = [at] if isinstance(at, str) else list(at)
+        if not places or len(set(places)) < len(places):
+            raise ValueError(
+                f"register_noise: at={list(places)}, expected different modules, at least one"
+            )
         modules = find_modules("register_noise", self, places)
         constraint = Interval(0.0) if constraint is None else constraint
         shared = Hyperparameter(init, constraint) if tied else None

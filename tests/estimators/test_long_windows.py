@@ -111,6 +111,18 @@ def test_restart_repeats_the_window_from_its_start(mode):
     assert found == pytest.approx(truth, rel=1e-5)
 
 
+def test_restart_returns_the_buffers_too():
+    class Normed(Mlp):
+        def __init__(self):
+            super().__init__("momentum")
+            self.net.insert(1, torch.nn.BatchNorm1d(5))
+
+    model = Normed()
+    fit(model, OnlineHPOCallback(UnrollK(5, restart=True)), steps=10)
+    assert model.net[1].num_batches_tracked.item() == 0
+    assert not model.net[1].running_mean.any()
+
+
 def test_stride_is_a_longer_step_through_the_same_linear_system():
     """On θ' = θ − η (H (θ − θ̄) + λ θ), three steps of η and one of 3η differ at order η²."""
     fine = observe(ClipR(math.inf), Mlp("sgd", schedule=False, init=1e-3), steps=9)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from cases import Mlp, fit, make_trainer, train_loader, valid_loader
 
-from lightning_hpo import T1T2, OnlineHPOCallback, fixed_values, freeze, named_hyperparameters
+from lightning_hpo import (
+    T1T2,
+    DropoutMixin,
+    OnlineHPOCallback,
+    fixed_values,
+    freeze,
+    named_hyperparameters,
+)
 
 
 @pytest.fixture
@@ -71,3 +78,24 @@ def test_frozen_strengths_still_act(tuned):
     fit(frozen), fit(plain)
     for a, b in zip(frozen.net.parameters(), plain.net.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_shared_rates_come_from_a_checkpoint_once(tmp_path):
+    class Dropped(DropoutMixin, Mlp):
+        def __init__(self, **options):
+            super().__init__()
+            self.net.insert(2, torch.nn.Dropout(0.3))
+            self.register_dropout(**options)
+
+    for options in ({}, {"tied": False}):
+        model = Dropped(**options)
+        fit(model, OnlineHPOCallback(T1T2())).save_checkpoint(tmp_path / "last.ckpt")
+        fresh = freeze(Dropped(**options), tmp_path / "last.ckpt")
+        assert fixed_values(fresh) == fixed_values(model)
+    with pytest.raises(ValueError, match=r"has no hyperparameters \['l2\.net\.0'"):
+        freeze(Mlp(granularity="layer"), _without_l2(tmp_path))
+
+
+def _without_l2(folder):
+    torch.save({"state_dict": {}}, folder / "empty.ckpt")
+    return folder / "empty.ckpt"

@@ -187,6 +187,14 @@ def test_stacked_rnn_equals_what_it_replaces(kind, bidirectional, packed):
     assert not torch.allclose(*data)
 
 
+def test_frozen_recurrent_layers_stay_frozen():
+    rnn = nn.LSTM(3, 4, num_layers=2, dropout=0.3)
+    rnn.weight_hh_l1.requires_grad_(False)
+    stacked = StackedRNN(rnn, keep_probability(0.5))
+    frozen = [name for name, p in stacked.named_parameters() if not p.requires_grad]
+    assert frozen == ["layers.1.weight_hh_l0"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -290,6 +290,9 @@ class Bare(GaussianNoiseMixin, ExampleWeightMixin, LossWeightMixin, Mlp):
     ("act", "message"),
     [
         (lambda m: m.register_noise(0.1, at=["net.7"]), r"no module 'net\.7'; the closest names"),
+        (lambda m: m.register_noise(0.1, at=["net.0", "net.0"]), r"expected different modules"),
+        (lambda m: m.register_noise(0.1, at=[]), r"expected different modules, at least one"),
+        (lambda m: m.weighted_mean(torch.ones(2), torch.tensor([0, 1])), r"register_example_we"),
         (lambda m: m.register_noise(-0.1), r"-0\.1.*lies outside"),
         (lambda m: m.register_noise(0.1, name="net"), r"name='net' is taken"),
         (lambda m: m.register_loss_weights({}), r"expected a weight for each name"),
@@ -310,6 +313,7 @@ def test_bad_batches_are_refused():
     for index, message in (
         (None, "index is NoneType"),
         (torch.ones(3), "index is Tensor"),
+        (torch.ones(3, dtype=torch.bool), "index is Tensor"),
         (torch.tensor([0, 1]), "one loss per example"),
         (torch.tensor([0, 1, 10]), r"reaches from 0 to 10, but there are 10"),
         (torch.tensor([-1, 1, 2]), r"reaches from -1"),
@@ -320,6 +324,13 @@ def test_bad_batches_are_refused():
         model.weighted_loss(losses.sum())
     with pytest.raises(ValueError, match=r"'auxx' is not registered|'aux' is missing"):
         model.weighted_loss(losses.sum(), auxx=losses.sum())
+
+
+def test_small_integers_are_positions_and_no_mask():
+    model = Bare()
+    model.register_example_weights(4, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    index = torch.full((4,), 3, dtype=torch.uint8)
+    assert model.weighted_mean(torch.ones(4), index).item() == pytest.approx(0.4)
 
 
 def test_indexed_dataset_adds_the_position():
