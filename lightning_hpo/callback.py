@@ -277,6 +277,7 @@ class OnlineHPOCallback(pl.Callback):
         )
         if trainer.accumulate_grad_batches == 1 and loss.requires_grad:
             self._expected = self._gradient_of(loss)
+            average_([g for g in self._expected if g is not None])
         self.estimator.setup(problem)
         if self._restored is not None:
             self._restore(self._restored)
@@ -339,13 +340,11 @@ class OnlineHPOCallback(pl.Callback):
         self._problem.add_penalty_gradients_(self._unclipped)
 
     def _gradient_of(self, loss: Tensor) -> list[Tensor | None]:
-        """Returns ∇θ of a replayed loss, averaged over the ranks."""
+        """Returns ∇θ of a loss; None where it does not depend on a parameter."""
         theta = self._problem.theta
         active = [p for p in theta if p.requires_grad]
         parts = iter(torch.autograd.grad(loss, active, allow_unused=True))
-        gradients = [next(parts) if p.requires_grad else None for p in theta]
-        average_([g for g in gradients if g is not None])
-        return gradients
+        return [next(parts) if p.requires_grad else None for p in theta]
 
     def _check_gradient(self) -> None:
         """Compares the first gradient with that of its replay, and warns where they differ."""
@@ -451,12 +450,11 @@ class OnlineHPOCallback(pl.Callback):
 
     def _validation_gradient(self, batch: Any) -> list[Tensor]:
         """Returns g_V = ∇θ L_V at the parameters in place; zeros where L_V does not depend on θ."""
-        theta = self._problem.theta
-        active = [p for p in theta if p.requires_grad]
-        loss = self._validation.loss(batch, self._stream.consumed)
-        gradients = iter(torch.autograd.grad(loss, active, allow_unused=True))
-        result = [next(gradients) if p.requires_grad else None for p in theta]
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(theta, result, strict=True)]
+        gradients = self._gradient_of(self._validation.loss(batch, self._stream.consumed))
+        return [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(self._problem.theta, gradients, strict=True)
+        ]
 
     def _skip(self) -> None:
         if self.skipped == 0:
