@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo import compatibility
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
+from lightning_hpo.derivatives import gradient
 from lightning_hpo.distributed import average_
 from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics
 from lightning_hpo.estimators import ClipR, Estimator, Problem
@@ -255,16 +256,16 @@ class OnlineHPOCallback(pl.Callback):
 
         objective = problem.objective
         leaves = objective.leaves()
-        loss = objective.at(objective.moment(batch, batch_idx), theta)(theta, leaves)
-        if loss is None:
-            return  # a skipped batch shows nothing; look again at the next
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
-            problem.in_loss = {
-                name
-                for name, g in zip(self._hyperparameters, gradients, strict=True)
-                if g is not None
-            }
+        with objective.at(objective.moment(batch, batch_idx), theta) as at:
+            loss = at(theta, leaves)
+            if loss is None:
+                return  # a skipped batch shows nothing; look again at the next
+            gradients = gradient(loss, [*theta, *leaves])
+        problem.in_loss = {
+            name
+            for name, g in zip(self._hyperparameters, gradients[len(theta) :], strict=True)
+            if g is not None
+        }
         options = [] if self._options is None else list(self._options.hyperparameters.values())
         compatibility.refuse(
             compatibility.check_dependence(
@@ -275,8 +276,8 @@ class OnlineHPOCallback(pl.Callback):
                 theta,
             )
         )
-        if trainer.accumulate_grad_batches == 1 and loss.requires_grad:
-            self._expected = self._gradient_of(loss)
+        if trainer.accumulate_grad_batches == 1:
+            self._expected = gradients[: len(theta)]
             average_([g for g in self._expected if g is not None])
         self.estimator.setup(problem)
         if self._restored is not None:
@@ -338,13 +339,6 @@ class OnlineHPOCallback(pl.Callback):
         self._unclipped = [None if p.grad is None else p.grad.detach().clone() for p in theta]
         # The module adds its penalties after this hook.
         self._problem.add_penalty_gradients_(self._unclipped)
-
-    def _gradient_of(self, loss: Tensor) -> list[Tensor | None]:
-        """Returns ∇θ of a loss; None where it does not depend on a parameter."""
-        theta = self._problem.theta
-        active = [p for p in theta if p.requires_grad]
-        parts = iter(torch.autograd.grad(loss, active, allow_unused=True))
-        return [next(parts) if p.requires_grad else None for p in theta]
 
     def _check_gradient(self) -> None:
         """Compares the first gradient with that of its replay, and warns where they differ."""
@@ -450,10 +444,11 @@ class OnlineHPOCallback(pl.Callback):
 
     def _validation_gradient(self, batch: Any) -> list[Tensor]:
         """Returns g_V = ∇θ L_V at the parameters in place; zeros where L_V does not depend on θ."""
-        gradients = self._gradient_of(self._validation.loss(batch, self._stream.consumed))
+        theta = self._problem.theta
+        with self._validation.loss(batch, self._stream.consumed) as loss:
+            gradients = gradient(loss, theta)
         return [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(self._problem.theta, gradients, strict=True)
+            torch.zeros_like(p) if g is None else g for p, g in zip(theta, gradients, strict=True)
         ]
 
     def _skip(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,27 +96,36 @@ class TrainingObjective:
         """Returns raw λ as fresh leaves that require grad, in the order of the hyperparameters."""
         return [h.raw.detach().clone().requires_grad_() for h in self._hyperparameters]
 
-    def at(self, moment: Moment, theta: Sequence[Tensor]) -> Loss:
-        """Returns L_T at a moment as a function of (θ, raw λ).
+    @contextmanager
+    def at(self, moment: Moment, theta: Sequence[Tensor]) -> Iterator[Loss]:
+        """Gives L_T at a moment as a function of (θ, raw λ).
+
+        The graph of an evaluation must be used before the next one, and inside the context: parts
+        of the forward pass may be run again in the backward pass (activation checkpointing), and
+        must find the same values there.
 
         Args:
             moment: What is replayed.
             theta: The module's own parameters, in whose place the function's first argument is put.
         """
+        step = self._module.training_step
+        with ExitStack() as evaluation:
 
-        def loss(values: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
-            swaps = {id(p): v for p, v in zip(theta, values, strict=True) if p is not v}
-            swaps |= {id(h.raw): raw for h, raw in zip(self._hyperparameters, lam, strict=True)}
-            with (
-                self._shield(rng=moment.rng, state=moment.state, swaps=swaps),
-                _counted_as(self._trainer, moment.global_step, moment.epoch),
-                self._trainer.precision_plugin.train_step_context(),
-            ):
-                step = self._module.training_step
-                output = step(*_step_arguments(step, copy_batch(moment.batch), moment.batch_idx))
-            return _training_loss(output)
+            def loss(values: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
+                evaluation.close()
+                swaps = {id(p): v for p, v in zip(theta, values, strict=True) if p is not v}
+                swaps |= {id(h.raw): raw for h, raw in zip(self._hyperparameters, lam, strict=True)}
+                evaluation.enter_context(
+                    self._shield(rng=moment.rng, state=moment.state, swaps=swaps)
+                )
+                evaluation.enter_context(
+                    _counted_as(self._trainer, moment.global_step, moment.epoch)
+                )
+                with self._trainer.precision_plugin.train_step_context():
+                    arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
+                    return _training_loss(step(*arguments))
 
-        return loss
+            yield loss
 
 
 @contextmanager
@@ -181,8 +190,9 @@ class ValidationObjective:
         self._dataloader_idx = dataloader_idx
         self._shield = Shield(trainer, module)
 
-    def loss(self, batch: Any, batch_idx: int) -> Tensor:
-        """Evaluates L_V at the parameters in place.
+    @contextmanager
+    def loss(self, batch: Any, batch_idx: int) -> Iterator[Tensor]:
+        """Evaluates L_V at the parameters in place; its gradient must be taken inside the context.
 
         Raises:
             MisconfigurationException: If there is no loss, it is not a scalar, or it does not
@@ -198,36 +208,36 @@ class ValidationObjective:
             torch.enable_grad(),
             self._shield(log=log),
             stage(self._trainer, RunningStage.VALIDATING),
-            self._trainer.precision_plugin.val_step_context(),
         ):
             module.eval()
-            batch = copy_batch(batch)
             for part in module.modules():
                 if isinstance(part, PenaltyMixin):
                     vars(part)["_hpo_without_penalty"] = True
-            if self._loss_function is not None:
-                origin = "the loss function"
-                output: Any = self._loss_function(module, batch)
-            else:
-                origin = f"{type(module).__name__}.validation_step"
-                arguments = _step_arguments(
-                    module.validation_step, batch, batch_idx, self._dataloader_idx
-                )
-                output = module.validation_step(*arguments)
-                if isinstance(output, dict):
-                    output = output.get("loss")
-                if output is None:
-                    output = logged.get(self._monitor)
-                    origin += f", logged as {self._monitor!r},"
-                if output is None:
-                    raise MisconfigurationException(
-                        f"{type(module).__name__}.validation_step returned no loss and logged "
-                        f"{sorted(logged) or 'nothing'}. Return the loss (a tensor, or a dict "
-                        "with 'loss'), or pass monitor= (the name under which it is logged) or "
-                        "validation_loss= (a function of the module and a batch) to "
-                        "OnlineHPOCallback"
-                    )
-        return _check_validation_loss(output, origin)
+            with self._trainer.precision_plugin.val_step_context():
+                output, origin = self._evaluate(copy_batch(batch), batch_idx, logged)
+            yield _check_validation_loss(output, origin)
+
+    def _evaluate(self, batch: Any, batch_idx: int, logged: dict[str, Any]) -> tuple[Any, str]:
+        """Returns the loss, and where it comes from."""
+        module = self._module
+        if self._loss_function is not None:
+            return self._loss_function(module, batch), "the loss function"
+        origin = f"{type(module).__name__}.validation_step"
+        arguments = _step_arguments(module.validation_step, batch, batch_idx, self._dataloader_idx)
+        output: Any = module.validation_step(*arguments)
+        if isinstance(output, dict):
+            output = output.get("loss")
+        if output is None:
+            output = logged.get(self._monitor)
+            origin += f", logged as {self._monitor!r},"
+        if output is None:
+            raise MisconfigurationException(
+                f"{type(module).__name__}.validation_step returned no loss and logged "
+                f"{sorted(logged) or 'nothing'}. Return the loss (a tensor, or a dict with "
+                "'loss'), or pass monitor= (the name under which it is logged) or "
+                "validation_loss= (a function of the module and a batch) to OnlineHPOCallback"
+            )
+        return output, origin
 
 
 def _check_validation_loss(value: Any, origin: str) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo.derivatives._stacks import stacked_zeros
+from lightning_hpo.derivatives.gradient import gradient
 
 if TYPE_CHECKING:
     from lightning_hpo.derivatives.joint_hvp import Loss
@@ -100,10 +101,10 @@ def _change(
             value = loss(theta, _moved(lam, {(k, i): sign * step}))
             if value is None:
                 continue
-            gradients = torch.autograd.grad(value, targets, allow_unused=True)
-        for total, gradient in zip(change, gradients, strict=True):
-            if gradient is not None:
-                total.detach().add_(gradient, alpha=sign / (2 * step))
+            gradients = gradient(value, targets)
+        for total, g in zip(change, gradients, strict=True):
+            if g is not None:
+                total.detach().add_(g, alpha=sign / (2 * step))
     return change
 
 

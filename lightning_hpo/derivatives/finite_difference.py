@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo.derivatives._stacks import stacked_zeros
+from lightning_hpo.derivatives.gradient import gradient
 
 if TYPE_CHECKING:
     from lightning_hpo.derivatives.joint_hvp import Loss
@@ -51,9 +52,9 @@ def joint_hvp(
                 gradients = _displaced_gradient(
                     loss, theta, lam, targets, block, direction, sign * delta
                 )
-                for product, gradient in zip(products, gradients, strict=True):
-                    if gradient is not None:
-                        product[j].add_(gradient, alpha=sign / (2 * delta))
+                for product, g in zip(products, gradients, strict=True):
+                    if g is not None:
+                        product[j].add_(g, alpha=sign / (2 * delta))
     split = len(theta) if theta_part else 0
     return products[:split], products[split:]
 
@@ -88,7 +89,7 @@ def _displaced_gradient(
             value = loss(theta, lam)
             if value is None:
                 return [None] * len(targets)
-            return torch.autograd.grad(value, targets, allow_unused=True)
+            return gradient(value, targets)
     finally:
         # By copy, never by subtraction: (x + d) − d is not x.
         with torch.no_grad():

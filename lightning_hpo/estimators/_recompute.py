@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_hpo.derivatives import gradient
 from lightning_hpo.distributed import average_
 from lightning_hpo.dynamics import GenericDynamics, OptimizerStep
 from lightning_hpo.estimators.base import Problem, in_place
@@ -63,17 +64,17 @@ def _gradients(
     total = [torch.zeros_like(theta[i]) for i in active]
     with in_place(own, [theta[i] for i in active]):
         for moment, weight in moments:
-            with torch.enable_grad():
-                loss = problem.objective.at(moment, own)(own, problem.objective.leaves())
+            with torch.enable_grad(), problem.objective.at(moment, own) as at:
+                loss = at(own, problem.objective.leaves())
                 if loss is None:
                     continue
-                parts = torch.autograd.grad(loss, own, allow_unused=True)
+                parts = gradient(loss, own)
             for part, whole in zip(parts, total, strict=True):
                 if part is not None:
                     whole.add_(part, alpha=weight)
     average_(total)
     result: list[Tensor | None] = [None] * len(theta)
-    for i, gradient in zip(active, total, strict=True):
-        result[i] = gradient
+    for i, whole in zip(active, total, strict=True):
+        result[i] = whole
     problem.add_penalty_gradients_(result, theta)
     return result

@@ -132,15 +132,17 @@ class Problem:
 
         own = [parameters[i] for i in active]
         leaves = self.objective.leaves()
-        at = self.objective.at(moment, own)
+        with (
+            in_place(own, None if theta is None else [theta[i] for i in active]),
+            self.objective.at(moment, own) as at,
+        ):
 
-        def loss(th: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
-            every = list(leaves)
-            for i, value in zip(in_loss, lam, strict=True):
-                every[i] = value
-            return at(th, every)
+            def loss(th: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
+                every = list(leaves)
+                for i, value in zip(in_loss, lam, strict=True):
+                    every[i] = value
+                return at(th, every)
 
-        with in_place(own, None if theta is None else [theta[i] for i in active]):
             theta_products, lam_products = self._product(
                 loss, own, [leaves[i] for i in in_loss], u, e, theta_part, lambda_part
             )
