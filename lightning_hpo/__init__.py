@@ -17,8 +17,6 @@ from lightning_hpo.hyperparameters import (
     Simplex,
     Unconstrained,
     UnitInterval,
-    fixed_values,
-    freeze,
     named_hyperparameters,
 )
 
@@ -35,6 +33,9 @@ from lightning_hpo.regularizers import (
     LossWeightMixin,
     TunableDropout,
 )
+
+# After the run
+from lightning_hpo.values import fixed_values, freeze
 
 __version__ = "0.1.0"
 

@@ -25,6 +25,7 @@ from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.monitoring import HistoryRecord, log_record, make_record
 from lightning_hpo.objectives import TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import PenaltyMixin
+from lightning_hpo.values import fixed_options, remember_options
 
 
 class OnlineHPOCallback(pl.Callback):
@@ -187,9 +188,11 @@ class OnlineHPOCallback(pl.Callback):
         self._hyperparameters = {
             name: h for name, h in named_hyperparameters(pl_module).items() if not h.frozen
         }
+        tuned_options = self._tuned_options(pl_module)
         findings = compatibility.check_trainer(
-            trainer, pl_module, [*self._hyperparameters, *self._option_names], self.derivatives
+            trainer, pl_module, [*self._hyperparameters, *tuned_options], self.derivatives
         )
+        findings += compatibility.check_example_weights(pl_module, trainer.train_dataloader)
         source = find_t2_source(trainer, pl_module, self._dataloader, self._dataloader_idx)
         if source is None:
             findings.append(
@@ -201,13 +204,14 @@ class OnlineHPOCallback(pl.Callback):
 
         (optimizer,) = trainer.optimizers
         options = None
-        if self._option_names:
+        if tuned_options:
             options = OptimizerOptions(
-                optimizer, self._option_names, scheduled=bool(trainer.lr_scheduler_configs)
+                optimizer, tuned_options, scheduled=bool(trainer.lr_scheduler_configs)
             )
             for h in options.hyperparameters.values():
                 h.to(pl_module.device)
             self._hyperparameters |= options.hyperparameters
+            remember_options(pl_module, options.hyperparameters)
         self._options = options
         clip = trainer.gradient_clip_val
         self._problem = Problem(
@@ -244,6 +248,12 @@ class OnlineHPOCallback(pl.Callback):
             optimizer.register_step_pre_hook(self._before_optimizer_step),
             optimizer.register_step_post_hook(self._after_optimizer_step),
         ]
+
+    def _tuned_options(self, module: pl.LightningModule) -> dict[str, Hyperparameter | None]:
+        """Returns the optimizer's options to tune, without those that are frozen."""
+        names = self._option_names
+        given = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
+        return {name: h for name, h in given.items() if name not in fixed_options(module)}
 
     def _first_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
@@ -504,7 +514,10 @@ class OnlineHPOCallback(pl.Callback):
             "estimator": self.estimator.state_dict(),
             "options": {}
             if self._options is None
-            else {name: h.raw.clone() for name, h in self._options.hyperparameters.items()},
+            else {
+                name: {"raw": h.raw.clone(), "value": h().tolist()}
+                for name, h in self._options.hyperparameters.items()
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -528,4 +541,4 @@ class OnlineHPOCallback(pl.Callback):
         self._stream.skip_to(state["consumed"])
         if self._options is not None:
             for name, h in self._options.hyperparameters.items():
-                h.raw.copy_(state["options"][name])
+                h.raw.copy_(state["options"][name]["raw"])

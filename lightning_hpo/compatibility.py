@@ -9,13 +9,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_hpo.derivatives import BACKENDS
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep
 from lightning_hpo.hyperparameters import Hyperparameter
-from lightning_hpo.regularizers import Penalty, PenaltyMixin
+from lightning_hpo.regularizers import IndexedDataset, Penalty, PenaltyMixin
 
 DERIVATIVES = ("auto", *BACKENDS)
 
@@ -179,3 +180,30 @@ def refuse(findings: Iterable[str]) -> None:
 def gradient_penalties(module: pl.LightningModule) -> list[Penalty]:
     """Collects the penalties that act in the gradient."""
     return module.gradient_penalties if isinstance(module, PenaltyMixin) else []
+
+
+def check_example_weights(module: pl.LightningModule, loaders: Any) -> list[str]:
+    """Lists training sets that have more examples than there are example weights.
+
+    Only an :class:`~lightning_hpo.regularizers.IndexedDataset` can be checked: what other datasets
+    yield as an index is not known before their batches come.
+
+    Args:
+        module: The LightningModule.
+        loaders: The training dataloaders, in any structure.
+    """
+    name = vars(module).get("_hpo_example_weights")
+    if name is None:
+        return []
+    count = module.get_submodule(name).raw.numel()  # type: ignore[operator]
+    findings = []
+    for loader in CombinedLoader(loaders, "sequential").flattened:
+        dataset = getattr(loader, "dataset", None)
+        while dataset is not None and not isinstance(dataset, IndexedDataset):
+            dataset = getattr(dataset, "dataset", None)  # torch.utils.data.Subset and the like
+        if dataset is not None and len(dataset) > count:
+            findings.append(
+                f"There are {count} example weights, but the training set has {len(dataset)} "
+                f"examples; use register_example_weights({len(dataset)})"
+            )
+    return findings

@@ -81,7 +81,8 @@ def with_differences(
                 for d, c in zip(directions or (), changes, strict=bool(directions)):
                     row += (d.reshape(m, -1).to(c.dtype) @ c.flatten()).to(row.dtype)
             if e is not None:
-                row += _curvature(loss, theta, lam, e, stepped, k, i).to(row)
+                with torch.no_grad():
+                    row += _curvature(loss, theta, lam, e, stepped, k, i).to(row)
     return theta_result, lam_result
 
 

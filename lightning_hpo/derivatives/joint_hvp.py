@@ -68,7 +68,8 @@ def joint_hvp(
         difference_steps: For each entry of ``lam``, None, or half the width of the central
             difference by which the loss is differentiated with respect to it (random masks have no
             other derivative). Such entries mix freely with the others; each element that a
-            direction moves, or whose λ part is wanted, costs two gradients.
+            direction moves, or whose λ part is wanted, costs two gradients. The C part between two
+            of them, wanted only where ``e`` and the λ part meet, costs four losses per pair.
 
     Returns:
         The θ part and the λ part, each a list with the shapes of ``u`` and ``e``; a part that is

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class OptimizerOptions:
 
     Args:
         optimizer: The user's optimizer.
-        names: Names of options, or a mapping from names to the :class:`Hyperparameter` to use.
+        options: The :class:`Hyperparameter` to use for each option; None stands for a default.
         scheduled: Whether a scheduler changes the learning rate.
 
     Raises:
@@ -48,17 +48,16 @@ class OptimizerOptions:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        names: Iterable[str] | Mapping[str, Hyperparameter],
+        options: Mapping[str, Hyperparameter | None],
         scheduled: bool,
     ) -> None:
         self._optimizer = optimizer
         self._dynamics = GenericDynamics(optimizer)
         self._saved: list[dict[str, Any]] = []
-        given = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
         groups = optimizer.param_groups
         self._is_scale = scheduled or len({float(group["lr"]) for group in groups}) > 1
         self._by_option: dict[str, Hyperparameter] = {}
-        for option, hyperparameter in given.items():
+        for option, hyperparameter in options.items():
             value = groups[0].get(option)
             values = list(value) if isinstance(value, (tuple, list)) else [value]
             if not _is_number(value):
@@ -68,13 +67,14 @@ class OptimizerOptions:
                     if _is_number(v) and n not in ("params", "initial_lr")
                 ]
                 raise ValueError(
-                    f"OnlineHPOCallback: optimizer_hyperparameters names {option!r}, but "
+                    f"The option {option!r} of the optimizer is to be tuned or fixed, but "
                     f"{type(optimizer).__name__} has no such number; it has {known}"
                 )
             if option != "lr" and any(group[option] != value for group in groups):
                 raise ValueError(
-                    f"OnlineHPOCallback: the parameter groups differ in {option!r} "
-                    f"({[group[option] for group in groups]}), so one value cannot be tuned for all"
+                    f"The parameter groups of the optimizer differ in {option!r} "
+                    f"({[group[option] for group in groups]}), so that it cannot be tuned or fixed "
+                    "for all"
                 )
             self._by_option[option] = hyperparameter or self._default(option, values)
 

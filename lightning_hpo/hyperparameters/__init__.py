@@ -11,7 +11,6 @@ from lightning_hpo.hyperparameters.constraints import (
     UnitInterval,
 )
 from lightning_hpo.hyperparameters.hyperparameter import Hyperparameter, named_hyperparameters
-from lightning_hpo.hyperparameters.values import fixed_values, freeze
 
 __all__ = [
     "Box",
@@ -23,7 +22,5 @@ __all__ = [
     "Simplex",
     "Unconstrained",
     "UnitInterval",
-    "fixed_values",
-    "freeze",
     "named_hyperparameters",
 ]

@@ -45,9 +45,15 @@ class ExampleWeightMixin(pl.LightningModule):
 
         Raises:
             ValueError: If ``count`` is not positive, ``init`` has another shape or lies outside the
-                constraint, or ``name`` is taken.
+                constraint, ``name`` is taken, or there are example weights already.
         """
         check_free_name("register_example_weights", self, name)
+        known = vars(self).get("_hpo_example_weights")
+        if known is not None:
+            raise ValueError(
+                f"register_example_weights: {type(self).__name__} has example weights already, "
+                f"self.{known}; for another vector assign a Hyperparameter of your own"
+            )
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(
                 f"register_example_weights: count={count!r}, expected the number of training "

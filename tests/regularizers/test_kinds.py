@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
-from cases import STEPS, VALID, Mlp, fit, frozen, observe
+from cases import BATCH, STEPS, TRAIN, VALID, Mlp, fit, frozen, observe
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_hpo import (
     T1T2,
@@ -232,9 +234,9 @@ def test_tuned_options_survive_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["dampning"], r"names 'dampning', but SGD has no such number; it has \['lr', 'momentum'"),
-        (["nesterov"], r"names 'nesterov', but SGD has no such number"),
-        (["betas"], r"names 'betas', but SGD has no such number"),
+        (["dampning"], r"'dampning' .* but SGD has no such number; it has \['lr', 'momentum'"),
+        (["nesterov"], r"'nesterov' .* but SGD has no such number"),
+        (["betas"], r"'betas' .* but SGD has no such number"),
     ],
 )
 def test_an_option_that_the_optimizer_does_not_have_is_refused(options, message):
@@ -297,6 +299,10 @@ class Bare(GaussianNoiseMixin, ExampleWeightMixin, LossWeightMixin, Mlp):
         (lambda m: m.register_noise(0.1, name="net"), r"name='net' is taken"),
         (lambda m: m.register_loss_weights({}), r"expected a weight for each name"),
         (lambda m: m.register_example_weights(0), r"count=0"),
+        (
+            lambda m: [m.register_example_weights(3, name=n) for n in ("a", "b")],
+            r"has example weights already, self\.a",
+        ),
         (lambda m: m.register_example_weights(3, torch.ones(4)), r"shape \(4,\), expected \(3,\)"),
     ],
 )
@@ -324,6 +330,28 @@ def test_bad_batches_are_refused():
         model.weighted_loss(losses.sum())
     with pytest.raises(ValueError, match=r"'auxx' is not registered|'aux' is missing"):
         model.weighted_loss(losses.sum(), auxx=losses.sum())
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(30))], ids=["all", "part"])
+def test_too_few_example_weights_are_refused_before_the_first_step(wrap):
+    class Weighed(ExampleWeightMixin, Mlp):
+        def __init__(self, count):
+            super().__init__()
+            self.register_example_weights(count, 0.5)
+
+        def training_step(self, batch, batch_idx):
+            x, y, index = batch
+            return self.weighted_mean(F.cross_entropy(self.net(x), y, reduction="none"), index)
+
+    def train(count):
+        loader = DataLoader(wrap(IndexedDataset(TensorDataset(*TRAIN))), batch_size=BATCH)
+        model = Weighed(count)
+        fit(model, OnlineHPOCallback(T1T2()), train=loader)
+        return model
+
+    train(40)
+    with pytest.raises(MisconfigurationException, match=r"39 example weights.* has 40 examples"):
+        train(39)
 
 
 def test_small_integers_are_positions_and_no_mask():

@@ -1,0 +1,148 @@
+"""After the run: read the values found, and train again with them fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch.core.optimizer import _configure_optimizers
+from torch import Tensor, nn
+
+from lightning_hpo.dynamics import OptimizerOptions
+from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# What is tuned in the optimizer does not belong to the module: it is kept aside in its attributes.
+_TUNED = "_hpo_optimizer_options"
+_FIXED = "_hpo_fixed_options"
+
+
+def fixed_values(module: nn.Module) -> dict[str, float | list[Any]]:
+    """Reads the constrained value of every hyperparameter of a module.
+
+    Args:
+        module: The module that was trained.
+
+    Returns:
+        A plain dict from names to floats, or nested lists for tensors; it can be written as JSON.
+        Options of the optimizer that a callback has tuned with this module are among them, as
+        ``optimizer.<option>``; under a learning-rate schedule ``optimizer.lr`` is the scale on it.
+    """
+    tuned = named_hyperparameters(module) | vars(module).get(_TUNED, {})
+    fixed: dict[str, Any] = vars(module).get(_FIXED, {})
+    return {name: h().tolist() for name, h in tuned.items()} | fixed
+
+
+def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
+    """Sets hyperparameters to given values and takes them out of the tuning.
+
+    This is the papers' retraining with the values found (Luketina et al. 2016, §3.1). A callback
+    leaves frozen hyperparameters alone; those that ``values`` does not name stay tunable. Options
+    of the optimizer are put in force at each of its steps, with or without a callback; its
+    parameter groups, and what a scheduler or a monitor reads there, stay as they are.
+
+    Args:
+        module: A fresh module.
+        values: What :func:`fixed_values` returned, or the path of a Lightning checkpoint.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: If a name is unknown, or a value lies outside its constraint or has another
+            shape. Nothing is changed then. An option that the optimizer does not have is refused
+            when the optimizer is made.
+    """
+    known = named_hyperparameters(module)
+    if isinstance(values, (str, Path)):
+        raws, options = _from_checkpoint(values, known)
+    else:
+        options = {n: v for n, v in values.items() if n.startswith("optimizer.") and n not in known}
+        raws = {n: _raw(n, known, v) for n, v in values.items() if n not in options}
+    for name, raw in raws.items():
+        if raw.shape != known[name].raw.shape:
+            raise ValueError(
+                f"freeze: {name!r} has shape {tuple(raw.shape)}, expected "
+                f"{tuple(known[name].raw.shape)}"
+            )
+    for name, value in options.items():
+        if not _is_finite(value):
+            raise ValueError(f"freeze: {name!r} is {value!r}, expected a number, or a list of them")
+    for name, raw in raws.items():
+        known[name].raw.copy_(known[name].constraint.project(raw.to(known[name].raw)))
+        known[name].frozen = True
+    if options:
+        if _FIXED not in vars(module):
+            make = module.configure_optimizers
+            vars(module)["configure_optimizers"] = partial(_with_fixed_options, module, make)
+        vars(module)[_FIXED] = {**vars(module).get(_FIXED, {}), **options}
+    return module
+
+
+def fixed_options(module: nn.Module) -> set[str]:
+    """Names the options of the optimizer that :func:`freeze` has fixed, such as ``lr``."""
+    return {name.removeprefix("optimizer.") for name in vars(module).get(_FIXED, {})}
+
+
+def remember_options(module: nn.Module, options: Mapping[str, Hyperparameter]) -> None:
+    """Keeps the options that a callback tunes where :func:`fixed_values` finds them."""
+    vars(module)[_TUNED] = dict(options)
+
+
+def _with_fixed_options(module: nn.Module, configure_optimizers: Any) -> Any:
+    """Runs ``configure_optimizers`` and arranges for the fixed options at each step."""
+    configured = configure_optimizers()
+    optimizers, schedulers, _ = _configure_optimizers(configured)
+    if len(optimizers) != 1:
+        raise ValueError(
+            f"freeze: configure_optimizers returned {len(optimizers)} optimizers, expected one "
+            f"whose {sorted(fixed_options(module))} can be fixed"
+        )
+    fixed = {
+        name.removeprefix("optimizer."): Hyperparameter(torch.as_tensor(v, dtype=torch.float64))
+        for name, v in vars(module)[_FIXED].items()
+    }
+    options = OptimizerOptions(optimizers[0], fixed, bool(schedulers))
+    optimizers[0].register_step_pre_hook(lambda *_: options.set_())
+    optimizers[0].register_step_post_hook(lambda *_: options.restore_())
+    return configured
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return bool(torch.isfinite(torch.as_tensor(value, dtype=torch.float64)).all())
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _raw(name: str, known: Mapping[str, Hyperparameter], value: Any) -> Tensor:
+    if name not in known:
+        raise ValueError(f"freeze: no hyperparameter {name!r}; there are {sorted(known)}")
+    h = known[name]
+    try:
+        return h.constraint.inverse(torch.as_tensor(value, dtype=h.raw.dtype))
+    except ValueError as error:
+        raise ValueError(f"freeze: the value of {name!r} is refused: {error}") from None
+
+
+def _from_checkpoint(
+    path: str | Path, known: Mapping[str, Hyperparameter]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Looks up the known names, and the options that a callback has tuned.
+
+    A shared rate stands in the checkpoint under several names.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state = checkpoint["state_dict"]
+    missing = [name for name in known if f"{name}.raw" not in state]
+    if missing:
+        raise ValueError(f"freeze: the checkpoint {str(path)!r} has no hyperparameters {missing}")
+    options: dict[str, Any] = {}
+    for callback in checkpoint.get("callbacks", {}).values():
+        if isinstance(callback, Mapping):
+            options |= {n: o["value"] for n, o in callback.get("options", {}).items()}
+    return {name: state[f"{name}.raw"] for name in known}, options
