@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
@@ -17,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hpo import compatibility
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.derivatives import gradient
-from lightning_hpo.distributed import average_
+from lightning_hpo.distributed import average_, gather, together
 from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics
 from lightning_hpo.estimators import ClipR, Estimator, Problem
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
@@ -25,6 +24,7 @@ from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.monitoring import HistoryRecord, log_record, make_record
 from lightning_hpo.objectives import TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import PenaltyMixin
+from lightning_hpo.rng import RandomState
 from lightning_hpo.values import fixed_options, remember_options
 
 
@@ -59,6 +59,9 @@ class OnlineHPOCallback(pl.Callback):
         monitor: The name under which ``validation_step`` logs its loss, where it returns none.
         dataloader_idx: Which of several validation dataloaders to draw from.
         seed: Seed of the order in which held-out batches are drawn.
+        strict: Whether a checkpoint of other hyperparameters, or of another estimator, is refused.
+            With False the training goes on with what fits: the λ-optimizer's state where the
+            hyperparameters are the same, the estimator's where that is the same too.
         optimizer_hyperparameters: Options of the model's optimizer to tune as well, such as
             ``["lr", "momentum"]``, or a mapping from options to the :class:`Hyperparameter` to use;
             see :class:`~lightning_hpo.dynamics.OptimizerOptions`.
@@ -89,6 +92,7 @@ class OnlineHPOCallback(pl.Callback):
         dataloader_idx: int = 0,
         seed: int = 0,
         optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter] = (),
+        strict: bool = True,
     ) -> None:
         estimator = ClipR() if estimator is None else estimator
         if not isinstance(estimator, Estimator):
@@ -111,11 +115,9 @@ class OnlineHPOCallback(pl.Callback):
                 f"OnlineHPOCallback: validation_loss={validation_loss!r}, expected a function of "
                 "the module and a batch; the name of a logged value goes to monitor="
             )
-        if not isinstance(scale_lr_with_model, bool):
-            raise TypeError(
-                f"OnlineHPOCallback: scale_lr_with_model={scale_lr_with_model!r}, expected True or "
-                "False"
-            )
+        for name, flag in (("scale_lr_with_model", scale_lr_with_model), ("strict", strict)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"OnlineHPOCallback: {name}={flag!r}, expected True or False")
         if derivatives not in compatibility.DERIVATIVES:
             raise ValueError(
                 f"OnlineHPOCallback: derivatives={derivatives!r}, expected one of "
@@ -152,9 +154,11 @@ class OnlineHPOCallback(pl.Callback):
         self._dataloader_idx = dataloader_idx
         self._seed = seed
         self._option_names = optimizer_hyperparameters
+        self._strict = strict
         self._steps = 0
         self._handles: list[RemovableHandle] = []
         self._restored: dict[str, Any] | None = None
+        self._rng: RandomState | None = None
         self._final: dict[str, Any] = {}
         self._fitting = True
         self._ready = False
@@ -181,10 +185,21 @@ class OnlineHPOCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Notes whether a state that may be loaded next belongs to a training."""
         self._fitting = stage == "fit"
-        self._restored = None
+        self._restored = self._rng = None
+        if self._fitting:
+            self._final = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Goes on with the random numbers of the training that was saved."""
+        if self._restored is not None:
+            self._restore_rng(trainer, self._restored.get("rng"))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the hyperparameters, checks that all can work, and starts the estimator."""
+        with together():
+            self._set_up(trainer, pl_module)
+
+    def _set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._hyperparameters = {
             name: h for name, h in named_hyperparameters(pl_module).items() if not h.frozen
         }
@@ -259,6 +274,24 @@ class OnlineHPOCallback(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Makes the checks that need data, then starts the estimator."""
+        theta = self._problem.theta
+        with together():
+            gradients = self._try_losses(trainer, module, batch, batch_idx)
+        if gradients is None:
+            return  # a skipped batch shows nothing; look again at the next
+        if trainer.accumulate_grad_batches == 1:
+            self._expected = gradients[: len(theta)]
+            average_([g for g in self._expected if g is not None])
+        self.estimator.setup(self._problem)
+        if self._restored is not None:
+            self._restore(self._restored)
+            self._restored = None
+        self._ready = True
+
+    def _try_losses(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> list[Tensor | None] | None:
+        """Takes the gradient of both losses once; returns that of the training loss."""
         problem = self._problem
         theta = problem.theta
         batch_t2 = to_device(trainer, self._stream.peek(), self._dataloader_idx)
@@ -269,7 +302,7 @@ class OnlineHPOCallback(pl.Callback):
         with objective.at(objective.moment(batch, batch_idx), theta) as at:
             loss = at(theta, leaves)
             if loss is None:
-                return  # a skipped batch shows nothing; look again at the next
+                return None
             gradients = gradient(loss, [*theta, *leaves])
         problem.in_loss = {
             name
@@ -286,14 +319,7 @@ class OnlineHPOCallback(pl.Callback):
                 theta,
             )
         )
-        if trainer.accumulate_grad_batches == 1:
-            self._expected = gradients[: len(theta)]
-            average_([g for g in self._expected if g is not None])
-        self.estimator.setup(problem)
-        if self._restored is not None:
-            self._restore(self._restored)
-            self._restored = None
-        self._ready = True
+        return gradients
 
     # ---------------------------------------------------------------------------------- every step
 
@@ -306,6 +332,9 @@ class OnlineHPOCallback(pl.Callback):
         of all callbacks: any of them may draw random numbers or set what the loss depends on.
         """
         self._stepped = False
+        if self._rng is not None:
+            self._rng.restore(trainer.strategy.root_device)
+            self._rng = None
         hook = pl_module.on_train_batch_start
         shadowed = vars(pl_module).get("on_train_batch_start")
 
@@ -504,14 +533,16 @@ class OnlineHPOCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Returns counters, history, λ-optimizer and estimator, for a checkpoint."""
         if not self._ready:
-            return self._final
+            # Before the first step of a training that was resumed, nothing has moved yet.
+            return self._final if self._restored is None else self._restored
         return {
             "steps": self._steps,
             "consumed": self._stream.consumed,
             "skipped": self.skipped,
             "history": [asdict(record) for record in self.history],
+            "hyperparameters": {n: list(h.raw.shape) for n, h in self._hyperparameters.items()},
             "optimizer": self._hyper_optimizer.state_dict(),
-            "estimator": self.estimator.state_dict(),
+            "estimator": {"kind": self.estimator.kind, "state": self.estimator.state_dict()},
             "options": {}
             if self._options is None
             else {
@@ -525,20 +556,48 @@ class OnlineHPOCallback(pl.Callback):
         if self._fitting:
             self._restored = dict(state_dict) or None
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds the random state of every process, without which dropout could not go on."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state and "rng" not in state:  # it is there before the first step of a resumed training
+            rng = RandomState.capture(trainer.strategy.root_device)
+            in_epoch = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            checkpoint["callbacks"][self.state_key] = {
+                **state,
+                "rng": {"in_epoch": in_epoch, "ranks": gather(rng.state_dict())},
+            }
+
+    def _restore_rng(self, trainer: pl.Trainer, saved: dict[str, Any] | None) -> None:
+        """Sets the random state of this process, now or before the first batch.
+
+        At the start of an epoch, the loader draws its order from it; within one, it must not.
+        """
+        if saved is None or len(saved["ranks"]) != trainer.world_size:
+            return
+        rng = RandomState.from_state_dict(saved["ranks"][trainer.global_rank])
+        if saved["in_epoch"]:
+            self._rng = rng
+        else:
+            rng.restore(trainer.strategy.root_device)
+
     def _restore(self, state: dict[str, Any]) -> None:
-        names = set(self._hyperparameters)
-        saved = set(state["history"][-1]["values"]) if state["history"] else names
-        if saved != names:
-            raise MisconfigurationException(
-                f"OnlineHPOCallback: the checkpoint tunes {sorted(saved)}, this module "
-                f"{sorted(names)}; resume with the module that was saved"
-            )
+        differences = compatibility.compare_checkpoint(
+            state, self._hyperparameters, self.estimator.kind
+        )
+        if self._strict:
+            compatibility.refuse(differences.values())
         self._steps = state["steps"]
         self.skipped = state["skipped"]
         self.history = [HistoryRecord(**record) for record in state["history"]]
-        self._hyper_optimizer.load_state_dict(state["optimizer"])
-        self.estimator.load_state_dict(state["estimator"])
         self._stream.skip_to(state["consumed"])
+        if "hyperparameters" not in differences:
+            self._hyper_optimizer.load_state_dict(state["optimizer"])
+        if not differences:
+            self.estimator.load_state_dict(state["estimator"]["state"])
         if self._options is not None:
             for name, h in self._options.hyperparameters.items():
-                h.raw.copy_(state["options"][name]["raw"])
+                raw = state["options"].get(name, {"raw": h.raw})["raw"]
+                if raw.shape == h.raw.shape:
+                    h.raw.copy_(raw)

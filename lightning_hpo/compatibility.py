@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -162,6 +162,45 @@ def check_dependence(
             )
         findings.append(f"The hyperparameter {name!r} has no effect on the training: {reason}")
     return findings
+
+
+def compare_checkpoint(
+    state: Mapping[str, Any], hyperparameters: Mapping[str, Hyperparameter], estimator: str
+) -> dict[str, str]:
+    """Lists in what a checkpoint differs from the training that resumes from it.
+
+    Args:
+        state: The state of the callback that was saved.
+        hyperparameters: Those that are tuned now.
+        estimator: The present kind of estimator.
+
+    Returns:
+        One sentence for each of ``"hyperparameters"`` and ``"estimator"`` that differs.
+    """
+    remedy = (
+        "Resume with what was saved, or pass strict=False to OnlineHPOCallback to go on with what "
+        "fits"
+    )
+    here = {name: list(h.raw.shape) for name, h in hyperparameters.items()}
+    differences = {}
+    if state["hyperparameters"] != here:
+        differences["hyperparameters"] = (
+            f"The checkpoint tunes {_shapes(state['hyperparameters'])}, this training "
+            f"{_shapes(here)}. {remedy}"
+        )
+    if state["estimator"]["kind"] != estimator:
+        differences["estimator"] = (
+            f"The checkpoint was written by the estimator {state['estimator']['kind']}, this "
+            f"training uses {estimator}. {remedy}"
+        )
+    return differences
+
+
+def _shapes(hyperparameters: Mapping[str, list[int]]) -> str:
+    return ", ".join(
+        f"{name!r}" + (f" of shape {tuple(shape)}" if shape else "")
+        for name, shape in hyperparameters.items()
+    )
 
 
 def refuse(findings: Iterable[str]) -> None:

@@ -78,10 +78,10 @@ class T2Stream:
         """Continues after ``consumed`` batches, for a resumed training."""
         self._peeked.clear()
         self._iterator = None
-        self.consumed = consumed
         if self._batches is None:
-            for _ in range(consumed):
+            for self.consumed in range(consumed):  # each is drawn with a seed of its own
                 self._fetch()
+        self.consumed = consumed
 
     def _fetch(self) -> Any:
         with forked_rng(_CPU):

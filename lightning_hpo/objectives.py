@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import RunningStage
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hpo.derivatives import Loss
 from lightning_hpo.hyperparameters import Hyperparameter
@@ -87,6 +89,30 @@ class TrainingObjective:
             state=capture_state(self._module) if keep else None,
         )
 
+    def pack(self, moment: Moment) -> dict[str, Any] | None:
+        """Returns a moment as tensors, numbers and containers, which a checkpoint may hold.
+
+        None for a batch that has other things in it. Of the modules' attributes only those of these
+        kinds are kept.
+        """
+        names = {id(m): name for name, m in self._module.named_modules()}
+        state = {
+            names[key]: [buffers, {n: v for n, v in attributes.items() if is_plain(v)}]
+            for key, (buffers, attributes) in (moment.state or {}).items()
+        }
+        packed = {**vars(moment), "rng": moment.rng.state_dict(), "state": state}
+        return packed if is_plain(packed) else None
+
+    def unpack(self, packed: dict[str, Any]) -> Moment:
+        """Reads what :meth:`pack` returned, onto the device of the training."""
+        modules = dict(self._module.named_modules())
+        placed = move_data_to_device(
+            {"batch": packed["batch"], "state": packed["state"]}, self._shield.device
+        )
+        state = {id(modules[n]): (b, a) for n, (b, a) in placed["state"].items() if n in modules}
+        rng = RandomState.from_state_dict(packed["rng"])
+        return Moment(**{**packed, "batch": placed["batch"], "rng": rng, "state": state})
+
     def buffers(self) -> list[Tensor]:
         """Returns the module's buffers, raw λ excepted."""
         raws = {id(m.raw) for m in self._module.modules() if isinstance(m, Hyperparameter)}
@@ -140,6 +166,15 @@ def _counted_as(trainer: pl.Trainer, global_step: int, epoch: int) -> Iterator[N
         yield
     finally:
         total.completed, epochs.completed = before
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value consists of what a checkpoint may hold when it is loaded safely."""
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    if type(value) in (dict, OrderedDict):
+        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
+    return type(value) in (Tensor, nn.Parameter, int, float, complex, bool, str, bytes, type(None))
 
 
 def copy_batch(batch: Any) -> Any:

@@ -32,6 +32,18 @@ class RandomState:
             python=random.getstate(),
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as tensors, numbers and lists, which a checkpoint may hold."""
+        kind, keys, *rest = self.numpy
+        plain = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+        return {**vars(self), "numpy": plain}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> RandomState:
+        """Reads what :meth:`state_dict` returned."""
+        kind, keys, *rest = state["numpy"]
+        return cls(**{**state, "numpy": (kind, keys.numpy().astype(np.uint32), *rest)})
+
     def restore(self, device: torch.device) -> None:
         """Sets the generators to this state."""
         torch.set_rng_state(self.cpu)

@@ -113,8 +113,11 @@ class Tangents:
         return self._problem.from_stack(torch.stack(products).sum(0))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the tangents and the open accumulation window."""
-        return {"tangents": self.state, "is_zero": self._is_zero, "gradient": self._gradient}
+        """Returns the tangents.
+
+        An accumulation window that is open is left out: its gradient is not saved either.
+        """
+        return {"tangents": self.state, "is_zero": self._is_zero}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the tangents onto the devices of the parameters."""
@@ -125,4 +128,3 @@ class Tangents:
 
         self.state = {name: place(tensors) for name, tensors in state["tangents"].items()}
         self._is_zero = bool(state["is_zero"])
-        self._gradient = None if state["gradient"] is None else place(state["gradient"])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
+from lightning_hpo.distributed import world_size
 from lightning_hpo.dynamics import THETA, OptimizerStep
 from lightning_hpo.estimators._recompute import rebuild, thinned
 from lightning_hpo.estimators.base import Problem
-from lightning_hpo.objectives import Moment
+from lightning_hpo.objectives import Moment, is_plain
 
 # Windows up to this length keep every step.
 KEPT_STEPS = 256
@@ -104,6 +107,30 @@ class Window:
         )
         for record, step in zip(later, steps, strict=True):
             record.step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the steps of the window, where they can be saved, and their number.
+
+        They cannot where a batch is no container of tensors and numbers, or where each of several
+        processes has batches of its own: a checkpoint holds those of one process.
+        """
+        records = [] if world_size() > 1 else [self._pack(record) for record in self._records]
+        return {"records": None if None in records else records, "length": len(self._records)}
+
+    def _pack(self, record: _Record) -> dict[str, Any] | None:
+        moments = [(self._problem.objective.pack(moment), w) for moment, w in record.moments]
+        step = vars(record.step)
+        if not is_plain(step) or any(moment is None for moment, _ in moments):
+            return None
+        return {"moments": moments, "step": step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Restores the steps of a window; returns whether all of them are there."""
+        for record in state["records"] or ():
+            moments = [(self._problem.objective.unpack(m), w) for m, w in record["moments"]]
+            step = move_data_to_device(record["step"], self._problem.theta[0].device)
+            self._records.append(_Record(moments, OptimizerStep(**step)))
+        return len(self._records) == int(state["length"])
 
     def one_step(self, g_v: list[Tensor]) -> list[Tensor] | None:
         """Returns −Bᵀ g_V of the last step alone: no optimizer, no clipping, no step size."""

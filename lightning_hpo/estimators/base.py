@@ -362,6 +362,11 @@ class Estimator(ABC):
         """
 
     @property
+    def kind(self) -> str:
+        """What a checkpoint is compared by: its state fits only an estimator of the same kind."""
+        return type(self).__name__
+
+    @property
     def replay(self) -> Literal["never", "now", "later"]:
         """When ``training_step`` is replayed: never, in :meth:`before_batch`, or after the step.
 

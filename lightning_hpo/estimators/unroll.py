@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -22,24 +23,34 @@ class Snapshot:
 
     Args:
         problem: The problem.
+        saved: What :meth:`state_dict` of an earlier snapshot returned. Default: the present.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, saved: dict[str, Any] | None = None) -> None:
         self._problem = problem
         optimizer = problem.dynamics.optimizer
-        self._theta = [p.detach().clone() for p in problem.theta]
-        self._state = [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in problem.theta]
-        self._buffers = [(b, b.detach().clone()) for b in problem.objective.buffers()]
+        self._values = saved or {
+            "theta": [p.detach().clone() for p in problem.theta],
+            "state": [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in problem.theta],
+            "buffers": [b.detach().clone() for b in problem.objective.buffers()],
+        }
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts everything back; the λ themselves stay."""
-        optimizer = self._problem.dynamics.optimizer
-        for p, value, state in zip(self._problem.theta, self._theta, self._state, strict=True):
+        theta, values = self._problem.theta, self._values
+        for p, value, state in zip(theta, values["theta"], values["state"], strict=True):
             p.copy_(value)
-            optimizer.state[p] = state
-        for buffer, value in self._buffers:
+            self._problem.dynamics.optimizer.state[p] = {
+                name: v.to(p.device) if isinstance(v, Tensor) and v.dim() else v
+                for name, v in state.items()
+            }
+        for buffer, value in zip(self._problem.objective.buffers(), values["buffers"], strict=True):
             buffer.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the copies."""
+        return self._values
 
 
 class UnrollK(Estimator):
@@ -92,6 +103,11 @@ class UnrollK(Estimator):
         )
 
     @property
+    def kind(self) -> str:
+        """The mode is a part of it: forward and reverse windows keep different things."""
+        return f"UnrollK({'forward' if isinstance(self._mechanism, Tangents) else 'reverse'})"
+
+    @property
     def replay(self) -> Literal["now", "later"]:
         """Now in forward mode, later in reverse mode."""
         return "now" if isinstance(self._mechanism, Tangents) else "later"
@@ -118,8 +134,7 @@ class UnrollK(Estimator):
     def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
         """Returns the derivative over the window, with respect to raw λ.
 
-        None at the end of a window that was resumed from a checkpoint in reverse mode: checkpoints
-        hold no batches, so its first steps cannot be replayed.
+        None at the end of a reverse window whose first steps a checkpoint could not hold.
         """
         result = self._mechanism.hypergradient(g_v)
         if self._is_cut:
@@ -141,14 +156,19 @@ class UnrollK(Estimator):
         return self._norms if isinstance(self._mechanism, Tangents) else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the tangents of an open window in forward mode, its length in reverse mode."""
-        if isinstance(self._mechanism, Tangents):
-            return self._mechanism.state_dict()
-        return {"open_steps": len(self._mechanism)}
+        """Returns the open window: its tangents, or its steps with their batches."""
+        start = None if self._start is None else self._start.state_dict()
+        return {"window": self._mechanism.state_dict(), "start": start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the tangents of an open window, or notes that its steps are lost."""
-        if isinstance(self._mechanism, Tangents):
-            self._mechanism.load_state_dict(state)
-        else:
-            self._is_cut = state["open_steps"] > 0
+        """Restores the open window, or notes that its steps are lost."""
+        if state["start"] is not None:
+            self._start = Snapshot(self.problem, state["start"])
+        self._is_cut = self._mechanism.load_state_dict(state["window"]) is False
+        if self._is_cut:
+            warnings.warn(
+                "UnrollK: the checkpoint could not hold the first steps of the window that was "
+                "open (batches that are no containers of tensors, or several processes); there is "
+                "no λ update at its end",
+                stacklevel=2,
+            )
