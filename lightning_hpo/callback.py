@@ -85,7 +85,7 @@ class OnlineHPOCallback(pl.Callback):
         every_n_steps: int | None = None,
         warmup_steps: int = 0,
         dataloader: Iterable[Any] | None = None,
-        derivatives: str = "auto",
+        derivatives: compatibility.Derivatives = "auto",
         scale_lr_with_model: bool = False,
         validation_loss: Callable[[pl.LightningModule, Any], Tensor] | None = None,
         monitor: str = "val_loss",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -13,12 +13,13 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_hpo.derivatives import BACKENDS
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.regularizers import IndexedDataset, Penalty, PenaltyMixin
 
-DERIVATIVES = ("auto", *BACKENDS)
+# Spelled out, so that type checkers and LightningCLI know the names of the backends.
+Derivatives = Literal["auto", "reverse", "forward", "finite_difference"]
+DERIVATIVES = get_args(Derivatives)
 
 # Optimizers whose step is no differentiable function of one gradient.
 _REFUSED_OPTIMIZERS = {

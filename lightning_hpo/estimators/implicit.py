@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from lightning_hpo.dynamics import OptimizerStep
 from lightning_hpo.estimators.base import Estimator, Problem
 from lightning_hpo.objectives import Moment
 
-SOLVERS = ("cg", "neumann")
+Solver = Literal["cg", "neumann"]
+SOLVERS = get_args(Solver)
 
 
 class SolverOutcome(str, Enum):
@@ -63,7 +64,7 @@ class Implicit(Estimator):
 
     def __init__(
         self,
-        solver: str = "cg",
+        solver: Solver = "cg",
         iterations: int = 20,
         damping: float = 0.0,
         tolerance: float = 1e-6,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from lightning_hpo.estimators._reverse import Window
 from lightning_hpo.estimators.base import Estimator, Problem
 from lightning_hpo.objectives import Moment
 
-MODES = ("auto", "forward", "reverse")
+Mode = Literal["auto", "forward", "reverse"]
+MODES = get_args(Mode)
 
 
 class Snapshot:
@@ -77,7 +78,7 @@ class UnrollK(Estimator):
         ValueError: If ``k < 1`` or ``mode`` is unknown.
     """
 
-    def __init__(self, k: int, mode: str = "auto", restart: bool = False) -> None:
+    def __init__(self, k: int, mode: Mode = "auto", restart: bool = False) -> None:
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"UnrollK: k={k!r} is a {type(k).__name__}, expected an integer")
         if k < 1:
