@@ -1,7 +1,7 @@
 """LightningCLI: a YAML file sets the callback, its estimator and its λ-optimizer.
 
 A network learns scikit-learn's digits. The module and the data know nothing of the callback:
-``config.yaml`` adds it, and every argument can be set there or on the command line.
+``config.yaml`` adds it; its arguments are set there or on the command line.
 
     python examples/cli/main.py fit --config examples/cli/config.yaml
 
