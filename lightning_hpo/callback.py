@@ -17,7 +17,7 @@ from lightning_hpo import compatibility
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.derivatives import gradient
 from lightning_hpo.distributed import average_, gather, together
-from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics
+from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics, widened
 from lightning_hpo.estimators import ClipR, Estimator, Problem
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
@@ -375,7 +375,9 @@ class OnlineHPOCallback(pl.Callback):
         if not self._observing or self._problem.clipping is None:
             return
         theta = self._problem.theta
-        self._unclipped = [None if p.grad is None else p.grad.detach().clone() for p in theta]
+        self._unclipped = [
+            None if p.grad is None else widened(p.grad.detach().clone()) for p in theta
+        ]
         # The module adds its penalties after this hook.
         self._problem.add_penalty_gradients_(self._unclipped)
 
@@ -487,7 +489,8 @@ class OnlineHPOCallback(pl.Callback):
         with self._validation.loss(batch, self._stream.consumed) as loss:
             gradients = gradient(loss, theta)
         return [
-            torch.zeros_like(p) if g is None else g for p, g in zip(theta, gradients, strict=True)
+            widened(torch.zeros_like(p) if g is None else g)
+            for p, g in zip(theta, gradients, strict=True)
         ]
 
     def _skip(self) -> None:

@@ -23,6 +23,9 @@ from lightning_hpo.regularizers.penalty import PenaltyMixin
 from lightning_hpo.rng import RandomState
 from lightning_hpo.shield import ModuleState, Shield, capture_state
 
+_EPS_BF16 = torch.finfo(torch.bfloat16).eps
+_EPS_FP16 = torch.finfo(torch.float16).eps
+
 # --------------------------------------------------------------------------------------------------
 # The training loss
 # --------------------------------------------------------------------------------------------------
@@ -71,6 +74,12 @@ class TrainingObjective:
         self._module = module
         self._hyperparameters = list(hyperparameters)
         self._shield = Shield(trainer, module)
+
+    @property
+    def rounding(self) -> float | None:
+        """The relative rounding error of the loss under autocast; None without autocast."""
+        precision = self._trainer.precision_plugin.precision
+        return {"bf16-mixed": _EPS_BF16, "16-mixed": _EPS_FP16}.get(str(precision))
 
     def moment(self, batch: Any, batch_idx: int, *, keep: bool = False) -> Moment:
         """Records the present as the start of a ``training_step``.

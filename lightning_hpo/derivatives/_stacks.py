@@ -9,5 +9,10 @@ from torch import Tensor
 
 
 def stacked_zeros(like: Sequence[Tensor], m: int) -> list[Tensor]:
-    """Returns zeros of shape ``(m, *t.shape)`` for every tensor t."""
-    return [torch.zeros((m, *t.shape), dtype=t.dtype, device=t.device) for t in like]
+    """Returns zeros of shape ``(m, *t.shape)`` for every tensor t, in float32 or better."""
+    return [
+        torch.zeros(
+            (m, *t.shape), dtype=torch.promote_types(t.dtype, torch.float32), device=t.device
+        )
+        for t in like
+    ]

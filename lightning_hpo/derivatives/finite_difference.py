@@ -24,6 +24,7 @@ def joint_hvp(
     e: Sequence[Tensor] | None,
     theta_part: bool,
     lambda_part: bool,
+    rounding: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Differences gradients at ±δ; see :func:`lightning_hpo.derivatives.joint_hvp`.
 
@@ -47,7 +48,7 @@ def joint_hvp(
                 for product in products:
                     product[j].fill_(math.nan)
                 continue
-            delta = _step(block, norm)
+            delta = _step(block, norm, rounding)
             for sign in (1.0, -1.0):
                 gradients = _displaced_gradient(
                     loss, theta, lam, targets, block, direction, sign * delta
@@ -59,9 +60,9 @@ def joint_hvp(
     return products[:split], products[split:]
 
 
-def _step(block: Sequence[Tensor], norm: float) -> float:
+def _step(block: Sequence[Tensor], norm: float, rounding: float | None) -> float:
     """Chooses δ = ε^⅓ (1 + ‖x‖) / ‖d‖, which balances truncation against rounding."""
-    epsilon: float = torch.finfo(block[0].dtype).eps
+    epsilon: float = max(torch.finfo(block[0].dtype).eps, rounding or 0.0)
     return math.pow(epsilon, 1 / 3) * (1.0 + _norm(block)) / norm
 
 

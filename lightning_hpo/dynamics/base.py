@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hpo.derivatives import stacked_zeros
+
 State = dict[str, list[Tensor]]
 """m tangents or adjoints of s = (θ, the optimizer's state tensors).
 
@@ -23,6 +25,8 @@ THETA = "theta"
 @dataclass
 class OptimizerStep:
     """One step of the optimizer, seen after the gradient is final and before θ moves.
+
+    Its tensors are in float32 or better, whatever the precision of the training.
 
     Attributes:
         options: The options of each parameter group in force at this step (learning rate, betas …).
@@ -107,9 +111,12 @@ class Dynamics(ABC):
             groups.append(list(range(start, start + len(group["params"]))))
             start += len(group["params"])
         theta = self.theta
-        gradients = [None if p.grad is None else p.grad.detach() for p in theta]
-        state = [dict(self.optimizer.state.get(p, {})) for p in theta]
-        step = OptimizerStep(options, groups, [p.detach() for p in theta], gradients, state)
+        gradients = [None if p.grad is None else widened(p.grad.detach()) for p in theta]
+        state = [
+            {name: widened(v) for name, v in self.optimizer.state.get(p, {}).items()} for p in theta
+        ]
+        values = [widened(p.detach()) for p in theta]
+        step = OptimizerStep(options, groups, values, gradients, state)
         if keep:
             step.theta = [p.clone() for p in step.theta]
             if not self.nonlinear:
@@ -124,8 +131,8 @@ class Dynamics(ABC):
         return step
 
     def zeros(self, m: int) -> State:
-        """Returns m zero tangents or adjoints."""
-        return {THETA: [p.detach().new_zeros((m, *p.shape)) for p in self.theta]}
+        """Returns m zero tangents or adjoints, in float32 or better."""
+        return {THETA: stacked_zeros(self.theta, m)}
 
     @abstractmethod
     def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:
@@ -149,6 +156,16 @@ class Dynamics(ABC):
             ḡ = (∂Φ/∂g)ᵀ s̄', one tensor ``(m, *p.shape)`` per parameter; zeros where the step had
             no gradient.
         """
+
+
+def widened(value: Any) -> Any:
+    """Returns a tensor of half precision in float32, and anything else itself.
+
+    Derivatives are not kept in half precision, in which small ones would be lost.
+    """
+    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value
 
 
 def pick(tensors: list[Tensor], index: list[int]) -> list[Tensor]:

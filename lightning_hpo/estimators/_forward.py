@@ -28,6 +28,7 @@ class Tangents:
         self._problem = problem
         self._unit = problem.unit_directions()
         self._gradient: list[Tensor] | None = None
+        self._frozen: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -69,8 +70,14 @@ class Tangents:
         self.discard()
 
     def _follow(self) -> None:
-        """Adds zero tangents for parameters that the optimizer has been given meanwhile."""
+        """Gives zero tangents to parameters that have joined the training, or left it."""
         theta = self._problem.theta
+        for i, p in enumerate(theta):
+            if not p.requires_grad and i not in self._frozen:
+                for tensors in self.state.values():
+                    if i < len(tensors):
+                        tensors[i].zero_()
+        self._frozen = {i for i, p in enumerate(theta) if not p.requires_grad}
         if len(theta) > len(self.state[THETA]):
             fresh = self._problem.dynamics.zeros(self._problem.count)
             for name, tensors in self.state.items():

@@ -151,7 +151,7 @@ class Window:
                 moment,
                 g_bar,
                 None,
-                theta=record.step.theta,
+                step=record.step,
                 theta_part=bool(theta_result),
             )
             if theta_part:

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_hpo.derivatives import is_missing_derivative, joint_hvp
+from lightning_hpo.derivatives import is_missing_derivative, joint_hvp, stacked_zeros
 from lightning_hpo.distributed import average_
 from lightning_hpo.dynamics import (
     Dynamics,
@@ -87,14 +87,12 @@ class Problem:
         ]
 
     def zeros(self, m: int, *, theta_part: bool = True, lambda_part: bool = True) -> Products:
-        """Returns m zero products; an unwanted part is empty."""
-        theta = [p.detach().new_zeros((m, *p.shape)) for p in self.theta] if theta_part else []
-        lam = (
-            [h.raw.new_zeros((m, *h.raw.shape)) for h in self.hyperparameters.values()]
-            if lambda_part
-            else []
+        """Returns m zero products, in float32 or better; an unwanted part is empty."""
+        raws = [h.raw for h in self.hyperparameters.values()]
+        return (
+            stacked_zeros(self.theta, m) if theta_part else [],
+            stacked_zeros(raws, m) if lambda_part else [],
         )
-        return theta, lam
 
     def network_hvp(
         self,
@@ -102,7 +100,7 @@ class Problem:
         u: list[Tensor] | None,
         e: list[Tensor] | None,
         *,
-        theta: list[Tensor] | None = None,
+        step: OptimizerStep | None = None,
         theta_part: bool = True,
         lambda_part: bool = True,
     ) -> Products:
@@ -112,7 +110,8 @@ class Problem:
             moment: The micro-batch.
             u: Directions in θ, ``(m, *p.shape)`` each, or None for zeros.
             e: Directions in raw λ, or None for zeros.
-            theta: Values of θ to differentiate at; not copied. Default: those in place.
+            step: The step whose values of θ to differentiate at, over the parameters that took part
+                in it. Default: the values in place, over those that require grad.
             theta_part: Whether H u + B e is wanted.
             lambda_part: Whether Bᵀ u + C e is wanted.
 
@@ -123,7 +122,10 @@ class Problem:
         in_loss = [i for i, name in enumerate(self.hyperparameters) if name in self.in_loss]
         m = (u or e or [])[0].shape[0]
         theta_result, lam_result = self.zeros(m, theta_part=theta_part, lambda_part=lambda_part)
-        active = [i for i, p in enumerate(parameters) if p.requires_grad]
+        if step is None:
+            active = [i for i, p in enumerate(parameters) if p.requires_grad]
+        else:
+            active = [i for i, g in enumerate(step.gradients) if g is not None]
         e = [e[i] for i in in_loss] if e is not None and in_loss else None
         u = [u[i] for i in active] if u is not None else None
         lambda_part = lambda_part and bool(in_loss)
@@ -133,7 +135,7 @@ class Problem:
         own = [parameters[i] for i in active]
         leaves = self.objective.leaves()
         with (
-            in_place(own, None if theta is None else [theta[i] for i in active]),
+            in_place(own, None if step is None else [step.theta[i] for i in active]),
             self.objective.at(moment, own) as at,
         ):
 
@@ -147,9 +149,9 @@ class Problem:
                 loss, own, [leaves[i] for i in in_loss], u, e, theta_part, lambda_part
             )
         for i, product in zip(active, theta_products, strict=bool(theta_products)):
-            theta_result[i] = product.detach()
+            theta_result[i] = product.detach().to(theta_result[i].dtype)
         for i, product in zip(in_loss, lam_products, strict=bool(lam_products)):
-            lam_result[i] = product.detach()
+            lam_result[i] = product.detach().to(lam_result[i].dtype)
         average_([*theta_result, *lam_result])
         return theta_result, lam_result
 
@@ -178,6 +180,7 @@ class Problem:
                 difference_steps=[
                     h.difference_step for n, h in self.hyperparameters.items() if n in self.in_loss
                 ],
+                rounding=self.objective.rounding,
             )
         except RuntimeError as error:
             if not is_missing_derivative(error):
@@ -300,15 +303,19 @@ def in_place(parameters: list[Tensor], values: list[Tensor] | None) -> Iterator[
 
     The parameters themselves stay in the module, so that whatever refers to them (hooks, lists,
     recurrent layers) sees the values. The storages are exchanged: nothing is copied or rounded.
+    Meanwhile all of them require grad, also those that have been frozen since.
     """
-    before = [p.data for p in parameters]
+    before = [(p.data, p.requires_grad) for p in parameters]
     try:
-        for p, value in zip(parameters, before if values is None else values, strict=True):
-            p.data = value.data
+        if values is not None:
+            for p, value in zip(parameters, values, strict=True):
+                p.data = value.to(p.dtype)
+                p.requires_grad_()
         yield
     finally:
-        for p, data in zip(parameters, before, strict=True):
+        for p, (data, requires_grad) in zip(parameters, before, strict=True):
             p.data = data
+            p.requires_grad_(requires_grad)
 
 
 class Estimator(ABC):
