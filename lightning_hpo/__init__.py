@@ -32,6 +32,7 @@ from lightning_hpo.regularizers import (
     LabelSmoothing,
     LossWeightMixin,
     TunableDropout,
+    keep_probability,
 )
 
 # After the run
@@ -67,5 +68,6 @@ __all__ = [
     "UnrollK",
     "fixed_values",
     "freeze",
+    "keep_probability",
     "named_hyperparameters",
 ]

@@ -94,6 +94,7 @@ class OnlineHPOCallback(pl.Callback):
         optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter] = (),
         strict: bool = True,
     ) -> None:
+        compatibility.check_option_names(optimizer_hyperparameters)
         estimator = ClipR() if estimator is None else estimator
         if not isinstance(estimator, Estimator):
             raise TypeError(
@@ -219,6 +220,7 @@ class OnlineHPOCallback(pl.Callback):
 
         (optimizer,) = trainer.optimizers
         options = None
+        remember_options(pl_module, {})
         if tuned_options:
             options = OptimizerOptions(
                 optimizer, tuned_options, scheduled=bool(trainer.lr_scheduler_configs)
@@ -268,7 +270,8 @@ class OnlineHPOCallback(pl.Callback):
         """Returns the optimizer's options to tune, without those that are frozen."""
         names = self._option_names
         given = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
-        return {name: h for name, h in given.items() if name not in fixed_options(module)}
+        fixed = fixed_options(module)
+        return {name: h for name, h in given.items() if f"optimizer.{name}" not in fixed}
 
     def _first_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
@@ -466,12 +469,13 @@ class OnlineHPOCallback(pl.Callback):
         average_(g_v)
         with torch.no_grad():
             hypergradients = self.estimator.hypergradient(g_v)
-            if hypergradients is None:
-                return
-            scale = self._lr if self.scale_lr_with_model else 1.0
-            if not self._hyper_optimizer.step(hypergradients, scale):
-                self._skip()
+            if hypergradients is not None:
+                scale = self._lr if self.scale_lr_with_model else 1.0
+                if not self._hyper_optimizer.step(hypergradients, scale):
+                    self._skip()
             self.estimator.after_update()
+        if hypergradients is None:
+            return
         record = make_record(
             self._steps,
             self._hyperparameters,
@@ -546,11 +550,10 @@ class OnlineHPOCallback(pl.Callback):
             "hyperparameters": {n: list(h.raw.shape) for n, h in self._hyperparameters.items()},
             "optimizer": self._hyper_optimizer.state_dict(),
             "estimator": {"kind": self.estimator.kind, "state": self.estimator.state_dict()},
-            "options": {}
-            if self._options is None
-            else {
-                name: {"raw": h.raw.clone(), "value": h().tolist()}
-                for name, h in self._options.hyperparameters.items()
+            "options": {n: {"value": v} for n, v in fixed_options(self._module).items()}
+            | {
+                name: {"value": h().tolist(), "raw": h.raw.clone()}
+                for name, h in (self._options.hyperparameters if self._options else {}).items()
             },
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep
 from lightning_hpo.hyperparameters import Hyperparameter
@@ -225,8 +226,9 @@ def gradient_penalties(module: pl.LightningModule) -> list[Penalty]:
 def check_example_weights(module: pl.LightningModule, loaders: Any) -> list[str]:
     """Lists training sets that have more examples than there are example weights.
 
-    Only an :class:`~lightning_hpo.regularizers.IndexedDataset` can be checked: what other datasets
-    yield as an index is not known before their batches come.
+    Only an :class:`~lightning_hpo.regularizers.IndexedDataset`, whole, in part or in a
+    concatenation, can be checked: what other datasets yield as an index is not known before their
+    batches come.
 
     Args:
         module: The LightningModule.
@@ -238,12 +240,46 @@ def check_example_weights(module: pl.LightningModule, loaders: Any) -> list[str]
     count = module.get_submodule(name).raw.numel()  # type: ignore[operator]
     findings = []
     for loader in CombinedLoader(loaders, "sequential").flattened:
-        dataset = getattr(loader, "dataset", None)
-        while dataset is not None and not isinstance(dataset, IndexedDataset):
-            dataset = getattr(dataset, "dataset", None)  # torch.utils.data.Subset and the like
-        if dataset is not None and len(dataset) > count:
+        parts = list(_indices(getattr(loader, "dataset", None)))
+        if len(parts) > 1:
             findings.append(
-                f"There are {count} example weights, but the training set has {len(dataset)} "
-                f"examples; use register_example_weights({len(dataset)})"
+                "The training set concatenates several IndexedDatasets, whose examples would share "
+                "weights; wrap the whole: IndexedDataset(ConcatDataset([...]))"
+            )
+        elif parts and max(parts[0], default=0) >= count:
+            findings.append(
+                f"There are {count} example weights, but the training set has the index "
+                f"{max(parts[0])}; use register_example_weights({max(parts[0]) + 1})"
             )
     return findings
+
+
+def _indices(dataset: Any) -> Iterator[Sequence[int]]:
+    """Yields the indices that a dataset can give out, for each IndexedDataset in it."""
+    if isinstance(dataset, IndexedDataset):
+        yield range(len(dataset))
+    elif isinstance(dataset, Subset):
+        for inner in _indices(dataset.dataset):
+            yield [inner[i] for i in dataset.indices if i < len(inner)]
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _indices(part)
+
+
+def check_option_names(names: Any) -> None:
+    """Checks the argument ``optimizer_hyperparameters`` of the callback.
+
+    Raises:
+        TypeError: If it is neither a collection of names nor a mapping to hyperparameters.
+    """
+    if isinstance(names, str):
+        raise TypeError(
+            f"OnlineHPOCallback: optimizer_hyperparameters={names!r}, expected a list of names: "
+            f"[{names!r}]"
+        )
+    for name, h in names.items() if isinstance(names, Mapping) else ():
+        if h is not None and not isinstance(h, Hyperparameter):
+            raise TypeError(
+                f"OnlineHPOCallback: optimizer_hyperparameters[{name!r}] is a {type(h).__name__}, "
+                "expected a Hyperparameter; for its default pass a list of names"
+            )

@@ -74,6 +74,7 @@ class TrainingObjective:
         self._module = module
         self._hyperparameters = list(hyperparameters)
         self._shield = Shield(trainer, module)
+        self._previous: Moment | None = None
 
     @property
     def rounding(self) -> float | None:
@@ -87,16 +88,24 @@ class TrainingObjective:
         Args:
             batch: The batch, on the device.
             batch_idx: Its index in the epoch.
-            keep: Whether the replay happens later; costs a copy of the batch and the buffers.
+            keep: Whether the replay happens later; costs a copy of the batch, the random state, the
+                buffers and the modules' own attributes, large ones only where they have changed.
         """
-        return Moment(
-            batch=copy_batch(batch) if keep else batch,
+        moment = Moment(
+            batch=batch,
             batch_idx=batch_idx,
             rng=RandomState.capture(self._shield.device),
             global_step=self._trainer.global_step,
             epoch=self._trainer.current_epoch,
-            state=capture_state(self._module) if keep else None,
         )
+        if keep:
+            moment.batch = copy_batch(batch)
+            previous = self._previous
+            moment.state = capture_state(self._module, previous.state if previous else None)
+            if previous is not None:
+                moment.rng.share_with(previous.rng)
+            self._previous = moment
+        return moment
 
     def pack(self, moment: Moment) -> dict[str, Any] | None:
         """Returns a moment as tensors, numbers and containers, which a checkpoint may hold.

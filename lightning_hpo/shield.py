@@ -25,6 +25,9 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 # larger one is rather data than a counter; a replay that writes to it is refused.
 _COPIED_ELEMENTS = 1_000_000
 
+# Above this many elements, copies of a tensor that has not changed are shared between moments.
+_SHARED_ELEMENTS = 10_000
+
 
 class Shield:
     """Makes a call of ``training_step`` or ``validation_step`` invisible.
@@ -125,17 +128,50 @@ ModuleState = dict[int, tuple[dict[str, "Tensor | None"], dict[str, Any]]]
 """Copies of the buffers and of the plain attributes, by the ``id`` of the module that owns them."""
 
 
-def capture_state(module: nn.Module) -> ModuleState:
-    """Copies the buffers and attributes of a module tree, for a replay at a later moment."""
+def capture_state(module: nn.Module, previous: ModuleState | None = None) -> ModuleState:
+    """Copies the buffers and attributes of a module tree, for a replay at a later moment.
+
+    Args:
+        module: The module.
+        previous: What was captured at the moment before. Large tensors that have not changed since
+            are shared with it, so that a long window holds them once.
+    """
     copied: dict[int, Any] = {}
-    return {
-        id(m): (
-            {name: None if b is None else b.detach().clone() for name, b in m._buffers.items()},
-            {name: _copied(value, copied) for name, value in vars(m).items() if _is_own(name)},
+    state: ModuleState = {}
+
+    def copy_own(value: Any) -> Any:
+        return _copied(value, copied)
+
+    for m in module.modules():
+        if isinstance(m, (Metric, torch.jit.ScriptModule)):
+            continue
+        buffers, attributes = (previous or {}).get(id(m), ({}, {}))
+        own = {name: value for name, value in vars(m).items() if _is_own(name)}
+        state[id(m)] = (
+            {
+                name: None if b is None else _shared(b.detach(), buffers.get(name), torch.clone)
+                for name, b in m._buffers.items()
+            },
+            {name: _shared(value, attributes.get(name), copy_own) for name, value in own.items()},
         )
-        for m in module.modules()
-        if not isinstance(m, (Metric, torch.jit.ScriptModule))
-    }
+    return state
+
+
+def _shared(value: Any, earlier: Any, copy: Callable[[Any], Any]) -> Any:
+    """Returns the earlier copy of a large tensor that still holds the same numbers, or a new one.
+
+    Versions would not tell: BatchNorm and ``.data`` write without counting.
+    """
+    if (
+        isinstance(value, Tensor)
+        and isinstance(earlier, Tensor)
+        and value.numel() > _SHARED_ELEMENTS
+        and (value.shape, value.dtype, value.device)
+        == (earlier.shape, earlier.dtype, earlier.device)
+        and torch.equal(value, earlier)
+    ):
+        return earlier
+    return copy(value)
 
 
 def _is_own(name: str) -> bool:

@@ -29,12 +29,12 @@ def fixed_values(module: nn.Module) -> dict[str, float | list[Any]]:
 
     Returns:
         A plain dict from names to floats, or nested lists for tensors; it can be written as JSON.
-        Options of the optimizer that a callback has tuned with this module are among them, as
-        ``optimizer.<option>``; under a learning-rate schedule ``optimizer.lr`` is the scale on it.
+        Options of the optimizer that the last callback has tuned with this module are among them,
+        as ``optimizer.<option>``; under a learning-rate schedule ``optimizer.lr`` is the scale on
+        it.
     """
     tuned = named_hyperparameters(module) | vars(module).get(_TUNED, {})
-    fixed: dict[str, Any] = vars(module).get(_FIXED, {})
-    return {name: h().tolist() for name, h in tuned.items()} | fixed
+    return {name: h().tolist() for name, h in tuned.items()} | fixed_options(module)
 
 
 def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
@@ -47,15 +47,16 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
 
     Args:
         module: A fresh module.
-        values: What :func:`fixed_values` returned, or the path of a Lightning checkpoint.
+        values: What :func:`fixed_values` returned, or the path of a Lightning checkpoint. Options
+            of the optimizer are found there with the state of the callback.
 
     Returns:
         The same module.
 
     Raises:
         ValueError: If a name is unknown, or a value lies outside its constraint or has another
-            shape. Nothing is changed then. An option that the optimizer does not have is refused
-            when the optimizer is made.
+            shape. Nothing is changed then. Options that the optimizer does not have, and values
+            that it cannot take, are refused when the optimizer is made.
     """
     known = named_hyperparameters(module)
     if isinstance(values, (str, Path)):
@@ -79,13 +80,13 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
         if _FIXED not in vars(module):
             make = module.configure_optimizers
             vars(module)["configure_optimizers"] = partial(_with_fixed_options, module, make)
-        vars(module)[_FIXED] = {**vars(module).get(_FIXED, {}), **options}
+        vars(module)[_FIXED] = fixed_options(module) | options
     return module
 
 
-def fixed_options(module: nn.Module) -> set[str]:
-    """Names the options of the optimizer that :func:`freeze` has fixed, such as ``lr``."""
-    return {name.removeprefix("optimizer.") for name in vars(module).get(_FIXED, {})}
+def fixed_options(module: nn.Module) -> dict[str, Any]:
+    """Returns the options of the optimizer that :func:`freeze` has fixed, as ``optimizer.lr``."""
+    return dict(vars(module).get(_FIXED, {}))
 
 
 def remember_options(module: nn.Module, options: Mapping[str, Hyperparameter]) -> None:
@@ -102,10 +103,17 @@ def _with_fixed_options(module: nn.Module, configure_optimizers: Any) -> Any:
             f"freeze: configure_optimizers returned {len(optimizers)} optimizers, expected one "
             f"whose {sorted(fixed_options(module))} can be fixed"
         )
-    fixed = {
-        name.removeprefix("optimizer."): Hyperparameter(torch.as_tensor(v, dtype=torch.float64))
-        for name, v in vars(module)[_FIXED].items()
+    values = {
+        name.removeprefix("optimizer."): torch.as_tensor(v, dtype=torch.float64)
+        for name, v in fixed_options(module).items()
     }
+    defaults = OptimizerOptions(optimizers[0], dict.fromkeys(values), bool(schedulers))
+    for value, (name, h) in zip(values.values(), defaults.hyperparameters.items(), strict=True):
+        try:
+            h.constraint.inverse(value)
+        except ValueError as error:
+            raise ValueError(f"freeze: the value of {name!r} is refused: {error}") from None
+    fixed = {name: Hyperparameter(value) for name, value in values.items()}
     options = OptimizerOptions(optimizers[0], fixed, bool(schedulers))
     optimizers[0].register_step_pre_hook(lambda *_: options.set_())
     optimizers[0].register_step_post_hook(lambda *_: options.restore_())
@@ -143,6 +151,11 @@ def _from_checkpoint(
         raise ValueError(f"freeze: the checkpoint {str(path)!r} has no hyperparameters {missing}")
     options: dict[str, Any] = {}
     for callback in checkpoint.get("callbacks", {}).values():
-        if isinstance(callback, Mapping):
-            options |= {n: o["value"] for n, o in callback.get("options", {}).items()}
+        saved = callback.get("options") if isinstance(callback, Mapping) else None
+        if isinstance(saved, Mapping):  # other callbacks may have something of that name
+            options |= {
+                name: option["value"]
+                for name, option in saved.items()
+                if str(name).startswith("optimizer.") and isinstance(option, Mapping)
+            }
     return {name: state[f"{name}.raw"] for name in known}, options

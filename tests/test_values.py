@@ -3,6 +3,7 @@
 import copy
 import json
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from cases import Mlp, fit, make_trainer, train_loader, valid_loader, weights
@@ -175,6 +176,42 @@ def test_bad_options_are_refused(value):
     with pytest.raises(ValueError, match=r"'optimizer\.lr' is .*expected a number"):
         freeze(model, {"optimizer.lr": value, "l2.net.0": 0.3})
     assert not any(h.frozen for h in named_hyperparameters(model).values())
+
+
+def test_a_retraining_passes_the_values_on(tmp_path):
+    """Values that are fixed stand in its checkpoint too, and other callbacks do not confuse it."""
+
+    class Other(pl.Callback):
+        def state_dict(self):
+            return {"options": {"patience": 3}}
+
+    model = freeze(Mlp("momentum"), {"optimizer.lr": 0.05})
+    callback = OnlineHPOCallback(T1T2(), optimizer_hyperparameters=["lr", "momentum"])
+    fit(model, [callback, Other()]).save_checkpoint(tmp_path / "last.ckpt")
+    again = freeze(Mlp("momentum"), tmp_path / "last.ckpt")
+    assert fixed_values(again) == pytest.approx(fixed_values(model), rel=1e-12)
+    assert fixed_values(again)["optimizer.lr"] == 0.05
+
+
+def test_values_are_those_of_the_last_tuning():
+    model = Mlp("momentum")
+    fit(model, OnlineHPOCallback(T1T2(), optimizer_hyperparameters=["lr"]))
+    assert "optimizer.lr" in fixed_values(model)
+    fit(model, OnlineHPOCallback(T1T2()))
+    assert set(fixed_values(model)) == {"l2.net.0", "l2.net.2"}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "values", "message"),
+    [
+        ("sgd", {"optimizer.lr": -0.1}, r"'optimizer\.lr' is refused.*-0\.1"),
+        ("adam", {"optimizer.betas": 0.9}, r"'betas' of Adam has 2 number\(s\), .* has 1"),
+        ("sgd", {"optimizer.lr": [0.9, 0.8]}, r"'lr' of SGD has 1 number\(s\), .* has 2"),
+    ],
+)
+def test_values_that_the_optimizer_cannot_take_are_refused(optimizer, values, message):
+    with pytest.raises(ValueError, match=message):
+        fit(freeze(Mlp(optimizer), values))
 
 
 def test_an_option_that_the_optimizer_does_not_have_is_refused():

@@ -76,7 +76,13 @@ class OptimizerOptions:
                     f"({[group[option] for group in groups]}), so that it cannot be tuned or fixed "
                     "for all"
                 )
-            self._by_option[option] = hyperparameter or self._default(option, values)
+            h = hyperparameter or self._default(option, values)
+            if h.raw.numel() != len(values):
+                raise ValueError(
+                    f"The option {option!r} of {type(optimizer).__name__} has {len(values)} "
+                    f"number(s), the value to be tuned or fixed has {h.raw.numel()}"
+                )
+            self._by_option[option] = h
 
     @property
     def hyperparameters(self) -> dict[str, Hyperparameter]:

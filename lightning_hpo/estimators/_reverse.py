@@ -36,7 +36,8 @@ class Window:
     gradient and state besides. The cost does not depend on the number of λ.
 
     A window of more than ``KEPT_STEPS`` steps keeps every √K-th step only, and makes those in
-    between again from there: about 2 √K |θ|, for one more gradient per step.
+    between again from there: about 2 √K |θ|, for one more gradient per step. Every step keeps its
+    batch, its random state and the buffers that changed.
 
     Args:
         problem: The problem.

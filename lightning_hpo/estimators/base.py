@@ -395,7 +395,7 @@ class Estimator(ABC):
             vars(self).pop(name, None)
 
     def after_update(self) -> None:  # noqa: B027
-        """Follows the λ update."""
+        """Follows the λ update, or the end of an incomplete window."""
 
     def tangent_norms(self) -> list[Tensor] | None:
         """Returns ‖dθ/dλ‖ per scalar λ, shaped like raw λ; None for a reverse-mode estimator."""

@@ -40,7 +40,8 @@ class Snapshot:
     def restore(self) -> None:
         """Puts everything back; the λ themselves stay."""
         theta, values = self._problem.theta, self._values
-        for p, value, state in zip(theta, values["theta"], values["state"], strict=True):
+        # Parameters that have joined the training within the window stay.
+        for p, value, state in zip(theta, values["theta"], values["state"], strict=False):
             p.copy_(value)
             self._problem.dynamics.optimizer.state[p] = {
                 name: v.to(p.device) if isinstance(v, Tensor) and v.dim() else v

@@ -1,6 +1,11 @@
 """Regularizers with tunable strengths: one file each, with its layer and its mixin."""
 
-from lightning_hpo.regularizers.dropout import DropoutMixin, StackedRNN, TunableDropout
+from lightning_hpo.regularizers.dropout import (
+    DropoutMixin,
+    StackedRNN,
+    TunableDropout,
+    keep_probability,
+)
 from lightning_hpo.regularizers.example_weight import ExampleWeightMixin, IndexedDataset
 from lightning_hpo.regularizers.l1 import L1Mixin, L1Penalty
 from lightning_hpo.regularizers.l2 import L2Mixin, L2Penalty
@@ -25,4 +30,5 @@ __all__ = [
     "PenaltyMixin",
     "StackedRNN",
     "TunableDropout",
+    "keep_probability",
 ]

@@ -16,7 +16,7 @@ from lightning_hpo.regularizers._placement import attach, check_free_name, find_
 # have about 1/ε times that variance.
 _DIFFERENCE_STEP = 0.05
 
-# The number of trailing dimensions that one mask entry covers.
+# Their number of spatial dimensions.
 _KINDS: dict[type[nn.Module], int] = {
     nn.Dropout: 0,
     nn.Dropout1d: 1,
@@ -47,17 +47,26 @@ class TunableDropout(nn.Module):
     derivative with respect to λ is the central difference over λ with common u.
 
     Args:
-        keep: The keep probability: its initial value, or a :class:`Hyperparameter` to share.
-        spatial: How many trailing dimensions share one mask entry: 0 drops units, 1, 2 and 3 drop
-            channels as ``nn.Dropout1d``, ``2d`` and ``3d`` do.
+        keep: The keep probability: its initial value, or what :func:`keep_probability` returned, to
+            share it between layers.
+        spatial: 0 drops units; 1, 2 and 3 drop channels as ``nn.Dropout1d``, ``2d`` and ``3d`` do,
+            for inputs with and without a batch dimension.
 
     Raises:
-        ValueError: If the keep probability is not between 0 and 1.
+        ValueError: If the keep probability is not between 0 and 1, or is a
+            :class:`Hyperparameter` of another kind.
     """
 
     def __init__(self, keep: float | Hyperparameter, spatial: int = 0) -> None:
         super().__init__()
-        self.keep = keep if isinstance(keep, Hyperparameter) else keep_probability(keep)
+        if not isinstance(keep, Hyperparameter):
+            keep = keep_probability(keep)
+        elif not isinstance(keep.constraint, UnitInterval) or keep.difference_step is None:
+            raise ValueError(
+                f"TunableDropout: keep={keep}, expected a number, or what keep_probability(0.5) "
+                "returns: the derivative with respect to it must be taken by differences"
+            )
+        self.keep = keep
         self.spatial = spatial
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,10 +74,18 @@ class TunableDropout(nn.Module):
         if not self.training:
             return x
         keep: Tensor = self.keep().to(x.dtype)
-        shape = (*x.shape[: x.dim() - self.spatial], *[1] * self.spatial)
-        mask = torch.rand(shape, dtype=x.dtype, device=x.device) < keep.detach()
+        mask = torch.rand(self._mask_shape(x), dtype=x.dtype, device=x.device) < keep.detach()
         scaled: Tensor = x * (mask / keep)
         return scaled
+
+    def _mask_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Returns one entry per unit, or per example and channel."""
+        if self.spatial == 0:
+            return tuple(x.shape)
+        # nn.Dropout2d takes three dimensions for (N, C, L); the others allow for a missing batch.
+        unbatched = self.spatial != 2 and x.dim() == self.spatial + 1
+        leading = 1 if unbatched else 2
+        return (*x.shape[:leading], *[1] * (x.dim() - leading))
 
 
 class DropoutMixin(pl.LightningModule):
@@ -166,10 +183,23 @@ def _rows(
     return hx[0][rows], hx[1][rows]
 
 
+_RNN_ATTRIBUTES = (
+    "mode",
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "bidirectional",
+    "proj_size",
+)
+
+
 class StackedRNN(nn.Module):
     """An ``nn.LSTM`` or ``nn.GRU`` as single layers with tunable dropout in between.
 
-    Called, and returning, as the module that it replaces; PackedSequence included.
+    Called, and returning, as the module that it replaces, PackedSequence included; it has the same
+    attributes (``hidden_size``, ``num_layers`` …).
 
     Args:
         rnn: The module to take apart. Its parameters are copied.
@@ -178,7 +208,8 @@ class StackedRNN(nn.Module):
 
     def __init__(self, rnn: nn.LSTM | nn.GRU, keep: Hyperparameter) -> None:
         super().__init__()
-        self.num_layers = rnn.num_layers
+        for name in _RNN_ATTRIBUTES:
+            setattr(self, name, getattr(rnn, name))
         self.directions = 2 if rnn.bidirectional else 1
         width = (rnn.proj_size or rnn.hidden_size) * self.directions
         own = rnn.state_dict()
@@ -200,7 +231,17 @@ class StackedRNN(nn.Module):
                 parameter.requires_grad_(trained)
             layers.append(layer)
         self.layers = nn.ModuleList(layers)
-        self.dropout = TunableDropout(keep)
+        self.between = TunableDropout(keep)
+
+    @property
+    def dropout(self) -> float:
+        """The drop rate between the layers."""
+        return 1.0 - float(self.between.keep())
+
+    def flatten_parameters(self) -> None:
+        """Lays out the weights of each layer as cuDNN wants them."""
+        for layer in self.layers:
+            layer.flatten_parameters()  # type: ignore[operator]
 
     def forward(
         self,
@@ -212,9 +253,9 @@ class StackedRNN(nn.Module):
         for k, layer in enumerate(self.layers):
             if k > 0:
                 x = (
-                    x._replace(data=self.dropout(x.data))
+                    x._replace(data=self.between(x.data))
                     if isinstance(x, PackedSequence)
-                    else self.dropout(x)
+                    else self.between(x)
                 )
             rows = slice(k * self.directions, (k + 1) * self.directions)
             x, final = layer(x, _rows(hx, rows))

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import lightning.pytorch as pl
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
 from lightning_hpo.regularizers._placement import attach, check_free_name, closest
+
+# torch keeps submodules of these names from being registered.
+_TAKEN = frozenset(dir(nn.Module)) | {"main", "training"}
 
 
 class LossWeightMixin(pl.LightningModule):
@@ -39,10 +42,10 @@ class LossWeightMixin(pl.LightningModule):
                 weight lies outside the constraint.
         """
         check_free_name("register_loss_weights", self, name)
-        if not inits or not all(key.isidentifier() for key in inits):
+        if not inits or not all(key.isidentifier() and key not in _TAKEN for key in inits):
             raise ValueError(
                 f"register_loss_weights: inits={dict(inits)}, expected a weight for each name of "
-                "an auxiliary loss, for example {'context': 1.6}"
+                "an auxiliary loss that is a free attribute name, for example {'context': 1.6}"
             )
         constraint = Interval(0.0) if constraint is None else constraint
         for key, init in inits.items():
@@ -59,7 +62,10 @@ class LossWeightMixin(pl.LightningModule):
         Raises:
             ValueError: If a loss has no registered weight, or a weight no loss.
         """
-        weights = self.get_submodule(vars(self)["_hpo_loss_weights"])._modules
+        name = vars(self).get("_hpo_loss_weights")
+        if name is None:
+            raise ValueError("weighted_loss: call register_loss_weights in __init__ first")
+        weights = self.get_submodule(name)._modules
         for key in auxiliary.keys() ^ weights.keys():
             raise ValueError(
                 f"weighted_loss: {key!r} is "

@@ -2,6 +2,7 @@
 
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from cases import (
@@ -151,3 +152,32 @@ def test_stride_replays_every_nth_step_only():
 def test_a_bad_stride_is_refused(stride):
     with pytest.raises(ValueError, match=r"stride=.*expected a positive integer"):
         ClipR(stride=stride)
+
+
+def test_a_long_window_holds_what_does_not_change_once():
+    """Large buffers and attributes, and random states that nothing has drawn from."""
+
+    class Large(Mlp):
+        def __init__(self):
+            super().__init__(inside_loss=True)
+            self.register_buffer("table", torch.zeros(20_000))
+            self.register_buffer("count", torch.zeros(20_000))
+            self.positions = torch.zeros(20_000)
+
+        def training_step(self, batch, batch_idx):
+            self.count += 1
+            return super().training_step(batch, batch_idx)
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 9:
+                self.moments = [r.moments[0][0] for r in estimator._mechanism._records]
+
+    estimator, look = UnrollK(10, "reverse"), Look()
+    fit(Large(), [OnlineHPOCallback(estimator), look])
+    own = [next(s for s in m.state.values() if "table" in s[0]) for m in look.moments]
+    assert len({id(buffers["table"]) for buffers, _ in own}) == 1
+    assert len({id(attributes["positions"]) for _, attributes in own}) == 1
+    assert [buffers["count"][0].item() for buffers, _ in own] == list(range(9))
+    assert len({id(m.rng.python) for m in look.moments}) == 1
+    assert len({id(m.rng.numpy) for m in look.moments}) == 1

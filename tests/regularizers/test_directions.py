@@ -192,6 +192,39 @@ def test_momentum_moves_inwards():
         assert sign * (callback.history[-1].values["optimizer.momentum"] - start) > 0
 
 
+def test_betas_move_inwards():
+    """As momentum: too little is slow, too much swings."""
+    for start, sign in ((0.02, 1), (0.98, -1)):
+
+        class Moved(Plain):
+            def configure_optimizers(self):
+                return torch.optim.Adam(self.parameters(), lr=0.05, betas=(start, 0.9))  # noqa: B023
+
+        callback = run(
+            Moved(), ClipR(float("inf")), 0.05, steps=40, optimizer_hyperparameters=["betas"]
+        )
+        assert sign * (callback.history[-1].values["optimizer.betas"][0] - start) > 0
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_weight_decay_moves_inwards(kind):
+    """With fewer noisy examples than it takes, no decay overfits, and much of it shrinks all."""
+    for start, sign in ((1e-3, 1), (10.0, -1)):
+
+        class Decayed(Regression):
+            def configure_optimizers(self):
+                return kind(self.parameters(), lr=0.05, weight_decay=start)  # noqa: B023
+
+        callback = run(
+            Decayed(),
+            ClipR(20.0, decay=0.95),
+            0.05,
+            warmup_steps=30,
+            optimizer_hyperparameters=["weight_decay"],
+        )
+        assert sign * (callback.history[-1].values["optimizer.weight_decay"] - start) > 0
+
+
 class Weighted(ExampleWeightMixin, Regression):
     """Every second target is wrong."""
 

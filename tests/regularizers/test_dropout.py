@@ -5,10 +5,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_hpo import Hyperparameter, named_hyperparameters
+from lightning_hpo import (
+    Hyperparameter,
+    Interval,
+    UnitInterval,
+    keep_probability,
+    named_hyperparameters,
+)
 from lightning_hpo.derivatives import joint_hvp
 from lightning_hpo.regularizers import DropoutMixin, StackedRNN, TunableDropout
-from lightning_hpo.regularizers.dropout import _DIFFERENCE_STEP, keep_probability
+from lightning_hpo.regularizers.dropout import _DIFFERENCE_STEP
 
 UNITS = 4
 
@@ -127,6 +133,50 @@ def test_layer_keeps_units_at_the_rate_and_scales_them():
     assert torch.equal(layer.eval()(torch.ones(3)), torch.ones(3))
 
 
+@pytest.mark.filterwarnings("ignore:dropout2d. Received a:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "spatial", "shape"),
+    [
+        (nn.Dropout, 0, (2, 3)),
+        (nn.Dropout1d, 1, (3, 4)),
+        (nn.Dropout1d, 1, (2, 3, 4)),
+        (nn.Dropout2d, 2, (4, 3)),
+        (nn.Dropout2d, 2, (2, 3, 4)),
+        (nn.Dropout2d, 2, (2, 3, 2, 2)),
+        (nn.Dropout3d, 3, (3, 2, 2, 2)),
+        (nn.Dropout3d, 3, (2, 3, 2, 2, 2)),
+    ],
+)
+def test_masks_are_shared_as_in_the_layers_of_torch(kind, spatial, shape):
+    """Which units are dropped together, learned from many draws of torch's own layer."""
+
+    def together(layer):
+        torch.manual_seed(0)
+        draws = torch.stack([layer(torch.ones(shape)).flatten() > 0 for _ in range(60)])
+        return (draws[:, :, None] == draws[:, None, :]).all(dim=0)
+
+    assert torch.equal(together(TunableDropout(0.5, spatial)), together(kind(0.5)))
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        Hyperparameter(0.5, UnitInterval()),
+        Hyperparameter(0.5, Interval(0.0, 1.0), difference_step=0.05),
+        Hyperparameter(1.5),
+    ],
+)
+def test_hyperparameters_that_are_no_keep_probability_are_refused(keep):
+    with pytest.raises(ValueError, match=r"expected a number, or what keep_probability"):
+        TunableDropout(keep)
+
+
+def test_a_keep_probability_may_be_shared():
+    keep = keep_probability(0.7)
+    net = nn.Sequential(TunableDropout(keep), TunableDropout(keep))
+    assert list(named_hyperparameters(net).values()) == [keep]
+
+
 @pytest.mark.parametrize(
     ("spatial", "shape"), [(1, (2, 5, 7)), (2, (2, 5, 3, 3)), (3, (2, 5, 2, 2, 2))]
 )
@@ -157,7 +207,7 @@ def test_register_replaces_every_kind_and_names_them():
     assert one_each.net[3].spatial == 2
     tied = Net(init=0.5)
     assert list(named_hyperparameters(tied)) == ["keep"]
-    assert tied.net[1].keep is tied.keep is tied.rnn.dropout.keep
+    assert tied.net[1].keep is tied.keep is tied.rnn.between.keep
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])

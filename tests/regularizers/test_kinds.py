@@ -8,7 +8,7 @@ from cases import BATCH, STEPS, TRAIN, VALID, Mlp, fit, frozen, observe
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from lightning_hpo import (
     T1T2,
@@ -16,6 +16,7 @@ from lightning_hpo import (
     ClipR,
     ExampleWeightMixin,
     GaussianNoiseMixin,
+    Hyperparameter,
     L1Ball,
     L1Mixin,
     LabelSmoothing,
@@ -247,6 +248,24 @@ def test_an_option_that_the_optimizer_does_not_have_is_refused(options, message)
 # ------------------------------------------------------------------------------------ constraints
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("lr", r"optimizer_hyperparameters='lr', expected a list of names: \['lr'\]"),
+        ({"lr": 0.1}, r"\['lr'\] is a float, expected a Hyperparameter"),
+    ],
+)
+def test_options_that_are_no_names_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        OnlineHPOCallback(optimizer_hyperparameters=options)
+
+
+def test_an_option_of_two_numbers_takes_no_single_one():
+    options = {"betas": Hyperparameter(0.9)}
+    with pytest.raises(ValueError, match=r"'betas' of Adam has 2 number\(s\), .* has 1"):
+        fit(Mlp("adam"), OnlineHPOCallback(T1T2(), optimizer_hyperparameters=options))
+
+
 def test_projections_are_the_nearest_points():
     torch.manual_seed(0)
     for _ in range(20):
@@ -299,6 +318,7 @@ class Bare(GaussianNoiseMixin, ExampleWeightMixin, LossWeightMixin, Mlp):
         (lambda m: m.register_noise(0.1, name="net"), r"name='net' is taken"),
         (lambda m: m.register_loss_weights({}), r"expected a weight for each name"),
         (lambda m: m.register_example_weights(0), r"count=0"),
+        (lambda m: m.register_loss_weights({"training": 1.0}), r"free attribute name"),
         (
             lambda m: [m.register_example_weights(3, name=n) for n in ("a", "b")],
             r"has example weights already, self\.a",
@@ -330,6 +350,8 @@ def test_bad_batches_are_refused():
         model.weighted_loss(losses.sum())
     with pytest.raises(ValueError, match=r"'auxx' is not registered|'aux' is missing"):
         model.weighted_loss(losses.sum(), auxx=losses.sum())
+    with pytest.raises(ValueError, match="call register_loss_weights"):
+        Bare().weighted_loss(losses.sum())
 
 
 @pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(30))], ids=["all", "part"])
@@ -349,9 +371,30 @@ def test_too_few_example_weights_are_refused_before_the_first_step(wrap):
         fit(model, OnlineHPOCallback(T1T2()), train=loader)
         return model
 
-    train(40)
-    with pytest.raises(MisconfigurationException, match=r"39 example weights.* has 40 examples"):
-        train(39)
+    needed = 40 if len(wrap(TensorDataset(*TRAIN))) == 40 else 30
+    train(needed)
+    with pytest.raises(
+        MisconfigurationException, match=rf"{needed - 1} example weights.*register.*\({needed}\)"
+    ):
+        train(needed - 1)
+
+
+def test_indexed_datasets_that_would_share_weights_are_refused():
+    class Weighed(ExampleWeightMixin, Mlp):
+        def __init__(self):
+            super().__init__()
+            self.register_example_weights(80, 0.5)
+
+        def training_step(self, batch, batch_idx):
+            x, y, index = batch
+            return self.weighted_mean(F.cross_entropy(self.net(x), y, reduction="none"), index)
+
+    part = TensorDataset(*TRAIN)
+    wrong = ConcatDataset([IndexedDataset(part), IndexedDataset(part)])
+    with pytest.raises(MisconfigurationException, match=r"IndexedDataset\(ConcatDataset"):
+        fit(Weighed(), OnlineHPOCallback(T1T2()), train=DataLoader(wrong, batch_size=BATCH))
+    right = IndexedDataset(ConcatDataset([part, part]))
+    fit(Weighed(), OnlineHPOCallback(T1T2()), train=DataLoader(right, batch_size=BATCH))
 
 
 def test_small_integers_are_positions_and_no_mask():
