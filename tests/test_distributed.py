@@ -3,12 +3,22 @@
 import math
 import signal
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from cases import BATCH, TRAIN, VALID, Mlp, make_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_hpo import T1T2, ClipR, OnlineHPOCallback, UnrollK, named_hyperparameters
+from lightning_hpo import (
+    T1T2,
+    ClipR,
+    DropoutMixin,
+    OnlineHPOCallback,
+    UnrollK,
+    named_hyperparameters,
+)
+from lightning_hpo.distributed import gather
 
 ESTIMATORS = {
     "T1T2": T1T2,
@@ -69,3 +79,124 @@ def test_two_ranks_equal_one_process_on_the_whole_batch(make, inside_loss):
     torch.testing.assert_close(raw_two, raw, rtol=1e-9, atol=0)
     torch.testing.assert_close(theta_two, theta, rtol=1e-9, atol=1e-12)
     assert (raw - math.log(0.05)).abs().min() > 1e-6
+
+
+# ------------------------------------------------------------------------------- what ranks share
+
+
+class Apart(DropoutMixin, Sharded):
+    """The ranks draw masks of their own."""
+
+    def __init__(self, **options):
+        super().__init__("momentum", **options)
+        self.net.insert(2, torch.nn.Dropout(0.3))
+        self.register_dropout()
+
+    def on_fit_start(self):
+        if self.trainer.ckpt_path is None:
+            torch.manual_seed(self.global_rank)
+
+
+class Equal(pl.Callback):
+    """Raises where λ differs between the ranks after a step."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_train_batch_end(self, trainer, module, *args):
+        raws = torch.stack([h.raw for h in named_hyperparameters(module).values()])
+        everyone = gather(raws.clone())
+        assert len(everyone) == 2
+        assert torch.equal(*everyone)
+        self.steps += 1
+
+    def on_train_end(self, trainer, module):
+        masks = gather(torch.rand(3))
+        assert not torch.equal(*masks)  # the ranks did go through training with other draws
+        assert self.steps == trainer.global_step
+
+
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_hyperparameters_are_equal_on_all_ranks_over_a_hundred_steps(make):
+    model = Apart()
+    callbacks = [OnlineHPOCallback(make()), Equal()]
+    make_trainer(100, callbacks=callbacks, devices=2, strategy="ddp_fork").fit(model)
+    assert all(h().item() != 0.05 for h in named_hyperparameters(model).values())
+
+
+class HeldOut(Apart):
+    """Each rank has held-out data of its own."""
+
+    sizes = (10, 3)
+
+    def hpo_dataloader(self):
+        n = self.sizes[self.global_rank]
+        return DataLoader(TensorDataset(*(t[:n] for t in VALID)), batch_size=4)
+
+
+class EmptyOnOne(HeldOut):
+    sizes = (10, 0)
+
+
+class IterableEmptyOnOne(HeldOut):
+    def hpo_dataloader(self):
+        return [] if self.global_rank else [[t[:4] for t in VALID]]
+
+
+class RaisesOnOne(HeldOut):
+    def hpo_dataloader(self):
+        if self.global_rank == 1:
+            raise FileNotFoundError("no such shard")
+        return super().hpo_dataloader()
+
+
+def train_with(model):
+    callbacks = [OnlineHPOCallback(T1T2()), Equal()]
+    make_trainer(5, callbacks=callbacks, devices=2, strategy="ddp_fork").fit(model)
+
+
+def test_a_smaller_shard_of_held_out_data_is_repeated():
+    model = HeldOut()
+    train_with(model)
+    assert all(h().item() != 0.05 for h in named_hyperparameters(model).values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (EmptyOnOne, "T2 data of OnlineHPOCallback are empty"),
+        (IterableEmptyOnOne, "T2 data of OnlineHPOCallback yield no batch"),
+        (RaisesOnOne, "no such shard"),
+    ],
+)
+def test_an_empty_shard_stops_all_ranks(kind, message):
+    """None waits for the other."""
+    with pytest.raises(Exception, match=message):
+        train_with(kind())
+
+
+def test_resuming_several_ranks_equals_never_having_stopped(tmp_path):
+    """Each rank goes on with its own random state."""
+
+    def run(epochs, name, path=None):
+        saving = ModelCheckpoint(tmp_path / name, save_last=True, every_n_train_steps=1)
+        trainer = make_trainer(
+            callbacks=[OnlineHPOCallback(ClipR(2.0, decay=0.9)), saving],
+            devices=2,
+            strategy="ddp_fork",
+            enable_checkpointing=True,
+            max_epochs=epochs,
+            steps=-1,
+        )
+        trainer.fit(Apart(), ckpt_path=path)
+        return torch.load(tmp_path / name / "last.ckpt", weights_only=True)
+
+    whole = run(4, "whole")
+    run(2, "half")
+    resumed = run(4, "resumed", str(tmp_path / "half" / "last.ckpt"))
+    assert whole["global_step"] == resumed["global_step"] == 20
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], value), name
+    (a,), (b,) = ([s for s in c["callbacks"].values() if "history" in s] for c in (whole, resumed))
+    assert a["history"] == b["history"]
+    assert not torch.equal(a["rng"]["ranks"][0]["cpu"], a["rng"]["ranks"][1]["cpu"])
