@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hpo import compatibility
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.derivatives import gradient
-from lightning_hpo.distributed import average_, gather, together
+from lightning_hpo.distributed import average_, gather, is_sharded, local, together
 from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics, widened
 from lightning_hpo.estimators import ClipR, Estimator, Problem
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
@@ -159,6 +160,7 @@ class OnlineHPOCallback(pl.Callback):
         self._steps = 0
         self._handles: list[RemovableHandle] = []
         self._restored: dict[str, Any] | None = None
+        self._saved_rng: dict[str, Any] | None = None
         self._rng: RandomState | None = None
         self._final: dict[str, Any] = {}
         self._fitting = True
@@ -186,17 +188,17 @@ class OnlineHPOCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Notes whether a state that may be loaded next belongs to a training."""
         self._fitting = stage == "fit"
-        self._restored = self._rng = None
+        self._restored = self._saved_rng = self._rng = None
         if self._fitting:
             self._final = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Goes on with the random numbers of the training that was saved."""
-        if self._restored is not None:
-            self._restore_rng(trainer, self._restored.get("rng"))
+        self._restore_rng(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the hyperparameters, checks that all can work, and starts the estimator."""
+        self._restore_rng(trainer)  # here for strategies that load the state late
         with together():
             self._set_up(trainer, pl_module)
 
@@ -231,16 +233,21 @@ class OnlineHPOCallback(pl.Callback):
             remember_options(pl_module, options.hyperparameters)
         self._options = options
         clip = trainer.gradient_clip_val
+        dynamics = make_dynamics(optimizer)
+        sharded = is_sharded(dynamics.theta)
         self._problem = Problem(
             objective=TrainingObjective(trainer, pl_module, list(self._hyperparameters.values())),
             hyperparameters=self._hyperparameters,
             penalties=compatibility.gradient_penalties(pl_module),
-            dynamics=make_dynamics(optimizer),
-            clipping=GradientClipping(float(clip), trainer.gradient_clip_algorithm == "value")
+            dynamics=dynamics,
+            clipping=GradientClipping(
+                float(clip), trainer.gradient_clip_algorithm == "value", sharded
+            )
             if clip
             else None,
             derivatives=self.derivatives,
             options=options,
+            sharded=sharded,
         )
         if options is not None:
             # ∂Φ/∂λ needs the gradient and the state even where Φ is linear in them.
@@ -278,13 +285,15 @@ class OnlineHPOCallback(pl.Callback):
     ) -> None:
         """Makes the checks that need data, then starts the estimator."""
         theta = self._problem.theta
-        with together():
+        # The forward pass of sharded parameters is itself a collective.
+        with nullcontext() if self._problem.sharded else together():
             gradients = self._try_losses(trainer, module, batch, batch_idx)
         if gradients is None:
             return  # a skipped batch shows nothing; look again at the next
         if trainer.accumulate_grad_batches == 1:
             self._expected = gradients[: len(theta)]
-            average_([g for g in self._expected if g is not None])
+            if not self._problem.sharded:
+                average_([g for g in self._expected if g is not None])
         self.estimator.setup(self._problem)
         if self._restored is not None:
             self._restore(self._restored)
@@ -379,7 +388,7 @@ class OnlineHPOCallback(pl.Callback):
             return
         theta = self._problem.theta
         self._unclipped = [
-            None if p.grad is None else widened(p.grad.detach().clone()) for p in theta
+            None if p.grad is None else widened(local(p.grad.detach()).clone()) for p in theta
         ]
         # The module adds its penalties after this hook.
         self._problem.add_penalty_gradients_(self._unclipped)
@@ -388,7 +397,7 @@ class OnlineHPOCallback(pl.Callback):
         """Compares the first gradient with that of its replay, and warns where they differ."""
         expected, self._expected = self._expected, None
         pairs = [
-            (g.float(), p.grad.float())
+            (g.float(), local(p.grad).float())
             for p, g in zip(self._problem.theta, expected or (), strict=False)
             if g is not None and p.grad is not None
         ]
@@ -466,7 +475,8 @@ class OnlineHPOCallback(pl.Callback):
     def _update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         batch = to_device(trainer, self._stream.next(), self._dataloader_idx)
         g_v = self._validation_gradient(batch)
-        average_(g_v)
+        if not self._problem.sharded:
+            average_(g_v)
         with torch.no_grad():
             hypergradients = self.estimator.hypergradient(g_v)
             if hypergradients is not None:
@@ -493,7 +503,7 @@ class OnlineHPOCallback(pl.Callback):
         with self._validation.loss(batch, self._stream.consumed) as loss:
             gradients = gradient(loss, theta)
         return [
-            widened(torch.zeros_like(p) if g is None else g)
+            widened(torch.zeros_like(local(p)) if g is None else g)
             for p, g in zip(theta, gradients, strict=True)
         ]
 
@@ -533,6 +543,9 @@ class OnlineHPOCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Keeps the state for a later checkpoint, and lets go of everything else."""
+        # Sharded tangents are assembled by all processes together, and here others may be missing.
+        if self._ready and self._problem.sharded:
+            self._ready, self._final = False, {}
         self._release()
 
     # --------------------------------------------------------------------------------------- state
@@ -561,6 +574,7 @@ class OnlineHPOCallback(pl.Callback):
         """Keeps the state until the training starts and everything is on its device."""
         if self._fitting:
             self._restored = dict(state_dict) or None
+            self._saved_rng = state_dict.get("rng")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -575,11 +589,12 @@ class OnlineHPOCallback(pl.Callback):
                 "rng": {"in_epoch": in_epoch, "ranks": gather(rng.state_dict())},
             }
 
-    def _restore_rng(self, trainer: pl.Trainer, saved: dict[str, Any] | None) -> None:
+    def _restore_rng(self, trainer: pl.Trainer) -> None:
         """Sets the random state of this process, now or before the first batch.
 
         At the start of an epoch, the loader draws its order from it; within one, it must not.
         """
+        saved, self._saved_rng = self._saved_rng, None
         if saved is None or len(saved["ranks"]) != trainer.world_size:
             return
         rng = RandomState.from_state_dict(saved["ranks"][trainer.global_rank])

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
+from lightning_hpo.distributed import is_fully_sharded, is_sharded
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.regularizers import IndexedDataset, Penalty, PenaltyMixin
@@ -28,6 +29,21 @@ _REFUSED_OPTIMIZERS = {
     "SparseAdam": "works on sparse gradients",
     "Adafactor": "reads norms as Python numbers, through which no derivative passes",
 }
+
+# Those whose step treats every element alike: they may be followed slice by slice.
+_ELEMENTWISE = (
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "ASGD",
+    "Rprop",
+)
 
 
 def check_trainer(
@@ -59,7 +75,7 @@ def check_trainer(
             "The module uses manual optimization (automatic_optimization=False): replaying its "
             "training_step would run its own optimizer.step(). Use automatic optimization"
         )
-    findings += check_strategy(trainer.strategy, derivatives)
+    findings += check_strategy(trainer.strategy)
     if len(trainer.optimizers) != 1:
         findings.append(
             f"configure_optimizers returned {len(trainer.optimizers)} optimizers, expected one. "
@@ -67,6 +83,7 @@ def check_trainer(
         )
     for optimizer in trainer.optimizers:
         findings += check_optimizer(optimizer)
+        findings += check_sharding(trainer.strategy, module, optimizer, derivatives)
     if is_overridden("configure_gradient_clipping", module):
         findings.append(
             f"{type(module).__name__} overrides configure_gradient_clipping, whose derivative is "
@@ -76,18 +93,72 @@ def check_trainer(
     return findings
 
 
-def check_strategy(strategy: Any, derivatives: str) -> list[str]:
-    """Refuses strategies that shard the parameters."""
-    if not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+def check_strategy(strategy: Any) -> list[str]:
+    """Refuses strategies that hide the parameters and their gradients from the module."""
+    if not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         return []
-    name = type(strategy).__name__
-    exact = (
-        f"derivatives={derivatives!r} needs the gradient's own graph over whole parameters, which "
-        f"{name} does not keep. "
-        if derivatives in ("reverse", "forward")
-        else f"{name} shards the parameters, which is not supported. "
+    return [
+        f"{type(strategy).__name__} flattens or partitions the parameters in a way that replays "
+        "cannot follow. Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) "
+        "with fully_shard in configure_model, or strategy='ddp'"
+    ]
+
+
+def check_sharding(
+    strategy: Any, module: pl.LightningModule, optimizer: torch.optim.Optimizer, derivatives: str
+) -> list[str]:
+    """Lists what cannot be followed where ``fully_shard`` splits the parameters over the ranks."""
+    named = {id(p): name for name, p in module.named_parameters()}
+    theta = [p for group in optimizer.param_groups for p in group["params"]]
+    is_model_parallel = isinstance(strategy, ModelParallelStrategy)
+    if not (is_model_parallel or is_sharded(theta)):
+        return []
+    findings = []
+    if derivatives not in ("auto", "finite_difference"):
+        findings.append(
+            f"derivatives={derivatives!r} needs the graph of the gradient over whole parameters, "
+            "which sharded parameters do not have. Use derivatives='finite_difference' or 'auto'"
+        )
+    split = strategy.device_mesh["tensor_parallel"].size() if is_model_parallel else 1
+    if split > 1:
+        findings.append(
+            f"ModelParallelStrategy splits layers by tensor parallelism over {split} processes, "
+            "which is not supported. Use ModelParallelStrategy(data_parallel_size=the number of "
+            "processes, tensor_parallel_size=1) with fully_shard in configure_model"
+        )
+    others = (
+        [] if split > 1 else [named.get(id(p), "one") for p in theta if not is_fully_sharded(p)]
     )
-    return [exact + "Use strategy='ddp'"]
+    if others:
+        findings.append(
+            f"{len(others)} of the {len(theta)} parameters that are trained ({others[0]} is the "
+            "first) are not sharded over all processes along one dimension. Apply fully_shard to "
+            "the whole network in configure_model, over one mesh of all processes: "
+            "self.device_mesh['data_parallel']"
+        )
+    elif any(p.device.type != strategy.root_device.type for p in theta):
+        findings.append(
+            "The sharded parameters are offloaded to the CPU, where tangents cannot follow. Call "
+            "fully_shard without an offload policy"
+        )
+    if getattr(module, "loss_penalties", ()):
+        findings.append(
+            "A penalty is registered with inside_loss=True, but inside training_step each process "
+            "sees only its shard of the weights. Register it without inside_loss, and remove "
+            "self.penalty() from the loss: θ and λ are the same"
+        )
+    step = type(optimizer).step
+    if not any(
+        getattr(step, "__qualname__", "") == f"{name}.step"
+        and getattr(step, "__module__", "").startswith("torch.optim")
+        for name in _ELEMENTWISE
+    ):
+        findings.append(
+            f"The step of {type(optimizer).__name__} may mix the elements of a parameter, so it "
+            "cannot be followed where parameters are sharded. Use SGD, Adam, AdamW or another "
+            "elementwise optimizer of torch.optim, or strategy='ddp'"
+        )
+    return findings
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_hpo.distributed import reshard
 from lightning_hpo.rng import RandomState, forked_rng
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
@@ -70,6 +71,9 @@ class Shield:
         """
         trainer = self._trainer
         modules = list(self._module.modules())
+        sharded = reshard(modules)
+        # A backward pass through sharded parameters adds to the gradients of all of them.
+        grads = [(p, p.grad) for p in self._module.parameters()] if sharded else []
         before = [(module, dict(vars(module))) for module in modules]
         copied: dict[int, Any] = {}
         shared: list[tuple[str, Tensor, int]] = []
@@ -87,9 +91,14 @@ class Shield:
                     if isinstance(module, pl.LightningModule):
                         _mute(module, log or _nothing)
                 trainer.loggers = [DummyLogger() for _ in loggers]
+                for p, _ in grads:
+                    p.grad = None
                 yield
         finally:
             trainer.loggers = loggers
+            reshard(modules)
+            for p, grad in grads:
+                p.grad = grad
             for module, attributes in before:
                 vars(module).clear()
                 vars(module).update(attributes)

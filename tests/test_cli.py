@@ -132,7 +132,12 @@ def test_print_config_round_trips(example, tmp_path, capsys):
     }
     once = printed(changed(changes))
     arguments = once["trainer"]["callbacks"][0]["init_args"]
-    assert arguments["estimator"]["init_args"] == {"radius": math.inf, "decay": 1.0, "stride": 1}
+    assert arguments["estimator"]["init_args"] == {
+        "radius": math.inf,
+        "decay": 1.0,
+        "stride": 1,
+        "sync_tangents": True,
+    }
     assert arguments["optimizer_hyperparameters"] == ["lr"]
     assert arguments["optimizer"]["init_args"]["lr"] == 0.02
     assert printed(once) == once

@@ -1,6 +1,5 @@
 """Derivatives of the training loss; knows nothing of Lightning."""
 
-from lightning_hpo.derivatives._stacks import stacked_zeros
 from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.derivatives.joint_hvp import BACKENDS, Loss, is_missing_derivative, joint_hvp
 
@@ -10,6 +9,5 @@ __all__ = [
     "gradient",
     "is_missing_derivative",
     "joint_hvp",
-    "stacked_zeros",
     "wide",
 ]

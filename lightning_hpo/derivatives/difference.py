@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_hpo.derivatives._stacks import stacked_zeros
+from lightning_hpo._stacks import rows, stacked_zeros
 from lightning_hpo.derivatives.gradient import gradient
+from lightning_hpo.distributed import is_sharded, local, sum_over_shards
 
 if TYPE_CHECKING:
     from lightning_hpo.derivatives.joint_hvp import Loss
@@ -77,9 +78,16 @@ def with_differences(
                 for j, c in zip(smooth, smooth_change, strict=True):
                     lam_result[j] += torch.tensordot(rates.to(c.dtype), c, dims=0)
             row = lam_result[k].reshape(m, -1)[:, i]
-            for directions, changes in ((u, theta_change), (smooth_e, smooth_change)):
-                for d, c in zip(directions or (), changes, strict=bool(directions)):
-                    row += (d.reshape(m, -1).to(c.dtype) @ c.flatten()).to(row.dtype)
+            for directions, changes, in_slices in (
+                (u, theta_change, is_sharded(theta)),
+                (smooth_e, smooth_change, False),
+            ):
+                if directions:
+                    dots = [
+                        (rows(d).to(c.dtype) @ c.flatten()).to(row.dtype)
+                        for d, c in zip(directions, changes, strict=True)
+                    ]
+                    row += sum_over_shards(torch.stack(dots).sum(0), in_slices)
             if e is not None:
                 with torch.no_grad():
                     row += _curvature(loss, theta, lam, e, stepped, k, i).to(row)
@@ -96,7 +104,7 @@ def _change(
     step: float,
 ) -> list[Tensor]:
     """Returns the rate of change of ∇L over the targets as element i of λ_k moves."""
-    change = [torch.zeros_like(t) for t in targets]
+    change = [torch.zeros_like(local(t)) for t in targets]
     for sign in (1.0, -1.0):
         with torch.enable_grad():
             value = loss(theta, _moved(lam, {(k, i): sign * step}))

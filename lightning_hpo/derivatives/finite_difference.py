@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_hpo.derivatives._stacks import stacked_zeros
+from lightning_hpo._stacks import stacked_zeros
 from lightning_hpo.derivatives.gradient import gradient
+from lightning_hpo.distributed import is_sharded, local, norm_over_shards
 
 if TYPE_CHECKING:
     from lightning_hpo.derivatives.joint_hvp import Loss
@@ -32,27 +33,41 @@ def joint_hvp(
 
     θ and λ are displaced one after the other, each at its own scale: with one common δ, a tangent
     u that is many orders of magnitude smaller than e is lost to rounding.
+
+    Of sharded θ, ``u`` and the θ part are local slices; the θ part is averaged over the ranks.
     """
     targets = [*(theta if theta_part else ()), *(lam if lambda_part else ())]
+    wanted = slice(0 if theta_part else len(theta), None if lambda_part else len(theta))
     m = next(d.shape[0] for d in (*(u or ()), *(e or ())))
     products = stacked_zeros(targets, m)
-    for block, directions in ((theta, u), (lam, e)):
+    sharded = is_sharded(theta)
+    for block, directions, in_slices in ((theta, u, sharded), (lam, e, False)):
         if directions is None:
             continue
+        block = [local(t) for t in block]
         for j in range(m):
             direction = [d[j] for d in directions]
-            norm = _norm(direction)
+            norm = _norm(direction, in_slices)
             if norm == 0.0:
                 continue
             if not math.isfinite(norm):
                 for product in products:
                     product[j].fill_(math.nan)
                 continue
-            delta = _step(block, norm, rounding)
+            delta = _step(block, norm, rounding, in_slices)
             for sign in (1.0, -1.0):
                 gradients = _displaced_gradient(
-                    loss, theta, lam, targets, block, direction, sign * delta
+                    loss,
+                    theta,
+                    lam,
+                    # A backward pass through sharded parameters reaches all of them anyway.
+                    [*theta, *lam] if sharded else targets,
+                    block,
+                    direction,
+                    sign * delta,
                 )
+                if sharded:
+                    gradients = gradients[wanted]
                 for product, g in zip(products, gradients, strict=True):
                     if g is not None:
                         product[j].add_(g, alpha=sign / (2 * delta))
@@ -60,15 +75,15 @@ def joint_hvp(
     return products[:split], products[split:]
 
 
-def _step(block: Sequence[Tensor], norm: float, rounding: float | None) -> float:
+def _step(block: Sequence[Tensor], norm: float, rounding: float | None, in_slices: bool) -> float:
     """Chooses δ = ε^⅓ (1 + ‖x‖) / ‖d‖, which balances truncation against rounding."""
     epsilon: float = max(torch.finfo(block[0].dtype).eps, rounding or 0.0)
-    return math.pow(epsilon, 1 / 3) * (1.0 + _norm(block)) / norm
+    return math.pow(epsilon, 1 / 3) * (1.0 + _norm(block, in_slices)) / norm
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
+def _norm(tensors: Sequence[Tensor], in_slices: bool) -> float:
     norms = torch.stack([torch.linalg.vector_norm(t.detach()).double() for t in tensors])
-    return float(torch.linalg.vector_norm(norms))
+    return float(norm_over_shards(torch.linalg.vector_norm(norms), in_slices))
 
 
 def _displaced_gradient(

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hpo.derivatives import stacked_zeros
+from lightning_hpo._stacks import stacked_zeros
+from lightning_hpo.distributed import local
 
 State = dict[str, list[Tensor]]
 """m tangents or adjoints of s = (θ, the optimizer's state tensors).
@@ -70,6 +71,8 @@ class OptimizerStep:
 class Dynamics(ABC):
     """Tangents and adjoints through one step Φ of an optimizer.
 
+    Where parameters are sharded, everything here is a local slice: Φ must then be elementwise.
+
     Φ maps the state s = (θ, optimizer state) and the gradient g to the next state. Both products
     hold for any number m of tangents or adjoints at once. A parameter without a gradient does not
     move, and neither do its tangents.
@@ -111,11 +114,12 @@ class Dynamics(ABC):
             groups.append(list(range(start, start + len(group["params"]))))
             start += len(group["params"])
         theta = self.theta
-        gradients = [None if p.grad is None else widened(p.grad.detach()) for p in theta]
+        gradients = [None if p.grad is None else widened(local(p.grad.detach())) for p in theta]
         state = [
-            {name: widened(v) for name, v in self.optimizer.state.get(p, {}).items()} for p in theta
+            {n: widened(local(v)) if isinstance(v, Tensor) else v for n, v in entries.items()}
+            for entries in (self.optimizer.state.get(p, {}) for p in theta)
         ]
-        values = [widened(p.detach()) for p in theta]
+        values = [widened(local(p.detach())) for p in theta]
         step = OptimizerStep(options, groups, values, gradients, state)
         if keep:
             step.theta = [p.clone() for p in step.theta]

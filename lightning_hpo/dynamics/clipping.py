@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_hpo._stacks import rows
+from lightning_hpo.distributed import norm_over_shards, sum_over_shards
+
 
 @dataclass(frozen=True)
 class GradientClipping:
@@ -23,10 +26,12 @@ class GradientClipping:
     Args:
         value: The Trainer's ``gradient_clip_val``.
         by_value: Whether the algorithm is ``"value"``; ``"norm"`` otherwise.
+        sharded: Whether gradients and vectors are local slices of sharded parameters.
     """
 
     value: float
     by_value: bool = False
+    sharded: bool = False
 
     def clip_(self, gradients: list[Tensor | None]) -> None:
         """Clips gradients in place, as the Trainer does."""
@@ -35,9 +40,7 @@ class GradientClipping:
             for g in present:
                 g.clamp_(-self.value, self.value)
         elif present:
-            norm = torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(g) for g in present])
-            )
+            norm = self._norm(present)
             torch._foreach_mul_(present, (self.value / (norm + 1e-6)).clamp(max=1.0))
 
     def product_(self, gradients: list[Tensor | None], vectors: list[Tensor]) -> None:
@@ -54,14 +57,16 @@ class GradientClipping:
             for g, v in pairs:
                 v.mul_(g.abs() <= self.value)
             return
-        norm = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(g) for g, _ in pairs])
-        )
+        norm = self._norm([g for g, _ in pairs])
         scale = self.value / (norm + 1e-6)
         if bool(scale >= 1):
             return
-        dots = sum(v.reshape(len(v), -1) @ g.to(v.dtype).flatten() for g, v in pairs)
+        dots = sum(rows(v) @ g.to(v.dtype).flatten() for g, v in pairs)
         assert isinstance(dots, Tensor)
-        weights = dots / (norm * (norm + 1e-6))
+        weights = sum_over_shards(dots, self.sharded) / (norm * (norm + 1e-6))
         for g, v in pairs:
             v.sub_(weights.reshape(-1, *[1] * g.dim()) * g).mul_(scale)
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+        return norm_over_shards(torch.linalg.vector_norm(norms), self.sharded)

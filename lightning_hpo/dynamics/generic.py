@@ -69,7 +69,9 @@ class GenericDynamics(Dynamics):
 
     def vjp_(self, step: OptimizerStep, adjoint: State) -> list[Tensor]:
         """See :meth:`Dynamics.vjp_`; one graph of the step serves all m adjoints."""
-        active = [i for i, g in enumerate(step.gradients) if g is not None]
+        # Empty slices of sharded parameters share one address, by which torch tells apart what is
+        # mutated below.
+        active = [i for i, g in enumerate(step.gradients) if g is not None and g.numel()]
         result = [torch.zeros_like(t) for t in adjoint[THETA]]
         if not active:
             return result

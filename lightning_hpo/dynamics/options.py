@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hpo._stacks import rows
 from lightning_hpo.dynamics.base import OptimizerStep, State
 from lightning_hpo.dynamics.generic import GenericDynamics
 from lightning_hpo.hyperparameters import (
@@ -178,13 +179,13 @@ def add_to_tangent_(
 
 
 def pull_back(adjoint: State, derivative: dict[str, dict[int, Tensor]]) -> Tensor:
-    """Returns ⟨s̄', ∂s'/∂λ⟩ for each of m adjoints: ``(m,)``."""
+    """Returns ⟨s̄', ∂s'/∂λ⟩ for each of m adjoints: ``(m,)``, over the local slices."""
     m = adjoint["theta"][0].shape[0]
     total = torch.zeros(m, dtype=torch.float64, device=adjoint["theta"][0].device)
     for name, values in derivative.items():
         for i, value in values.items():
             if name in adjoint and adjoint[name][i].shape[1:] == value.shape:
-                total += adjoint[name][i].double().reshape(m, -1) @ value.flatten()
+                total += rows(adjoint[name][i].double()) @ value.flatten()
     return total
 
 

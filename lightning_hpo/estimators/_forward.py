@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_hpo._stacks import rows
+from lightning_hpo.distributed import (
+    average_,
+    gather_stacks,
+    norm_over_shards,
+    sum_over_shards,
+    take_slices,
+)
 from lightning_hpo.dynamics import THETA, OptimizerStep, State
 from lightning_hpo.estimators.base import Problem
 from lightning_hpo.objectives import Moment
@@ -22,10 +31,13 @@ class Tangents:
 
     Args:
         problem: The problem.
+        sync: Whether H y + B is averaged over the ranks at every micro-batch, which is exact. With
+            False each rank follows the tangents of its own data, and ⟨g_V, y⟩ is averaged instead.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, sync: bool = True) -> None:
         self._problem = problem
+        self._sync = sync
         self._unit = problem.unit_directions()
         self._gradient: list[Tensor] | None = None
         self._frozen: set[int] = set()
@@ -45,7 +57,11 @@ class Tangents:
         """Adds the micro-batch's H y + B to the tangent of the gradient."""
         self._follow()
         products, _ = self._problem.network_hvp(
-            moment, None if self._is_zero else self.state[THETA], self._unit, lambda_part=False
+            moment,
+            None if self._is_zero else self.state[THETA],
+            self._unit,
+            lambda_part=False,
+            sync=self._sync,
         )
         if weight != 1.0:
             torch._foreach_mul_(products, weight)
@@ -90,9 +106,9 @@ class Tangents:
 
     def norms(self) -> Tensor:
         """Returns ‖y‖ over all parameters, one number per scalar λ: ``(m,)``."""
-        parts = [torch.linalg.vector_norm(y.reshape(len(y), -1), dim=1) for y in self.state[THETA]]
+        parts = [torch.linalg.vector_norm(rows(y), dim=1) for y in self.state[THETA]]
         norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-        return norms
+        return norm_over_shards(norms, self._problem.sharded)
 
     def scale_(self, factors: Tensor | float) -> None:
         """Multiplies each tangent, optimizer state included, by its factor (``(m,)`` or one)."""
@@ -112,26 +128,30 @@ class Tangents:
                     t[broken] = 0
 
     def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
-        """Returns ⟨g_V, y⟩ for each λ (online-HPO paper, eq. 5)."""
+        """Returns ⟨g_V, y⟩ for each λ (online-HPO paper, eq. 5); NaN where ‖y‖ has overflowed."""
         products = [
-            y.reshape(len(y), -1) @ g.flatten().to(y.dtype)
-            for y, g in zip(self.state[THETA], g_v, strict=True)
+            rows(y) @ g.flatten().to(y.dtype) for y, g in zip(self.state[THETA], g_v, strict=True)
         ]
-        return self._problem.from_stack(torch.stack(products).sum(0))
+        total = sum_over_shards(torch.stack(products).sum(0), self._problem.sharded)
+        if not self._sync:
+            average_([total])
+        total = torch.where(torch.isfinite(self.norms()), total, math.nan)
+        return self._problem.from_stack(total)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the tangents.
 
-        An accumulation window that is open is left out: its gradient is not saved either.
+        An accumulation window that is open is left out: its gradient is not saved either. Sharded
+        tangents are assembled on the first process: all processes must call this.
         """
-        return {"tangents": self.state, "is_zero": self._is_zero}
+        parameters = self._problem.theta
+        return {
+            "tangents": {name: gather_stacks(s, parameters) for name, s in self.state.items()},
+            "is_zero": self._is_zero,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the tangents onto the devices of the parameters."""
         parameters = self._problem.theta
-
-        def place(tensors: list[Tensor]) -> list[Tensor]:
-            return [t.to(p.device) for t, p in zip(tensors, parameters, strict=True)]
-
-        self.state = {name: place(tensors) for name, tensors in state["tangents"].items()}
+        self.state = {name: take_slices(s, parameters) for name, s in state["tangents"].items()}
         self._is_zero = bool(state["is_zero"])

@@ -72,7 +72,8 @@ def _gradients(
             for part, whole in zip(parts, total, strict=True):
                 if part is not None:
                     whole.add_(part, alpha=weight)
-    average_(total)
+    if not problem.sharded:
+        average_(total)
     result: list[Tensor | None] = [None] * len(theta)
     for i, whole in zip(active, total, strict=True):
         result[i] = whole

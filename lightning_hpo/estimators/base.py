@@ -13,8 +13,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_hpo.derivatives import is_missing_derivative, joint_hvp, stacked_zeros
-from lightning_hpo.distributed import average_
+from lightning_hpo._stacks import stacked_zeros
+from lightning_hpo.derivatives import is_missing_derivative, joint_hvp
+from lightning_hpo.distributed import average_, is_sharded, local, sum_over_shards
 from lightning_hpo.dynamics import (
     Dynamics,
     GradientClipping,
@@ -36,6 +37,9 @@ Products = tuple[list[Tensor], list[Tensor]]
 class Problem:
     """What an estimator differentiates: the training loss, the penalties and the optimizer.
 
+    Where parameters are sharded (``fully_shard``), all that is shaped like θ is a local slice, and
+    gradients of a loss over θ come averaged over the ranks.
+
     Attributes:
         objective: L_T without the penalties that act in the gradient.
         hyperparameters: λ, by name; the order of every list of λ-shaped tensors.
@@ -45,6 +49,7 @@ class Problem:
         derivatives: ``"auto"`` or the name of a backend of :func:`joint_hvp`.
         options: The optimizer's own options that are tuned; None where there are none.
         in_loss: The names of the λ that the training loss itself depends on.
+        sharded: Whether the parameters are sharded.
     """
 
     objective: TrainingObjective
@@ -55,6 +60,7 @@ class Problem:
     derivatives: str
     options: OptimizerOptions | None = None
     in_loss: set[str] = field(default_factory=set)
+    sharded: bool = False
 
     @property
     def theta(self) -> list[Tensor]:
@@ -103,6 +109,7 @@ class Problem:
         step: OptimizerStep | None = None,
         theta_part: bool = True,
         lambda_part: bool = True,
+        sync: bool = True,
     ) -> Products:
         """Multiplies the joint Hessian of the loss of one micro-batch, averaged over the ranks.
 
@@ -114,6 +121,8 @@ class Problem:
                 in it. Default: the values in place, over those that require grad.
             theta_part: Whether H u + B e is wanted.
             lambda_part: Whether Bᵀ u + C e is wanted.
+            sync: Whether to average over the ranks; with False each has the product of its own
+                micro-batch. (With sharded parameters the θ part is always the average.)
 
         Returns:
             Both parts, over all θ and all λ, zeros included; an unwanted part is empty.
@@ -127,7 +136,7 @@ class Problem:
         else:
             active = [i for i, g in enumerate(step.gradients) if g is not None]
         e = [e[i] for i in in_loss] if e is not None and in_loss else None
-        u = [u[i] for i in active] if u is not None else None
+        u = [u[i] for i in active] if u is not None and active else None
         lambda_part = lambda_part and bool(in_loss)
         if (u is None and e is None) or not (theta_part or lambda_part):
             return theta_result, lam_result
@@ -152,7 +161,8 @@ class Problem:
             theta_result[i] = product.detach().to(theta_result[i].dtype)
         for i, product in zip(in_loss, lam_products, strict=bool(lam_products)):
             lam_result[i] = product.detach().to(lam_result[i].dtype)
-        average_([*theta_result, *lam_result])
+        if sync:
+            average_(lam_result if self.sharded else [*theta_result, *lam_result])
         return theta_result, lam_result
 
     def _product(
@@ -166,6 +176,13 @@ class Problem:
         lambda_part: bool,
     ) -> Products:
         """Calls joint_hvp, and settles at the first call which backend ``auto`` stands for."""
+        if self.sharded and self.derivatives == "auto":
+            warnings.warn(
+                "OnlineHPOCallback(derivatives='auto') uses finite differences, because the "
+                "parameters are sharded",
+                stacklevel=2,
+            )
+            self.derivatives = "finite_difference"
         backend = "reverse" if self.derivatives == "auto" else self.derivatives
         try:
             result = joint_hvp(
@@ -219,6 +236,7 @@ class Problem:
             e: Directions in raw λ, or None for zeros.
         """
         theta_result, lam_result = products
+        totals: list[tuple[int, Tensor]] = []
         positions = {id(p): i for i, p in enumerate(self.theta)}
         lam_index = {id(h): i for i, h in enumerate(self.hyperparameters.values())}
         for penalty in self.penalties:
@@ -238,7 +256,11 @@ class Problem:
             if theta_result and theta_part is not None:
                 torch._foreach_add_([theta_result[i] for i in index], theta_part)
             if lam_result and k is not None:
-                lam_result[k] += lambda_part.reshape(lam_result[k].shape)
+                totals.append((k, lambda_part))
+        if totals:
+            complete = sum_over_shards(torch.stack([part for _, part in totals]), self.sharded)
+            for (k, _), part in zip(totals, complete, strict=True):
+                lam_result[k] += part.reshape(lam_result[k].shape)
 
     def add_penalty_gradients_(
         self, gradients: list[Tensor | None], theta: list[Tensor] | None = None
@@ -250,7 +272,7 @@ class Problem:
             theta: Values of θ. Default: those in place.
         """
         parameters = self.theta
-        values = [p.detach() for p in parameters] if theta is None else theta
+        values = [local(p.detach()) for p in parameters] if theta is None else theta
         positions = {id(p): i for i, p in enumerate(parameters)}
         for penalty in self.penalties:
             index = [i for w in penalty.weights if (i := positions.get(id(w))) is not None]
@@ -284,7 +306,7 @@ class Problem:
         """Adds (∂Φ/∂λ)ᵀ s̄' of the tuned optimizer options, for adjoints that are yet to pass."""
         for k, i, derivative in self._option_derivatives(step):
             row = lam_result[k].reshape(len(lam_result[k]), -1)[:, i]
-            row += pull_back(adjoint, derivative).to(row)
+            row += sum_over_shards(pull_back(adjoint, derivative), self.sharded).to(row)
 
     def _option_derivatives(
         self, step: OptimizerStep
@@ -303,8 +325,20 @@ def in_place(parameters: list[Tensor], values: list[Tensor] | None) -> Iterator[
 
     The parameters themselves stay in the module, so that whatever refers to them (hooks, lists,
     recurrent layers) sees the values. The storages are exchanged: nothing is copied or rounded.
-    Meanwhile all of them require grad, also those that have been frozen since.
+    Meanwhile all of them require grad, also those that have been frozen since. Sharded parameters
+    refer to their storage in several places, so that values are copied into it.
     """
+    if is_sharded(parameters):
+        slices = [local(p) for p in parameters]
+        kept = [] if values is None else [s.clone() for s in slices]
+        try:
+            for s, value in zip(slices, values or slices, strict=True):
+                s.copy_(value)
+            yield
+        finally:
+            for s, value in zip(slices, kept, strict=bool(kept)):
+                s.copy_(value)
+        return
     before = [(p.data, p.requires_grad) for p in parameters]
     try:
         if values is not None:

@@ -37,14 +37,27 @@ class ClipR(Estimator):
             γⁿ, so that the cost per step falls by n. This is a step of size nη through the same
             linear system: it diverges (up to the clipping) where nη times the largest curvature
             exceeds 2, though training itself is stable.
+        sync_tangents: On several ranks, whether their products H y + B are averaged at every step,
+            in one collective of m |θ| numbers. That is exact. With False each rank follows the
+            tangents of its own shard of the data, and only ⟨g_V, y⟩ is averaged, at the updates: λ
+            stay equal on all ranks, but the mean of products is not the product of the means, and
+            it differs wherever the shards do. Norms are then of the rank's own tangents, and a
+            checkpoint holds those of rank 0. No effect where the parameters are sharded: their
+            gradients come averaged.
 
     Raises:
-        TypeError: If an argument is not a number.
+        TypeError: If an argument is not a number, or ``sync_tangents`` is not a bool.
         ValueError: If ``radius`` is NaN or not positive, ``decay`` is outside [0, 1], or
             ``stride`` is no positive integer.
     """
 
-    def __init__(self, radius: float = 20.0, decay: float = 1.0, stride: int = 1) -> None:
+    def __init__(
+        self,
+        radius: float = 20.0,
+        decay: float = 1.0,
+        stride: int = 1,
+        sync_tangents: bool = True,
+    ) -> None:
         for name, value in (("radius", radius), ("decay", decay)):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"ClipR: {name}={value!r}, expected a number")
@@ -54,14 +67,17 @@ class ClipR(Estimator):
             raise ValueError(f"ClipR: decay={decay}, expected a number in [0, 1]")
         if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
             raise ValueError(f"ClipR: stride={stride!r}, expected a positive integer")
+        if not isinstance(sync_tangents, bool):
+            raise TypeError(f"ClipR: sync_tangents={sync_tangents!r}, expected True or False")
         self.radius = float(radius)
         self.decay = float(decay)
         self.stride = stride
+        self.sync_tangents = sync_tangents
 
     def setup(self, problem: Problem) -> None:
         """Starts a training from y = 0."""
         super().setup(problem)
-        self._tangents = Tangents(problem)
+        self._tangents = Tangents(problem, self.sync_tangents)
         self._fresh_step = False
 
     def before_batch(self, moment: Moment, weight: float) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_hpo.distributed import sum_over_shards
 from lightning_hpo.dynamics import OptimizerStep
 from lightning_hpo.estimators.base import Estimator, Problem
 from lightning_hpo.objectives import Moment
@@ -140,20 +141,20 @@ class Implicit(Estimator):
         x = [torch.zeros_like(t) for t in b]
         r = [t.clone() for t in b]
         p = [t.clone() for t in b]
-        rr = _dot(r, r)
+        rr = self._dot(r, r)
         target = self.tolerance**2 * rr
         for iteration in range(self.iterations):
             if rr <= target:
                 return x, SolverOutcome.CONVERGED
             q = self._damped(p)
-            curvature = _dot(p, q)
+            curvature = self._dot(p, q)
             if not curvature > 0:
                 # The first direction is g_V itself: without it there would be no step at all.
                 return (b if iteration == 0 else x), SolverOutcome.NEGATIVE_CURVATURE
             alpha = rr / curvature
             torch._foreach_add_(x, p, alpha=alpha)
             torch._foreach_add_(r, q, alpha=-alpha)
-            before, rr = rr, _dot(r, r)
+            before, rr = rr, self._dot(r, r)
             torch._foreach_mul_(p, rr / before)
             torch._foreach_add_(p, r)
         return x, SolverOutcome.CONVERGED if rr <= target else SolverOutcome.ITERATION_LIMIT
@@ -162,11 +163,11 @@ class Implicit(Estimator):
         """Sums the Neumann series of (H + damping · I)⁻¹ with step ``lr``."""
         term = [t.clone() for t in b]
         total = [t.clone() for t in b]
-        norm = first = _dot(b, b)
+        norm = first = self._dot(b, b)
         outcome = SolverOutcome.ITERATION_LIMIT
         for _ in range(self.iterations):
             torch._foreach_add_(term, self._damped(term), alpha=-lr)
-            before, norm = norm, _dot(term, term)
+            before, norm = norm, self._dot(term, term)
             if not norm <= first or not norm <= before * (1 + 1e-3):
                 outcome = SolverOutcome.DIVERGED
                 break
@@ -177,6 +178,6 @@ class Implicit(Estimator):
         torch._foreach_mul_(total, lr)
         return total, outcome
 
-
-def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
+    def _dot(self, a: list[Tensor], b: list[Tensor]) -> float:
+        dots = torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)])
+        return float(sum_over_shards(dots.sum(), self.problem.sharded))

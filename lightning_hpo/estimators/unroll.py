@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_hpo.distributed import local
 from lightning_hpo.dynamics import OptimizerStep
 from lightning_hpo.estimators._forward import Tangents
 from lightning_hpo.estimators._reverse import Window
@@ -31,7 +32,7 @@ class Snapshot:
         self._problem = problem
         optimizer = problem.dynamics.optimizer
         self._values = saved or {
-            "theta": [p.detach().clone() for p in problem.theta],
+            "theta": [local(p.detach()).clone() for p in problem.theta],
             "state": [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in problem.theta],
             "buffers": [b.detach().clone() for b in problem.objective.buffers()],
         }
@@ -42,7 +43,7 @@ class Snapshot:
         theta, values = self._problem.theta, self._values
         # Parameters that have joined the training within the window stay.
         for p, value, state in zip(theta, values["theta"], values["state"], strict=False):
-            p.copy_(value)
+            local(p).copy_(value)
             self._problem.dynamics.optimizer.state[p] = {
                 name: v.to(p.device) if isinstance(v, Tensor) and v.dim() else v
                 for name, v in state.items()
@@ -50,9 +51,9 @@ class Snapshot:
         for buffer, value in zip(self._problem.objective.buffers(), values["buffers"], strict=True):
             buffer.copy_(value)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the copies."""
-        return self._values
+    def state_dict(self) -> dict[str, Any] | None:
+        """Returns the copies; None for sharded parameters, of which each process has its own."""
+        return None if self._problem.sharded else self._values
 
 
 class UnrollK(Estimator):
@@ -73,23 +74,29 @@ class UnrollK(Estimator):
             the start of the window: the offline method of Maclaurin et al. (2015) and Franceschi et
             al. (2017), with K the whole training. Costs one copy of them. The learning-rate
             schedule goes on: it counts all steps.
+        sync_tangents: In forward mode on several ranks, whether their products H y + B are averaged
+            at every step; see :class:`ClipR`.
 
     Raises:
-        TypeError: If ``k`` is not an integer, or ``restart`` is not a bool.
+        TypeError: If ``k`` is not an integer, or ``restart`` or ``sync_tangents`` is not a bool.
         ValueError: If ``k < 1`` or ``mode`` is unknown.
     """
 
-    def __init__(self, k: int, mode: Mode = "auto", restart: bool = False) -> None:
+    def __init__(
+        self, k: int, mode: Mode = "auto", restart: bool = False, sync_tangents: bool = True
+    ) -> None:
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"UnrollK: k={k!r} is a {type(k).__name__}, expected an integer")
         if k < 1:
             raise ValueError(f"UnrollK: k={k}, expected at least 1 step")
         if mode not in MODES:
             raise ValueError(f"UnrollK: mode={mode!r}, expected one of {MODES}")
-        if not isinstance(restart, bool):
-            raise TypeError(f"UnrollK: restart={restart!r}, expected True or False")
+        for name, value in (("restart", restart), ("sync_tangents", sync_tangents)):
+            if not isinstance(value, bool):
+                raise TypeError(f"UnrollK: {name}={value!r}, expected True or False")
         self.k = k
         self.restart = restart
+        self.sync_tangents = sync_tangents
         self.mode = mode
         self.horizon = k
         self.window = k
@@ -101,7 +108,7 @@ class UnrollK(Estimator):
         self._start: Snapshot | None = None
         self._is_cut = False
         self._mechanism: Tangents | Window = (
-            Tangents(problem) if forward else Window(problem, self.k)
+            Tangents(problem, self.sync_tangents) if forward else Window(problem, self.k)
         )
 
     @property

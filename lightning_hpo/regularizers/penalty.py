@@ -11,6 +11,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_hpo._stacks import rows
+from lightning_hpo.distributed import local
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Positive
 from lightning_hpo.regularizers._placement import attach, check_free_name, closest
 
@@ -21,7 +23,8 @@ class Penalty(ABC):
     """One term λ R(w) of the training loss: one scalar λ and the weights that it acts on.
 
     A subclass gives R, ∇R and products with the Hessian of R; the chain rule through λ and its
-    constraint is done here. No method runs the network.
+    constraint is done here. No method runs the network. Where parameters are sharded, the methods
+    see local slices: R must be a sum over the elements of the weights.
 
     Args:
         hyperparameter: λ, of one element.
@@ -66,7 +69,7 @@ class Penalty(ABC):
 
     def add_gradient_(self) -> None:
         """Adds λ ∇R(w) to the ``.grad`` of every weight that has one; costs one pass over w."""
-        pairs = [(w, w.grad) for w in self.weights if w.grad is not None]
+        pairs = [(local(w), local(w.grad)) for w in self.weights if w.grad is not None]
         if not pairs:
             return
         strength = self.hyperparameter().detach().reshape(())
@@ -109,7 +112,7 @@ class Penalty(ABC):
             product = self.hvp(weights, u)
             if product is not None:
                 theta_part = list(torch._foreach_mul(product, value.to(product[0].dtype)))
-            dots = [d.reshape(len(d), -1) @ g.flatten() for d, g in zip(u, gradient, strict=True)]
+            dots = [rows(d) @ g.flatten() for d, g in zip(u, gradient, strict=True)]
             lambda_part = first * torch.stack(dots).sum(0).to(first.dtype)
         if e is not None:
             along = [torch.tensordot((first * e).to(g.dtype), g, dims=0) for g in gradient]
