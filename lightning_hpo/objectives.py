@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,12 @@ from torch import Tensor, nn
 
 from lightning_hpo.derivatives import Loss
 from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.kernels import (
+    differentiable_checkpoints,
+    eager,
+    native_recurrent,
+    twice_differentiable,
+)
 from lightning_hpo.regularizers.penalty import PenaltyMixin
 from lightning_hpo.rng import RandomState
 from lightning_hpo.shield import ModuleState, Shield, capture_state
@@ -141,7 +147,7 @@ class TrainingObjective:
         return [h.raw.detach().clone().requires_grad_() for h in self._hyperparameters]
 
     @contextmanager
-    def at(self, moment: Moment, theta: Sequence[Tensor]) -> Iterator[Loss]:
+    def at(self, moment: Moment, theta: Sequence[Tensor], *, exact: bool = False) -> Iterator[Loss]:
         """Gives L_T at a moment as a function of (θ, raw λ).
 
         The graph of an evaluation must be used before the next one, and inside the context: parts
@@ -151,9 +157,12 @@ class TrainingObjective:
         Args:
             moment: What is replayed.
             theta: The module's own parameters, in whose place the function's first argument is put.
+            exact: Whether second or forward derivatives will be taken, and the kernels that have
+                them are to be used. Otherwise the replay runs on those of the training.
         """
         step = self._module.training_step
-        with ExitStack() as evaluation:
+        kernels = twice_differentiable(self._module) if exact else nullcontext()
+        with kernels, differentiable_checkpoints(), ExitStack() as evaluation:
 
             def loss(values: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
                 evaluation.close()
@@ -257,8 +266,12 @@ class ValidationObjective:
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
             logged[name] = value
 
+        on_cuda = self._shield.device.type == "cuda"
         with (
             torch.enable_grad(),
+            eager(),
+            native_recurrent(module) if on_cuda else nullcontext(),
+            differentiable_checkpoints(),
             self._shield(log=log),
             stage(self._trainer, RunningStage.VALIDATING),
         ):

@@ -133,7 +133,8 @@ def test_no_collective_is_made_between_updates(monkeypatch):
         monkeypatch.setattr(
             module, "average_", lambda tensors, n=name: counts.update({n: counts.get(n, 0) + 1})
         )
-    for sync, expected in ((True, {"product": 10}), (False, {"hypergradient": 5})):
+    # One more at the start settles on which kernels replays run.
+    for sync, expected in ((True, {"product": 11}), (False, {"product": 1, "hypergradient": 5})):
         counts.clear()
         model = Model(True, inside_loss=True)
         callback = OnlineHPOCallback(

@@ -132,5 +132,6 @@ def is_missing_derivative(error: RuntimeError) -> bool:
             "forward ad",
             "once_differentiable",
             "marked with @once_differentiable",
+            "computed under selective activation checkpoint",
         )
     )

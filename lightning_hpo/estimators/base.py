@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_hpo._stacks import stacked_zeros
-from lightning_hpo.derivatives import is_missing_derivative, joint_hvp
+from lightning_hpo.derivatives import gradient, is_missing_derivative, joint_hvp
 from lightning_hpo.distributed import average_, is_sharded, local, sum_over_shards
 from lightning_hpo.dynamics import (
     Dynamics,
@@ -61,6 +61,7 @@ class Problem:
     options: OptimizerOptions | None = None
     in_loss: set[str] = field(default_factory=set)
     sharded: bool = False
+    _compared: bool = field(default=False, init=False)
 
     @property
     def theta(self) -> list[Tensor]:
@@ -142,21 +143,41 @@ class Problem:
             return theta_result, lam_result
 
         own = [parameters[i] for i in active]
+        values = None if step is None else [step.theta[i] for i in active]
         leaves = self.objective.leaves()
-        with (
-            in_place(own, None if step is None else [step.theta[i] for i in active]),
-            self.objective.at(moment, own) as at,
-        ):
 
-            def loss(th: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
-                every = list(leaves)
-                for i, value in zip(in_loss, lam, strict=True):
-                    every[i] = value
-                return at(th, every)
+        def multiply(backend: str) -> Products:
+            exact = backend != "finite_difference"
+            with in_place(own, values), self.objective.at(moment, own, exact=exact) as at:
 
-            theta_products, lam_products = self._product(
-                loss, own, [leaves[i] for i in in_loss], u, e, theta_part, lambda_part
-            )
+                def loss(th: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
+                    every = list(leaves)
+                    for i, value in zip(in_loss, lam, strict=True):
+                        every[i] = value
+                    return at(th, every)
+
+                return joint_hvp(
+                    loss,
+                    own,
+                    [leaves[i] for i in in_loss],
+                    u,
+                    e,
+                    backend=backend,
+                    theta_part=theta_part,
+                    lambda_part=lambda_part,
+                    difference_steps=[
+                        h.difference_step
+                        for n, h in self.hyperparameters.items()
+                        if n in self.in_loss
+                    ],
+                    rounding=self.objective.rounding,
+                )
+
+        if self.sharded and self.derivatives == "auto":
+            self._fall_back("the parameters are sharded")
+        if self.derivatives != "finite_difference" and not self._compared:
+            self._compare_kernels(moment, own)
+        theta_products, lam_products = self._settled(multiply)
         for i, product in zip(active, theta_products, strict=bool(theta_products)):
             theta_result[i] = product.detach().to(theta_result[i].dtype)
         for i, product in zip(in_loss, lam_products, strict=bool(lam_products)):
@@ -165,40 +186,11 @@ class Problem:
             average_(lam_result if self.sharded else [*theta_result, *lam_result])
         return theta_result, lam_result
 
-    def _product(
-        self,
-        loss: Any,
-        theta: list[Tensor],
-        lam: list[Tensor],
-        u: list[Tensor] | None,
-        e: list[Tensor] | None,
-        theta_part: bool,
-        lambda_part: bool,
-    ) -> Products:
-        """Calls joint_hvp, and settles at the first call which backend ``auto`` stands for."""
-        if self.sharded and self.derivatives == "auto":
-            warnings.warn(
-                "OnlineHPOCallback(derivatives='auto') uses finite differences, because the "
-                "parameters are sharded",
-                stacklevel=2,
-            )
-            self.derivatives = "finite_difference"
+    def _settled(self, multiply: Callable[[str], Products]) -> Products:
+        """Calls ``multiply(backend)``; settles at the first call what ``auto`` stands for."""
         backend = "reverse" if self.derivatives == "auto" else self.derivatives
         try:
-            result = joint_hvp(
-                loss,
-                theta,
-                lam,
-                u,
-                e,
-                backend=backend,
-                theta_part=theta_part,
-                lambda_part=lambda_part,
-                difference_steps=[
-                    h.difference_step for n, h in self.hyperparameters.items() if n in self.in_loss
-                ],
-                rounding=self.objective.rounding,
-            )
+            result = multiply(backend)
         except RuntimeError as error:
             if not is_missing_derivative(error):
                 raise
@@ -208,15 +200,60 @@ class Problem:
                     f"the derivative that this backend needs ({error}). Use derivatives='auto' or "
                     "'finite_difference'"
                 ) from error
-            warnings.warn(
-                "OnlineHPOCallback(derivatives='auto') uses finite differences, because an "
-                f"operator of this model has no double backward: {error}",
-                stacklevel=2,
-            )
-            self.derivatives = "finite_difference"
-            return self._product(loss, theta, lam, u, e, theta_part, lambda_part)
+            self._fall_back(f"an operator of this model has no double backward: {error}")
+            return multiply(self.derivatives)
         self.derivatives = backend
         return result
+
+    def _fall_back(self, reason: str) -> None:
+        warnings.warn(
+            f"OnlineHPOCallback(derivatives='auto') uses finite differences, because {reason}",
+            stacklevel=2,
+        )
+        self.derivatives = "finite_difference"
+
+    def _compare_kernels(self, moment: Moment, own: list[Tensor]) -> None:
+        """Sees whether the kernels that exact backends need give the gradient of the training.
+
+        They do not where they draw other random numbers: inductor's dropout is not that of eager
+        mode. ``auto`` then takes finite differences, which run on the kernels of the training.
+        """
+        gradients = []
+        for exact in (False, True):
+            total = [torch.zeros_like(p) for p in own]
+            with self.objective.at(moment, own, exact=exact) as at, torch.enable_grad():
+                loss = at(own, self.objective.leaves())
+                parts = [] if loss is None else gradient(loss, own)
+            for whole, part in zip(total, parts, strict=bool(parts)):
+                if part is not None:
+                    whole.copy_(part)
+            gradients.append(total)
+        norms = torch.stack(
+            [
+                torch.stack([t.norm().double() for t in tensors]).norm()
+                for tensors in (torch._foreach_sub(*gradients), gradients[0])
+            ]
+        )
+        average_([norms])  # all ranks must come to the same decision
+        difference, scale = norms.tolist()
+        self._compared = scale > 0
+        if not difference > 0.05 * scale:
+            return
+        reason = (
+            "eager mode and the kernels that have second derivatives give another gradient "
+            f"({difference / scale:.0%} apart) than the training's own: they draw other random "
+            "numbers"
+        )
+        remedy = "with torch.compile, torch._inductor.config.fallback_random = True avoids that"
+        if self.derivatives == "auto":
+            self._fall_back(f"{reason}; {remedy}")
+        else:
+            warnings.warn(
+                f"OnlineHPOCallback(derivatives={self.derivatives!r}): {reason}, so that "
+                "hypergradients belong to other noise and dropout masks than the step. Use "
+                f"derivatives='auto' or 'finite_difference'; {remedy}",
+                stacklevel=2,
+            )
 
     def add_penalty_hvp_(
         self,

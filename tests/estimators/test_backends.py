@@ -34,24 +34,25 @@ class OnceTanhLayer(nn.Module):
         return OnceTanh.apply(x)
 
 
-class Attention(nn.Module):
-    """Attention over the hidden units in the place of an activation."""
+class FlashAttention(nn.Module):
+    """Attention over the hidden units, on a kernel that the module itself insists on."""
+
+    kernel = SDPBackend.FLASH_ATTENTION
 
     def forward(self, x):
         q = torch.stack([x, x.sin()], dim=-1).unsqueeze(1)
-        return F.scaled_dot_product_attention(q, q, q)[:, 0, :, 0]
+        with sdpa_kernel(self.kernel):
+            return F.scaled_dot_product_attention(q, q, q)[:, 0, :, 0]
 
 
-class DifferentiableAttention(Attention):
-    def forward(self, x):
-        with sdpa_kernel(SDPBackend.MATH):
-            return super().forward(x)
+class MathAttention(FlashAttention):
+    kernel = SDPBackend.MATH
 
 
 # Models without a double backward, and their twins that have one.
 NO_DOUBLE_BACKWARD = pytest.mark.parametrize(
     ("activation", "twin"),
-    [(OnceTanhLayer, nn.Tanh), (Attention, DifferentiableAttention)],
+    [(OnceTanhLayer, nn.Tanh), (FlashAttention, MathAttention)],
     ids=["once_differentiable", "attention"],
 )
 
@@ -88,9 +89,10 @@ def test_auto_falls_back_to_finite_differences_and_says_so_once(activation, twin
 
 
 @NO_DOUBLE_BACKWARD
-def test_an_explicit_backend_is_not_replaced_silently(activation, twin):
-    with pytest.raises(RuntimeError, match=r"derivatives='reverse'.*Use derivatives='auto'"):
-        hypergradients(ClipR(), Mlp(activation=activation), "reverse")
+@pytest.mark.parametrize("derivatives", ["reverse", "forward"])
+def test_an_explicit_backend_is_not_replaced_silently(activation, twin, derivatives):
+    with pytest.raises(RuntimeError, match=rf"(?s)'{derivatives}'\).*Use derivatives='auto'"):
+        hypergradients(ClipR(), Mlp(activation=activation), derivatives)
 
 
 def test_auto_does_not_hide_errors_of_the_users():
