@@ -14,6 +14,7 @@ from lightning_hpo import (
     T1T2,
     ClipR,
     DropoutMixin,
+    Implicit,
     OnlineHPOCallback,
     UnrollK,
     named_hyperparameters,
@@ -27,6 +28,7 @@ ESTIMATORS = {
     "RTHO": lambda: ClipR(math.inf),
     "forward": lambda: UnrollK(3, "forward"),
     "reverse": lambda: UnrollK(3, "reverse"),
+    "Implicit": lambda: Implicit(iterations=5, damping=1.0),
 }
 
 

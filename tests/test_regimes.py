@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from cases import BATCH, TRAIN, VALID, Mlp, fit, flat, frozen, relative_error, valid_loader
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hpo import (
@@ -33,6 +38,7 @@ from lightning_hpo import (
     named_hyperparameters,
 )
 
+ROOT = Path(__file__).parent.parent
 STEPS = 4
 DAMPING = 3.0  # enough for a definite Hessian
 
@@ -166,6 +172,27 @@ class RecurrentGRU(Recurrent):
     kind = nn.GRU
 
 
+class Compiled(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.compile(backend="aot_eager")
+
+
+class Checkpointed(Plain):
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        hidden = torch.utils.checkpoint.checkpoint(self.net[:2], x, use_reentrant=False)
+        return F.cross_entropy(self.net[2](hidden), y)
+
+
+class Attention(Plain):
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        hidden = self.net[1](self.net[0](x)).reshape(1, 1, -1, 5)
+        mixed = F.scaled_dot_product_attention(hidden, hidden, hidden)
+        return F.cross_entropy(self.net[2](mixed[0, 0]), y)
+
+
 # ---------------------------------------------------------------------------------------- regimes
 
 
@@ -242,6 +269,9 @@ REGIMES: dict[str, Regime] = {
     "unfrozen-later": Regime(Appearing),
     "LSTM": Regime(Recurrent),
     "GRU": Regime(RecurrentGRU),
+    "torch-compile": Regime(Compiled, exact=Regime()),
+    "activation-checkpointing": Regime(Checkpointed, exact=Regime()),
+    "attention": Regime(Attention),
     "several-validation-loaders": Regime(
         Indexed, options=two_loaders, callback={"dataloader_idx": 1}
     ),
@@ -333,12 +363,15 @@ def implicit(key: str) -> dict[str, float]:
     loss = torch.zeros(())
     for batch, batch_idx, state in kept.last:
         torch.set_rng_state(state)
-        loss = loss + module.training_step(batch, batch_idx) / count
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            loss = loss + module.training_step(batch, batch_idx) / count
     got = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
     taking_part = {id(p) for p, g in zip(theta, got, strict=True) if g is not None}
     loss = loss + sum(p.value() for p in module.gradient_penalties)
     active = [p for p in theta if id(p) in taking_part]
-    gradient = flat_graph(torch.autograd.grad(loss, active, create_graph=True))
+    gradient = torch.cat(
+        [g.reshape(-1) for g in torch.autograd.grad(loss, active, create_graph=True)]
+    )
     rows = [torch.autograd.grad(g, [*active, *raws], retain_graph=True) for g in gradient]
     hessian = torch.stack([flat(row[: len(active)]) for row in rows])
     mixed = torch.stack([flat(row[len(active) :]) for row in rows])
@@ -348,10 +381,6 @@ def implicit(key: str) -> dict[str, float]:
     solution = torch.linalg.solve(hessian + DAMPING * torch.eye(len(hessian)), g_v)
     values = -(mixed.T @ solution)
     return dict(zip(named_hyperparameters(module), values.tolist(), strict=True))
-
-
-def flat_graph(tensors: Any) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def truth(regime: str, estimator: str) -> Tensor:
@@ -383,3 +412,66 @@ def test_hypergradients_equal_brute_force(regime: str, estimator: str) -> None:
     for value, expected in zip(found.double(), truth(regime, estimator), strict=True):
         assert relative_error(value, expected) < spec.tolerance
         assert expected.abs() > 1e-6
+
+
+# -------------------------------------------------------------------------- the table in the README
+
+# Row, the test that backs it, and what each estimator is called there.
+OTHER_ROWS = {
+    "resumed at the end of an epoch": "tests/test_resume.py::test_at_the_end_of_an_epoch",
+    "resumed within an epoch (stateful loader)": (
+        "tests/test_resume.py::test_within_an_epoch_with_a_stateful_loader"
+    ),
+    "DDP, two ranks": (
+        "tests/test_distributed.py::test_two_ranks_equal_one_process_on_the_whole_batch"
+    ),
+    "`fully_shard`, two ranks (finite differences)": (
+        "tests/test_sharded.py::test_two_shards_equal_one_process_on_the_whole_batch"
+    ),
+}
+OTHER_NAMES = {
+    "T1T2": {"T1T2"},
+    "UnrollK-forward": {"forward"},
+    "UnrollK-reverse": {"reverse"},
+    "ClipR": {"ClipR"},
+    "RTHO": {"RTHO"},
+    "Implicit": {"Implicit"},
+}
+
+
+def table(ids: Iterable[str]) -> str:
+    """Makes the table from the ids of the tests that there are."""
+    found = {name: set[str]() for name in (*REGIMES, *OTHER_ROWS)}
+    for test in ids:
+        name, _, cell = test.rstrip("]").partition("[")
+        if name.endswith("::test_hypergradients_equal_brute_force"):
+            regime = max((r for r in REGIMES if cell.startswith(f"{r}-")), key=len)
+            found[regime].add(cell.removeprefix(f"{regime}-"))
+        for row, other in OTHER_ROWS.items():
+            if name == other:
+                parts = set(cell.split("-"))
+                found[row] |= {e for e, names in OTHER_NAMES.items() if parts & names}
+    lines = ["| | " + " | ".join(ESTIMATORS) + " |", "|---" * (len(ESTIMATORS) + 1) + "|"]
+    for row, estimators in found.items():
+        label = row.replace("-", " ") if row in REGIMES else row
+        label = f'`precision="{row}"`' if row.endswith(("-true", "-mixed")) else label
+        cells = " | ".join("✓" if e in estimators else "–" for e in ESTIMATORS)
+        lines.append(
+            f"| {row.replace('-', ' ') if row in REGIMES else row} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def collected() -> list[str]:
+    files = ["tests/test_regimes.py", *{name.partition("::")[0] for name in OTHER_ROWS.values()}]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", *files]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [line for line in output.splitlines() if "::" in line]
+
+
+def test_the_table_in_the_readme_is_that_of_the_tests() -> None:
+    assert table(collected()) in (ROOT / "README.md").read_text()
+
+
+if __name__ == "__main__":
+    print(table(collected()))

@@ -1,5 +1,6 @@
 """Parameters sharded over two CPU processes, against one process on the concatenated batch."""
 
+import math
 import os
 import pickle
 import queue
@@ -244,7 +245,8 @@ ESTIMATORS = {
     "ClipR": lambda: ClipR(RADIUS, decay=0.9),
     "forward": lambda: UnrollK(3, "forward"),
     "reverse": lambda: UnrollK(3, "reverse"),
-    "CG": lambda: Implicit(iterations=3, damping=1.0),
+    "RTHO": lambda: ClipR(math.inf),
+    "Implicit": lambda: Implicit(iterations=3, damping=1.0),
 }
 
 
