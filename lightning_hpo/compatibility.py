@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -203,6 +204,8 @@ def check_dependence(
 ) -> list[str]:
     """Lists the hyperparameters that have no effect on the training.
 
+    A penalty on weights that are frozen now is warned about, where there is something else to tune.
+
     Args:
         module: The LightningModule.
         hyperparameters: Those found in it.
@@ -220,6 +223,14 @@ def check_dependence(
     findings = []
     for name, h in hyperparameters.items():
         if name in in_loss or id(h) in acting:
+            continue
+        if id(h) in idle and len(idle) < len(hyperparameters):
+            # Fine-tuning unfreezes them later.
+            warnings.warn(
+                f"OnlineHPOCallback: the hyperparameter {name!r} has no effect as long as the "
+                "weights that it acts on are not trained by the optimizer",
+                stacklevel=2,
+            )
             continue
         if id(h) in idle:
             reason = "the weights that it acts on are not trained by the optimizer"

@@ -54,7 +54,8 @@ class Unused(Mlp):
 class PenaltyOnFrozenWeights(Mlp):
     def __init__(self):
         super().__init__()
-        self.net[0].weight.requires_grad_(False)
+        for layer in (self.net[0], self.net[2]):
+            layer.weight.requires_grad_(False)
 
 
 class WithoutPenaltyCall(Mlp):

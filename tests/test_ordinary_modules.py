@@ -287,6 +287,52 @@ def test_parameters_that_join_later(make):
     assert callback.history[-1].step == 20
 
 
+def test_a_layer_that_is_frozen_at_first_is_tuned_once_it_trains():
+    class Later(Mlp):
+        def __init__(self):
+            super().__init__("momentum")
+            self.net[0].requires_grad_(False)
+
+        def on_train_epoch_start(self):
+            self.net[0].requires_grad_(self.current_epoch > 0)
+
+    model = Later()
+    callback = OnlineHPOCallback(ClipR(5.0))
+    with pytest.warns(UserWarning, match=r"'l2\.net\.0' has no effect as long as"):
+        fit(model, callback, steps=10)
+    first, second = (
+        [record.hypergradients["l2.net.0"].item() for record in callback.history[part]]
+        for part in (slice(0, 5), slice(5, 10))
+    )
+    assert first == [0.0] * 5
+    assert all(h != 0 for h in second)
+
+
+def test_a_parameter_that_leaves_the_training_has_a_zero_tangent():
+    """As if the tangent had been cut there: forward and reverse mode agree on it."""
+
+    class Leaving(Mlp):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 2:
+                self.net[0].requires_grad_(False)
+
+    found = {}
+    for name, make in {
+        "RTHO": lambda: ClipR(math.inf),
+        "forward": lambda: UnrollK(4, "forward"),
+        "reverse": lambda: UnrollK(4, "reverse"),
+    }.items():
+        model = Leaving("momentum", inside_loss=True)
+        callback = OnlineHPOCallback(make(), optimizer=frozen, every_n_steps=4)
+        fit(model, callback, steps=4)
+        found[name] = torch.stack(list(callback.history[-1].hypergradients.values()))
+    torch.testing.assert_close(found["forward"], found["RTHO"], rtol=1e-10, atol=0)
+    torch.testing.assert_close(found["reverse"], found["RTHO"], rtol=1e-10, atol=0)
+    # λ of the layer that has left goes on acting through nothing but what it did to the other.
+    whole = observe(ClipR(math.inf), Mlp("momentum", inside_loss=True), steps=4)
+    assert (found["RTHO"] - last_hypergradient(whole)).norm() > 1e-6
+
+
 def test_weights_of_another_precision():
     class Mixed(Mlp):
         pass
