@@ -1,5 +1,6 @@
 """Derivatives of the training loss; knows nothing of Lightning."""
 
+from lightning_hpo.derivatives.finite_difference import one_sided_differences
 from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.derivatives.joint_hvp import BACKENDS, Loss, is_missing_derivative, joint_hvp
 
@@ -9,5 +10,5 @@ __all__ = [
     "gradient",
     "is_missing_derivative",
     "joint_hvp",
-    "wide",
+    "one_sided_differences",
 ]

@@ -75,6 +75,53 @@ def joint_hvp(
     return products[:split], products[split:]
 
 
+def one_sided_differences(
+    loss: Loss,
+    theta: Sequence[Tensor],
+    lam: Sequence[Tensor],
+    u: Sequence[Tensor] | None,
+    e: Sequence[Tensor] | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Returns the displaced part of one-sided differences of ∇θL.
+
+        H u + B e ≈ ∇θL(θ + δu, λ) / δ + ∇θL(θ, λ + δ'e) / δ' − (1/δ + 1/δ') ∇θL(θ, λ)
+
+    with δ = √ε (1 + ‖x‖) / ‖d‖. The last term is left to the caller, who has the gradient already.
+    Costs one gradient per direction, or two where both u and e are given; relative error about √ε.
+
+    Args:
+        loss: As for :func:`lightning_hpo.derivatives.joint_hvp`.
+        theta: Likewise; moved in place and put back by copy.
+        lam: Likewise.
+        u: Likewise.
+        e: Likewise.
+
+    Returns:
+        The first two terms, ``(m, *θ_i.shape)`` each, and the weights 1/δ + 1/δ' ``(m,)``.
+    """
+    m = next(d.shape[0] for d in (*(u or ()), *(e or ())))
+    products = stacked_zeros(theta, m)
+    weights = torch.zeros(m, dtype=torch.float64)
+    for block, directions in ((theta, u), (lam, e)):
+        for j in range(m if directions is not None else 0):
+            direction = [d[j] for d in directions or ()]
+            norm = _norm(direction, False)
+            if norm == 0.0:
+                continue
+            if not math.isfinite(norm):
+                for product in products:
+                    product[j].fill_(math.nan)
+                continue
+            epsilon: float = torch.finfo(block[0].dtype).eps
+            delta = math.sqrt(epsilon) * (1.0 + _norm(block, False)) / norm
+            gradients = _displaced_gradient(loss, theta, lam, theta, block, direction, delta)
+            weights[j] += 1 / delta
+            for product, g in zip(products, gradients, strict=True):
+                if g is not None:
+                    product[j].add_(g, alpha=1 / delta)
+    return products, weights
+
+
 def _step(block: Sequence[Tensor], norm: float, rounding: float | None, in_slices: bool) -> float:
     """Chooses δ = ε^⅓ (1 + ‖x‖) / ‖d‖, which balances truncation against rounding."""
     epsilon: float = max(torch.finfo(block[0].dtype).eps, rounding or 0.0)

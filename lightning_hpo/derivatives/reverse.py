@@ -114,11 +114,16 @@ def _pull_back(
         )
         for j in range(m)
     ]
-    stacked = [
-        None if parts[0] is None else torch.stack([p for p in parts if p is not None])
-        for parts in zip(*rows, strict=True)
-    ]
+    stacked = [_stack(parts) for parts in zip(*rows, strict=True)]
     return _fill(stacked, targets, m)
+
+
+def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Stacks the directions; a single one is not copied."""
+    present = [part for part in parts if part is not None]
+    if len(present) == 1:
+        return present[0].unsqueeze(0)
+    return torch.stack(present) if present else None
 
 
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, pick, put
+from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, filled, pick, put
 
 _MEAN = "exp_avg"
 _SQUARE = "exp_avg_sq"
@@ -51,9 +51,11 @@ class AdamDynamics(Dynamics):
             torch._foreach_addcdiv_(theta, mean, point.denominator, value=-point.step_size)
             torch._foreach_addcmul_(theta, square, point.slope, value=point.step_size)
 
-    def vjp_(self, step: OptimizerStep, adjoint: State) -> list[Tensor]:
+    def vjp_(self, step: OptimizerStep, adjoint: State, *, state_part: bool = True) -> list[Tensor]:
         """See :meth:`Dynamics.vjp_`."""
-        result = [torch.zeros_like(t) for t in adjoint[THETA]]
+        result: list[Tensor | None] = [None] * len(adjoint[THETA])
+        for name in (_MEAN, _SQUARE):
+            adjoint.setdefault(name, [torch.zeros_like(t) for t in adjoint[THETA]])
         for options, index in step.parts(lambda i: _count(step.state[i])):
             theta, mean, square = (pick(adjoint[name], index) for name in (THETA, _MEAN, _SQUARE))
             point = self._point(step, options, index)
@@ -61,6 +63,11 @@ class AdamDynamics(Dynamics):
             torch._foreach_addcmul_(square, theta, point.slope, value=point.step_size)
             h = list(torch._foreach_mul(mean, 1 - point.beta1))
             torch._foreach_addcmul_(h, square, point.h, value=2 * (1 - point.beta2))
+            if not state_part:
+                if options["maximize"]:
+                    torch._foreach_neg_(h)
+                put(result, index, h)
+                continue
             torch._foreach_mul_(mean, point.beta1)
             torch._foreach_mul_(square, point.beta2)
             if point.shrink != 1:
@@ -70,7 +77,7 @@ class AdamDynamics(Dynamics):
             if options["maximize"]:
                 torch._foreach_neg_(h)
             put(result, index, h)
-        return result
+        return filled(result, adjoint[THETA])
 
     def _point(self, step: OptimizerStep, options: dict[str, Any], index: list[int]) -> _Point:
         """Computes the values at which Φ is differentiated."""

@@ -149,12 +149,13 @@ class Dynamics(ABC):
         """
 
     @abstractmethod
-    def vjp_(self, step: OptimizerStep, adjoint: State) -> list[Tensor]:
+    def vjp_(self, step: OptimizerStep, adjoint: State, *, state_part: bool = True) -> list[Tensor]:
         r"""Pulls adjoints back through the step, in place: s̄ = (∂Φ/∂s)ᵀ s̄'.
 
         Args:
             step: The step.
-            adjoint: s̄', replaced by s̄.
+            adjoint: s̄', replaced by s̄. State tensors that are not in it have the adjoint 0.
+            state_part: Whether s̄ is wanted; else the adjoint is used up as work space.
 
         Returns:
             ḡ = (∂Φ/∂g)ᵀ s̄', one tensor ``(m, *p.shape)`` per parameter; zeros where the step had
@@ -177,7 +178,12 @@ def pick(tensors: list[Tensor], index: list[int]) -> list[Tensor]:
     return [tensors[i] for i in index]
 
 
-def put(tensors: list[Tensor], index: list[int], values: list[Tensor]) -> None:
+def put(tensors: list[Tensor | None], index: list[int], values: list[Tensor]) -> None:
     """Stores values at the given positions."""
     for i, value in zip(index, values, strict=True):
         tensors[i] = value
+
+
+def filled(tensors: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
+    """Returns the tensors, with zeros in the place of those that are missing."""
+    return [torch.zeros_like(z) if t is None else t for t, z in zip(tensors, like, strict=True)]

@@ -67,7 +67,7 @@ class GenericDynamics(Dynamics):
                 for name, values in moved.items()
             }
 
-    def vjp_(self, step: OptimizerStep, adjoint: State) -> list[Tensor]:
+    def vjp_(self, step: OptimizerStep, adjoint: State, *, state_part: bool = True) -> list[Tensor]:
         """See :meth:`Dynamics.vjp_`; one graph of the step serves all m adjoints."""
         # Empty slices of sharded parameters share one address, by which torch tells apart what is
         # mutated below.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, pick, put
+from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, filled, pick, put
 
 _BUFFER = "momentum_buffer"
 
@@ -50,29 +50,38 @@ class SGDDynamics(Dynamics):
                     h = buffer
             torch._foreach_add_(theta, h, alpha=-float(options["lr"]))
 
-    def vjp_(self, step: OptimizerStep, adjoint: State) -> list[Tensor]:
-        """See :meth:`Dynamics.vjp_`."""
-        result = [torch.zeros_like(t) for t in adjoint[THETA]]
+    def vjp_(self, step: OptimizerStep, adjoint: State, *, state_part: bool = True) -> list[Tensor]:
+        """See :meth:`Dynamics.vjp_`; ``state_part=False`` costs one pass over θ."""
+        result: list[Tensor | None] = [None] * len(adjoint[THETA])
         for options, index in step.parts(lambda i: step.state[i].get(_BUFFER) is None):
+            is_first = step.state[index[0]].get(_BUFFER) is None
+            momentum = float(options["momentum"])
+            into_buffer = 1.0 if is_first else 1 - float(options["dampening"])
             theta = pick(adjoint[THETA], index)
-            h = torch._foreach_mul(theta, -float(options["lr"]))
-            if momentum := float(options["momentum"]):
+            if not state_part and (not momentum or _BUFFER not in adjoint):
+                # Every term is a multiple of the adjoint of θ.
+                factor = -float(options["lr"]) * (-1.0 if options["maximize"] else 1.0)
+                if momentum:
+                    direct = 1.0 if options["nesterov"] else 0.0
+                    through = momentum if options["nesterov"] else 1.0
+                    factor *= direct + through * into_buffer
+                torch._foreach_mul_(theta, factor)
+                put(result, index, theta)
+                continue
+            h = list(torch._foreach_mul(theta, -float(options["lr"])))
+            if momentum:
                 buffer = pick(_buffers(adjoint), index)
                 torch._foreach_add_(buffer, h, alpha=momentum if options["nesterov"] else 1.0)
                 if not options["nesterov"]:
                     torch._foreach_zero_(h)
-                if step.state[index[0]].get(_BUFFER) is None:
-                    torch._foreach_add_(h, buffer)
-                    torch._foreach_zero_(buffer)
-                else:
-                    torch._foreach_add_(h, buffer, alpha=1 - float(options["dampening"]))
-                    torch._foreach_mul_(buffer, momentum)
+                torch._foreach_add_(h, buffer, alpha=into_buffer)
+                torch._foreach_mul_(buffer, 0.0 if is_first else momentum)
             if weight_decay := float(options["weight_decay"]):
                 torch._foreach_add_(theta, h, alpha=weight_decay)
             if options["maximize"]:
                 torch._foreach_neg_(h)
-            put(result, index, list(h))
-        return result
+            put(result, index, h)
+        return filled(result, adjoint[THETA])
 
 
 def _buffers(state: State) -> list[Tensor]:

@@ -40,6 +40,7 @@ class Tangents:
         self._sync = sync
         self._unit = problem.unit_directions()
         self._gradient: list[Tensor] | None = None
+        self._weights: Tensor | None = None
         self._frozen: set[int] = set()
         self.reset()
 
@@ -51,18 +52,20 @@ class Tangents:
 
     def discard(self) -> None:
         """Forgets the micro-batches of a step that did not happen."""
-        self._gradient = None
+        self._gradient = self._weights = None
 
     def before_batch(self, moment: Moment, weight: float) -> None:
         """Adds the micro-batch's H y + B to the tangent of the gradient."""
         self._follow()
-        products, _ = self._problem.network_hvp(
-            moment,
-            None if self._is_zero else self.state[THETA],
-            self._unit,
-            lambda_part=False,
-            sync=self._sync,
-        )
+        problem = self._problem
+        y = None if self._is_zero else self.state[THETA]
+        self._weights = None
+        if self._sync and problem.is_one_sided and (y is not None or problem.in_loss):
+            products, self._weights = problem.one_sided_hvp(moment, y, self._unit)
+        else:
+            products, _ = problem.network_hvp(
+                moment, y, self._unit, lambda_part=False, sync=self._sync
+            )
         if weight != 1.0:
             torch._foreach_mul_(products, weight)
         if self._gradient is None:
@@ -70,14 +73,23 @@ class Tangents:
         else:
             torch._foreach_add_(self._gradient, products)
 
+    def network_gradient(self, gradients: list[Tensor | None]) -> None:
+        """Completes one-sided differences by the gradient at (θ, λ) itself."""
+        if self._weights is None or self._gradient is None:
+            return
+        pairs = [(t, g) for t, g in zip(self._gradient, gradients, strict=True) if g is not None]
+        for j, weight in enumerate(self._weights.tolist()):
+            torch._foreach_add_([t[j] for t, _ in pairs], [g for _, g in pairs], alpha=-weight)
+        self._weights = None
+
     def before_step(self, step: OptimizerStep) -> None:
         """Moves the tangents along with θ."""
         self._follow()
         problem = self._problem
         gradient = self._gradient
-        if gradient is None:
+        if gradient is None or self._weights is not None:  # one-sided, and never completed
             gradient, _ = problem.zeros(problem.count, lambda_part=False)
-        problem.add_penalty_hvp_((gradient, []), step, self.state[THETA], self._unit)
+        problem.add_penalty_hvp_((gradient, []), step, self.state[THETA], unit=True)
         if problem.clipping is not None and step.unclipped is not None:
             problem.clipping.product_(step.unclipped, gradient)
         problem.dynamics.jvp_(step, self.state, gradient)
@@ -119,24 +131,28 @@ class Tangents:
                 else:
                     t.mul_(factors)
 
-    def forget_non_finite(self) -> None:
+    def forget_non_finite(self, norms: Tensor) -> None:
         """Starts anew the tangents that have overflowed: they would stay non-finite for ever."""
-        broken = ~torch.isfinite(self.norms())
+        broken = ~torch.isfinite(norms)
         if bool(broken.any()):
             for tensors in self.state.values():
                 for t in tensors:
                     t[broken] = 0
 
-    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
-        """Returns ⟨g_V, y⟩ for each λ (online-HPO paper, eq. 5); NaN where ‖y‖ has overflowed."""
+    def hypergradient(self, g_v: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Returns ⟨g_V, y⟩ for each λ (online-HPO paper, eq. 5), and ‖y‖.
+
+        The product is NaN where ‖y‖ has overflowed.
+        """
         products = [
             rows(y) @ g.flatten().to(y.dtype) for y, g in zip(self.state[THETA], g_v, strict=True)
         ]
         total = sum_over_shards(torch.stack(products).sum(0), self._problem.sharded)
         if not self._sync:
             average_([total])
-        total = torch.where(torch.isfinite(self.norms()), total, math.nan)
-        return self._problem.from_stack(total)
+        norms = self.norms()
+        total = torch.where(torch.isfinite(norms), total, math.nan)
+        return self._problem.from_stack(total), norms
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the tangents.

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
 from lightning_hpo.distributed import world_size
-from lightning_hpo.dynamics import THETA, OptimizerStep
+from lightning_hpo.dynamics import THETA, OptimizerStep, State
 from lightning_hpo.estimators._recompute import rebuild, thinned
 from lightning_hpo.estimators.base import Problem
 from lightning_hpo.objectives import Moment, is_plain
@@ -72,7 +72,7 @@ class Window:
         self._moments = []
 
     def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
-        """Differentiates the window backwards, and empties it.
+        """Differentiates the window backwards, and empties it; uses up g_V.
 
         None where the optimizer was given parameters within the window.
         """
@@ -80,18 +80,17 @@ class Window:
         if any(len(record.step.gradients) != len(g_v) for record in self._records):
             self._records.clear()
             return None
-        adjoint = problem.dynamics.zeros(1)
-        adjoint[THETA] = [g.unsqueeze(0).clone() for g in g_v]
+        adjoint: State = {THETA: [g.unsqueeze(0) for g in g_v]}
         _, total = problem.zeros(1, theta_part=False)
         while self._records:
             self._complete_last()
             record = self._records.pop()
             problem.add_option_adjoints_(record.step, adjoint, total)
-            g_bar = problem.dynamics.vjp_(record.step, adjoint)
-            if problem.clipping is not None and record.step.unclipped is not None:
-                problem.clipping.product_(record.step.unclipped, g_bar)
             # Before the first step of the window θ does not depend on λ.
             theta_part = bool(self._records)
+            g_bar = problem.dynamics.vjp_(record.step, adjoint, state_part=theta_part)
+            if problem.clipping is not None and record.step.unclipped is not None:
+                problem.clipping.product_(record.step.unclipped, g_bar)
             self._accumulate(record, g_bar, (adjoint[THETA] if theta_part else [], total))
         return [t[0] for t in total]
 
@@ -158,4 +157,4 @@ class Window:
             if theta_part:
                 torch._foreach_add_(theta_result, theta_part, alpha=weight)
             torch._foreach_add_(lam_result, lambda_part, alpha=weight)
-        problem.add_penalty_hvp_(into, record.step, g_bar, None)
+        problem.add_penalty_hvp_(into, record.step, g_bar)

@@ -14,7 +14,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_hpo._stacks import stacked_zeros
-from lightning_hpo.derivatives import gradient, is_missing_derivative, joint_hvp
+from lightning_hpo.derivatives import (
+    Loss,
+    gradient,
+    is_missing_derivative,
+    joint_hvp,
+    one_sided_differences,
+)
 from lightning_hpo.distributed import average_, is_sharded, local, sum_over_shards
 from lightning_hpo.dynamics import (
     Dynamics,
@@ -49,6 +55,7 @@ class Problem:
         derivatives: ``"auto"`` or the name of a backend of :func:`joint_hvp`.
         options: The optimizer's own options that are tuned; None where there are none.
         in_loss: The names of the λ that the training loss itself depends on.
+        reuses_gradient: Whether the gradient of the real step has been seen to be that of a replay.
         sharded: Whether the parameters are sharded.
     """
 
@@ -60,6 +67,7 @@ class Problem:
     derivatives: str
     options: OptimizerOptions | None = None
     in_loss: set[str] = field(default_factory=set)
+    reuses_gradient: bool = False
     sharded: bool = False
     _compared: bool = field(default=False, init=False)
 
@@ -128,63 +136,116 @@ class Problem:
         Returns:
             Both parts, over all θ and all λ, zeros included; an unwanted part is empty.
         """
-        parameters = self.theta
-        in_loss = [i for i, name in enumerate(self.hyperparameters) if name in self.in_loss]
         m = (u or e or [])[0].shape[0]
-        theta_result, lam_result = self.zeros(m, theta_part=theta_part, lambda_part=lambda_part)
-        if step is None:
-            active = [i for i, p in enumerate(parameters) if p.requires_grad]
-        else:
-            active = [i for i, g in enumerate(step.gradients) if g is not None]
+        active = self._active(step)
+        in_loss = self._in_loss()
         e = [e[i] for i in in_loss] if e is not None and in_loss else None
         u = [u[i] for i in active] if u is not None and active else None
-        lambda_part = lambda_part and bool(in_loss)
-        if (u is None and e is None) or not (theta_part or lambda_part):
-            return theta_result, lam_result
+        wants_lambda = lambda_part and bool(in_loss)
+        products: Products = ([], [])
+        if (u is not None or e is not None) and (theta_part or wants_lambda):
 
-        own = [parameters[i] for i in active]
-        values = None if step is None else [step.theta[i] for i in active]
-        leaves = self.objective.leaves()
+            def multiply(backend: str) -> Products:
+                exact = backend != "finite_difference"
+                with self._loss(moment, active, step, exact=exact) as (loss, theta, lam):
+                    return joint_hvp(
+                        loss,
+                        theta,
+                        lam,
+                        u,
+                        e,
+                        backend=backend,
+                        theta_part=theta_part,
+                        lambda_part=wants_lambda,
+                        difference_steps=self._difference_steps(),
+                        rounding=self.objective.rounding,
+                    )
 
-        def multiply(backend: str) -> Products:
-            exact = backend != "finite_difference"
-            with in_place(own, values), self.objective.at(moment, own, exact=exact) as at:
-
-                def loss(th: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
-                    every = list(leaves)
-                    for i, value in zip(in_loss, lam, strict=True):
-                        every[i] = value
-                    return at(th, every)
-
-                return joint_hvp(
-                    loss,
-                    own,
-                    [leaves[i] for i in in_loss],
-                    u,
-                    e,
-                    backend=backend,
-                    theta_part=theta_part,
-                    lambda_part=lambda_part,
-                    difference_steps=[
-                        h.difference_step
-                        for n, h in self.hyperparameters.items()
-                        if n in self.in_loss
-                    ],
-                    rounding=self.objective.rounding,
-                )
-
-        if self.sharded and self.derivatives == "auto":
-            self._fall_back("the parameters are sharded")
-        if self.derivatives != "finite_difference" and not self._compared:
-            self._compare_kernels(moment, own)
-        theta_products, lam_products = self._settled(multiply)
-        for i, product in zip(active, theta_products, strict=bool(theta_products)):
-            theta_result[i] = product.detach().to(theta_result[i].dtype)
-        for i, product in zip(in_loss, lam_products, strict=bool(lam_products)):
-            lam_result[i] = product.detach().to(lam_result[i].dtype)
+            if self.sharded and self.derivatives == "auto":
+                self._fall_back("the parameters are sharded")
+            if self.derivatives != "finite_difference" and not self._compared:
+                self._compare_kernels(moment, [self.theta[i] for i in active])
+            products = self._settled(multiply)
+        raws = [h.raw for h in self.hyperparameters.values()]
+        theta_result = _spread(products[0], active, self.theta, m) if theta_part else []
+        lam_result = _spread(products[1], in_loss, raws, m) if lambda_part else []
         if sync:
             average_(lam_result if self.sharded else [*theta_result, *lam_result])
         return theta_result, lam_result
+
+    def one_sided_hvp(
+        self, moment: Moment, u: list[Tensor] | None, e: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Returns the displaced gradients of one-sided differences; half the price of central ones.
+
+        H u + B e is what is left when the weights times the gradient itself, which the training
+        computes anyway, have been subtracted.
+
+        Args:
+            moment: The micro-batch, at the present θ.
+            u: Directions in θ, ``(m, *p.shape)`` each, or None for zeros.
+            e: Directions in raw λ.
+
+        Returns:
+            One tensor ``(m, *p.shape)`` per parameter, averaged over the ranks, and the weights
+            ``(m,)``, the same for all micro-batches of a step.
+        """
+        active = self._active(None)
+        with self._loss(moment, active, None, exact=False) as (loss, theta, lam):
+            products, weights = one_sided_differences(
+                loss,
+                theta,
+                lam,
+                [u[i] for i in active] if u is not None and active else None,
+                [e[i] for i in self._in_loss()] or None,
+            )
+        result = _spread(products, active, self.theta, len(weights))
+        average_(result)
+        return result, weights
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether :meth:`one_sided_hvp` may take the place of :meth:`network_hvp` now."""
+        return (
+            self.reuses_gradient
+            and self.derivatives == "finite_difference"
+            and not self.sharded
+            and self.objective.rounding is None  # √ε would be far too wide
+            and all(p.dtype in (torch.float32, torch.float64) for p in self.theta)
+            and all(step is None for step in self._difference_steps())
+        )
+
+    def _active(self, step: OptimizerStep | None) -> list[int]:
+        """Lists the parameters that took part in a step, or that require grad now."""
+        if step is None:
+            return [i for i, p in enumerate(self.theta) if p.requires_grad]
+        return [i for i, g in enumerate(step.gradients) if g is not None]
+
+    def _in_loss(self) -> list[int]:
+        """Lists the λ that the training loss itself depends on."""
+        return [i for i, name in enumerate(self.hyperparameters) if name in self.in_loss]
+
+    def _difference_steps(self) -> list[float | None]:
+        return [h.difference_step for n, h in self.hyperparameters.items() if n in self.in_loss]
+
+    @contextmanager
+    def _loss(
+        self, moment: Moment, active: list[int], step: OptimizerStep | None, *, exact: bool
+    ) -> Iterator[tuple[Loss, list[Tensor], list[Tensor]]]:
+        """Gives the loss of a micro-batch as a function of the active θ and of the λ in it."""
+        theta = [self.theta[i] for i in active]
+        values = None if step is None else [step.theta[i] for i in active]
+        leaves = self.objective.leaves()
+        in_loss = self._in_loss()
+        with in_place(theta, values), self.objective.at(moment, theta, exact=exact) as at:
+
+            def loss(th: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
+                every = list(leaves)
+                for i, value in zip(in_loss, lam, strict=True):
+                    every[i] = value
+                return at(th, every)
+
+            yield loss, theta, [leaves[i] for i in in_loss]
 
     def _settled(self, multiply: Callable[[str], Products]) -> Products:
         """Calls ``multiply(backend)``; settles at the first call what ``auto`` stands for."""
@@ -260,7 +321,8 @@ class Problem:
         products: Products,
         step: OptimizerStep,
         u: list[Tensor] | None,
-        e: list[Tensor] | None,
+        *,
+        unit: bool = False,
     ) -> None:
         """Adds the products of the penalties that act in the gradient; no pass over the network.
 
@@ -270,12 +332,13 @@ class Problem:
             products: Both parts, added to in place; an empty part is not wanted.
             step: The step in which the penalties acted, with θ as it was then.
             u: Directions in θ, or None for zeros.
-            e: Directions in raw λ, or None for zeros.
+            unit: Whether the directions are the unit vectors of λ space; else they are zero there.
         """
         theta_result, lam_result = products
         totals: list[tuple[int, Tensor]] = []
         positions = {id(p): i for i, p in enumerate(self.theta)}
         lam_index = {id(h): i for i, h in enumerate(self.hyperparameters.values())}
+        sizes = [h.raw.numel() for h in self.hyperparameters.values()]
         for penalty in self.penalties:
             index = [
                 i
@@ -285,15 +348,21 @@ class Problem:
             if not index:
                 continue
             k = lam_index.get(id(penalty.hyperparameter))  # None: it is frozen
-            theta_part, lambda_part = penalty.joint_hvp(
+            e = None
+            if unit and k is not None:
+                e = [0.0] * self.count
+                e[sum(sizes[:k])] = 1.0
+            lambda_part = None
+            if lam_result and k is not None:
+                lambda_part = lam_result[k].new_zeros(len(lam_result[k]))
+                totals.append((k, lambda_part))
+            penalty.joint_hvp_(
                 [step.theta[i] for i in index],
                 None if u is None else [u[i] for i in index],
-                None if e is None or k is None else e[k].flatten(),
+                e,
+                [theta_result[i] for i in index] if theta_result else None,
+                lambda_part,
             )
-            if theta_result and theta_part is not None:
-                torch._foreach_add_([theta_result[i] for i in index], theta_part)
-            if lam_result and k is not None:
-                totals.append((k, lambda_part))
         if totals:
             complete = sum_over_shards(torch.stack([part for _, part in totals]), self.sharded)
             for (k, _), part in zip(totals, complete, strict=True):
@@ -354,6 +423,22 @@ class Problem:
             for name, entries in self.options.derivatives(step).items():
                 for i, derivative in enumerate(entries):
                     yield names.index(name), i, derivative
+
+
+def _spread(
+    products: list[Tensor], positions: list[int], like: Sequence[Tensor], m: int
+) -> list[Tensor]:
+    """Puts products at their positions in a list over all tensors, and zeros elsewhere.
+
+    All are in float32 or better.
+    """
+    found = dict(zip(positions, products, strict=bool(products)))
+    return [
+        found[i].detach().to(torch.promote_types(t.dtype, torch.float32))
+        if i in found
+        else stacked_zeros([t], m)[0]
+        for i, t in enumerate(like)
+    ]
 
 
 @contextmanager
@@ -423,6 +508,15 @@ class Estimator(ABC):
             weight: The factor of its loss: 1 over the number of accumulated batches.
         """
 
+    def network_gradient(self, gradients: list[Tensor | None]) -> None:  # noqa: B027
+        """Sees the gradient of the loss before penalties and clipping; called before that step.
+
+        Only where :attr:`Problem.reuses_gradient` holds.
+
+        Args:
+            gradients: One per parameter; to be read only.
+        """
+
     @abstractmethod
     def before_step(self, step: OptimizerStep) -> None:
         """Sees the final gradient before θ moves."""
@@ -432,7 +526,7 @@ class Estimator(ABC):
         """Returns the estimate of dL_V/dλ and starts the next window.
 
         Args:
-            g_v: ∇θ L_V at θ_{t+1}, one tensor per parameter.
+            g_v: ∇θ L_V at θ_{t+1}, one tensor per parameter; may be used as work space.
 
         Returns:
             One tensor per hyperparameter, with respect to raw λ and shaped like it; None where the

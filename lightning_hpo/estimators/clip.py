@@ -85,6 +85,10 @@ class ClipR(Estimator):
         self._forget()
         self._tangents.before_batch(moment, weight)
 
+    def network_gradient(self, gradients: list[Tensor | None]) -> None:
+        """Completes one-sided differences."""
+        self._tangents.network_gradient(gradients)
+
     def before_step(self, step: OptimizerStep) -> None:
         """Advances the tangents and clips them."""
         if self.stride > 1:
@@ -92,7 +96,10 @@ class ClipR(Estimator):
             step = replace(step, options=longer)
         self._tangents.before_step(step)
         if math.isfinite(self.radius):
-            self._tangents.scale_(self.radius / self._tangents.norms().clamp(min=self.radius))
+            norms = self._tangents.norms()
+            # On a GPU, looking would make the host wait; there the product by one is cheaper.
+            if norms.is_cuda or bool((norms > self.radius).any()):
+                self._tangents.scale_(self.radius / norms.clamp(min=self.radius))
         self._fresh_step = True
 
     def discard(self) -> None:
@@ -101,9 +108,8 @@ class ClipR(Estimator):
 
     def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
         """Returns ⟨g_V, y⟩, with respect to raw λ; a tangent that has overflowed starts anew."""
-        result = self._tangents.hypergradient(g_v)
-        self._norms = self._tangents.norms()
-        self._tangents.forget_non_finite()
+        result, self._norms = self._tangents.hypergradient(g_v)
+        self._tangents.forget_non_finite(self._norms)
         return result
 
     def tangent_norms(self) -> list[Tensor]:

@@ -127,7 +127,7 @@ class Implicit(Estimator):
             for total, part in zip(products, parts, strict=True):
                 if total:
                     torch._foreach_add_(total, part, alpha=weight)
-        problem.add_penalty_hvp_(products, self._step, u, None)
+        problem.add_penalty_hvp_(products, self._step, u)
         return products
 
     def _damped(self, u: list[Tensor]) -> list[Tensor]:

@@ -132,6 +132,11 @@ class UnrollK(Estimator):
             self._start = Snapshot(self.problem)
         self._mechanism.before_batch(moment, weight)
 
+    def network_gradient(self, gradients: list[Tensor | None]) -> None:
+        """Completes one-sided differences in forward mode."""
+        if isinstance(self._mechanism, Tangents):
+            self._mechanism.network_gradient(gradients)
+
     def before_step(self, step: OptimizerStep) -> None:
         """Advances or keeps the step."""
         self._mechanism.before_step(step)
@@ -145,13 +150,16 @@ class UnrollK(Estimator):
 
         None at the end of a reverse window whose first steps a checkpoint could not hold.
         """
-        result = self._mechanism.hypergradient(g_v)
+        result: list[Tensor] | None
+        if isinstance(self._mechanism, Tangents):
+            result, norms = self._mechanism.hypergradient(g_v)
+            self._norms = self.problem.from_stack(norms)
+            self._mechanism.reset()
+        else:
+            result = self._mechanism.hypergradient(g_v)
         if self._is_cut:
             self._is_cut = False
             return None
-        if isinstance(self._mechanism, Tangents):
-            self._norms = self.problem.from_stack(self._mechanism.norms())
-            self._mechanism.reset()
         return result
 
     def after_update(self) -> None:

@@ -74,53 +74,48 @@ class Penalty(ABC):
             return
         strength = self.hyperparameter().detach().reshape(())
         gradients = [g for _, g in pairs]
-        directions = self.gradient([w.detach() for w, _ in pairs])
-        if strength.device.type == "cpu":
-            torch._foreach_add_(gradients, directions, alpha=float(strength))
-        else:
-            # Reading the number would make the host wait for the device.
-            torch._foreach_addcmul_(gradients, directions, [strength] * len(directions))
+        add_scaled_(gradients, self.gradient([w.detach() for w, _ in pairs]), strength)
 
-    def joint_hvp(
+    def joint_hvp_(
         self,
         weights: Sequence[Tensor],
         u: Sequence[Tensor] | None,
-        e: Tensor | None,
-    ) -> tuple[list[Tensor] | None, Tensor]:
-        r"""Returns the products of the Hessian of λ(raw) R(w) over (w, raw) with m directions.
+        e: Sequence[float] | None,
+        theta_result: list[Tensor] | None,
+        lambda_result: Tensor | None,
+    ) -> None:
+        r"""Adds the products of the Hessian of λ(raw) R(w) over (w, raw) with m directions.
 
             θ part: λ ∇²R u + λ' e ∇R        λ part: λ' ⟨∇R, u⟩ + λ'' R e
 
-        with λ' and λ'' the derivatives of the constraint with respect to raw.
+        with λ' and λ'' the derivatives of the constraint with respect to raw. One pass over w for
+        each term; nothing of the size of w is allocated for L2.
 
         Args:
             weights: w, as it was when the gradient was taken.
             u: One tensor ``(m, *w.shape)`` per weight; None stands for zeros.
-            e: ``(m,)``; None stands for zeros.
-
-        Returns:
-            The θ part, one tensor ``(m, *w.shape)`` per weight (None: zeros), and the λ part
-            ``(m,)``.
+            e: m numbers; None stands for zeros.
+            theta_result: One tensor ``(m, *w.shape)`` per weight, added to; None: not wanted.
+            lambda_result: ``(m,)``, added to; None: not wanted.
         """
         value, first, second = (
             t.reshape(()) for t in self.hyperparameter.constraint.derivatives(self.raw)
         )
         gradient = self.gradient(weights)
-        theta_part: list[Tensor] | None = None
-        lambda_part = torch.zeros(1, dtype=first.dtype, device=first.device)
-        if u is not None:
-            product = self.hvp(weights, u)
+        if theta_result is not None:
+            product = None if u is None else self.hvp(weights, u)
             if product is not None:
-                theta_part = list(torch._foreach_mul(product, value.to(product[0].dtype)))
-            dots = [rows(d) @ g.flatten() for d, g in zip(u, gradient, strict=True)]
-            lambda_part = first * torch.stack(dots).sum(0).to(first.dtype)
-        if e is not None:
-            along = [torch.tensordot((first * e).to(g.dtype), g, dims=0) for g in gradient]
-            theta_part = (
-                along if theta_part is None else list(torch._foreach_add(theta_part, along))
-            )
-            lambda_part = lambda_part + second * self.function(weights) * e
-        return theta_part, lambda_part
+                add_scaled_(theta_result, product, value)
+            for j, rate in enumerate(e or ()):
+                if rate:
+                    add_scaled_([t[j] for t in theta_result], gradient, first * rate)
+        if lambda_result is not None:
+            if u is not None:
+                dots = [rows(d) @ g.flatten() for d, g in zip(u, gradient, strict=True)]
+                lambda_result += first * torch.stack(dots).sum(0).to(lambda_result.dtype)
+            if e is not None:
+                curvature = second * self.function(weights)
+                lambda_result += curvature * torch.tensor(e).to(lambda_result)
 
     @property
     def raw(self) -> Tensor:
@@ -242,6 +237,15 @@ class PenaltyMixin(pl.LightningModule):
                 "reach the gradient. Call it, or register the penalties with inside_loss=True and "
                 "add self.penalty() to the loss"
             )
+
+
+def add_scaled_(targets: list[Tensor], values: list[Tensor], factor: Tensor) -> None:
+    """Adds ``factor`` (a scalar) times values to targets, in place."""
+    if factor.device.type == "cpu":
+        torch._foreach_add_(targets, values, alpha=float(factor))
+    else:
+        # Reading the number would make the host wait for the device.
+        torch._foreach_addcmul_(targets, values, [factor.to(values[0].dtype)] * len(values))
 
 
 _NORMALIZATION = (

@@ -266,9 +266,9 @@ def test_joint_hvp_against_a_dense_hessian(given, shapes, constraint):
     if given == "e":
         stacked = torch.zeros_like(stacked)
     truth = torch.cat([stacked, e[:, None]], dim=1) @ hessian
-    theta_part, lambda_part = penalty.joint_hvp(
-        w, None if given == "e" else u, None if given == "u" else e
-    )
+    theta_part, lambda_part = [torch.zeros(m, *t.shape) for t in w], torch.zeros(m)
+    directions = None if given == "e" else u, None if given == "u" else e.tolist()
+    penalty.joint_hvp_(w, *directions, theta_part, lambda_part)
     result = torch.cat([t.reshape(m, -1) for t in theta_part], dim=1)
     torch.testing.assert_close(result, truth[:, :-1], rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(lambda_part, truth[:, -1], rtol=1e-11, atol=1e-13)
