@@ -24,3 +24,19 @@ def stacked_zeros(like: Sequence[Tensor], m: int) -> list[Tensor]:
 def rows(stack: Tensor) -> Tensor:
     """Returns a stack of m tensors as a matrix of m rows, which may be empty."""
     return stack.reshape(len(stack), math.prod(stack.shape[1:]))
+
+
+def separate(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns tensors that can be written to in place; copies those that share memory.
+
+    Autograd may return one tensor as the gradient of several leaves, or an expanded one.
+    """
+    seen: set[int] = set()
+    result = []
+    for t in tensors:
+        overlaps = any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
+        if t.numel() and (overlaps or t.data_ptr() in seen):
+            t = t.clone()
+        seen.add(t.data_ptr())
+        result.append(t)
+    return result

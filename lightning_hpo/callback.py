@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo import compatibility
+from lightning_hpo._stacks import separate
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.derivatives import gradient
 from lightning_hpo.distributed import average_, gather, is_sharded, local, together
@@ -521,10 +522,12 @@ class OnlineHPOCallback(pl.Callback):
         theta = self._problem.theta
         with self._validation.loss(batch, self._stream.consumed) as loss:
             gradients = gradient(loss, theta)
-        return [
-            widened(torch.zeros_like(local(p)) if g is None else g)
-            for p, g in zip(theta, gradients, strict=True)
-        ]
+        return separate(
+            [
+                widened(torch.zeros_like(local(p)) if g is None else g)
+                for p, g in zip(theta, gradients, strict=True)
+            ]
+        )
 
     def _skip(self) -> None:
         if self.skipped == 0:

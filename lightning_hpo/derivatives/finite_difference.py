@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +45,6 @@ def joint_hvp(
     for block, directions, in_slices in ((theta, u, sharded), (lam, e, False)):
         if directions is None:
             continue
-        block = [local(t) for t in block]
         for j in range(m):
             direction = [d[j] for d in directions]
             norm = _norm(direction, in_slices)
@@ -81,6 +81,7 @@ def one_sided_differences(
     lam: Sequence[Tensor],
     u: Sequence[Tensor] | None,
     e: Sequence[Tensor] | None,
+    u_norms: Sequence[float] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the displaced part of one-sided differences of ∇θL.
 
@@ -95,31 +96,44 @@ def one_sided_differences(
         lam: Likewise.
         u: Likewise.
         e: Likewise.
+        u_norms: ‖u‖ of each direction, where they are known.
 
     Returns:
         The first two terms, ``(m, *θ_i.shape)`` each, and the weights 1/δ + 1/δ' ``(m,)``.
     """
     m = next(d.shape[0] for d in (*(u or ()), *(e or ())))
-    products = stacked_zeros(theta, m)
+    rows: list[list[Tensor] | None] = [None] * m
     weights = torch.zeros(m, dtype=torch.float64)
     for block, directions in ((theta, u), (lam, e)):
         for j in range(m if directions is not None else 0):
             direction = [d[j] for d in directions or ()]
-            norm = _norm(direction, False)
+            norm = u_norms[j] if block is theta and u_norms is not None else _norm(direction, False)
             if norm == 0.0:
                 continue
-            if not math.isfinite(norm):
-                for product in products:
-                    product[j].fill_(math.nan)
-                continue
             epsilon: float = torch.finfo(block[0].dtype).eps
-            delta = math.sqrt(epsilon) * (1.0 + _norm(block, False)) / norm
-            gradients = _displaced_gradient(loss, theta, lam, theta, block, direction, delta)
-            weights[j] += 1 / delta
-            for product, g in zip(products, gradients, strict=True):
-                if g is not None:
-                    product[j].add_(g, alpha=1 / delta)
-    return products, weights
+            weight = norm / (math.sqrt(epsilon) * (1.0 + _norm(block, False)))
+            weights[j] += weight
+            if not math.isfinite(norm):
+                continue  # the weight makes the product NaN
+            gradients = _displaced_gradient(
+                loss, theta, lam, theta, block, direction, 1 / weight, weight
+            )
+            found = [
+                torch.zeros_like(t) if g is None else g
+                for t, g in zip(theta, gradients, strict=True)
+            ]
+            row = rows[j]
+            if row is None:
+                rows[j] = found
+            else:
+                rows[j] = list(torch._foreach_add(row, found))
+    complete = [[torch.zeros_like(t) for t in theta] if row is None else row for row in rows]
+    return [_stacked(parts) for parts in zip(*complete, strict=True)], weights
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Stacks directions; a single one is not copied."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _step(block: Sequence[Tensor], norm: float, rounding: float | None, in_slices: bool) -> float:
@@ -129,7 +143,7 @@ def _step(block: Sequence[Tensor], norm: float, rounding: float | None, in_slice
 
 
 def _norm(tensors: Sequence[Tensor], in_slices: bool) -> float:
-    norms = torch.stack([torch.linalg.vector_norm(t.detach()).double() for t in tensors])
+    norms = torch.stack([torch.linalg.vector_norm(local(t.detach())).double() for t in tensors])
     return float(norm_over_shards(torch.linalg.vector_norm(norms), in_slices))
 
 
@@ -141,20 +155,36 @@ def _displaced_gradient(
     block: Sequence[Tensor],
     direction: Sequence[Tensor],
     delta: float,
+    factor: float = 1.0,
 ) -> Sequence[Tensor | None]:
-    """Returns ∇L with ``block`` moved in place by ``delta`` along ``direction``."""
-    with torch.no_grad():
-        before = [t.detach().clone() for t in block]
-        for tensor, d in zip(block, direction, strict=True):
-            tensor.add_(d.to(tensor.dtype), alpha=delta)
+    """Returns ``factor`` times ∇L, with ``block`` moved by ``delta`` along ``direction``."""
+    with _moved(block, direction, delta), torch.enable_grad():
+        value = loss(theta, lam)
+        # A factor of the loss costs no pass over the gradient.
+        return [None] * len(targets) if value is None else gradient(value * factor, targets)
+
+
+@contextmanager
+def _moved(block: Sequence[Tensor], direction: Sequence[Tensor], delta: float) -> Iterator[None]:
+    """Lets tensors hold displaced values for a while; afterwards they are bit for bit as before."""
+    before = [t.data for t in block]
+    if is_sharded(block):
+        # Sharded parameters refer to their storage in several places: values are copied into it,
+        # and put back by copy, never by subtraction: (x + d) − d is not x.
+        slices = [local(t.detach()) for t in block]
+        saved = [s.clone() for s in slices]
+        try:
+            for s, d in zip(slices, direction, strict=True):
+                s.add_(d.to(s.dtype), alpha=delta)
+            yield
+        finally:
+            for s, value in zip(slices, saved, strict=True):
+                s.copy_(value)
+        return
     try:
-        with torch.enable_grad():
-            value = loss(theta, lam)
-            if value is None:
-                return [None] * len(targets)
-            return gradient(value, targets)
+        for t, d in zip(block, direction, strict=True):
+            t.data = torch.add(t.data, d.to(t.dtype), alpha=delta)
+        yield
     finally:
-        # By copy, never by subtraction: (x + d) − d is not x.
-        with torch.no_grad():
-            for tensor, saved in zip(block, before, strict=True):
-                tensor.copy_(saved)
+        for t, data in zip(block, before, strict=True):
+            t.data = data

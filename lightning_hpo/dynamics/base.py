@@ -145,7 +145,8 @@ class Dynamics(ABC):
         Args:
             step: The step.
             tangent: ṡ, replaced by ṡ'.
-            gradient: ġ, one tensor ``(m, *p.shape)`` per parameter; used up as work space.
+            gradient: ġ, one tensor ``(m, *p.shape)`` per parameter; used up, and may become a part
+                of the tangent.
         """
 
     @abstractmethod
@@ -178,7 +179,7 @@ def pick(tensors: list[Tensor], index: list[int]) -> list[Tensor]:
     return [tensors[i] for i in index]
 
 
-def put(tensors: list[Tensor | None], index: list[int], values: list[Tensor]) -> None:
+def put(tensors: list[Any], index: list[int], values: list[Tensor]) -> None:
     """Stores values at the given positions."""
     for i, value in zip(index, values, strict=True):
         tensors[i] = value

@@ -38,16 +38,20 @@ class SGDDynamics(Dynamics):
             if weight_decay := float(options["weight_decay"]):
                 torch._foreach_add_(h, theta, alpha=weight_decay)
             if momentum := float(options["momentum"]):
-                buffer = pick(_buffers(tangent), index)
-                if step.state[index[0]].get(_BUFFER) is None:
-                    torch._foreach_copy_(buffer, h)
-                else:
-                    torch._foreach_mul_(buffer, momentum)
-                    torch._foreach_add_(buffer, h, alpha=1 - float(options["dampening"]))
-                if options["nesterov"]:
+                buffers = _buffers(tangent)
+                buffer = pick(buffers, index)
+                is_first = step.state[index[0]].get(_BUFFER) is None
+                if options["nesterov"]:  # has no dampening
+                    torch._foreach_mul_(buffer, 0.0 if is_first else momentum)
+                    torch._foreach_add_(buffer, h)
                     torch._foreach_add_(h, buffer, alpha=momentum)
                 else:
-                    h = buffer
+                    if not is_first:
+                        if dampening := float(options["dampening"]):
+                            torch._foreach_mul_(h, 1 - dampening)
+                        torch._foreach_add_(h, buffer, alpha=momentum)
+                    # h becomes the buffer: one pass less than to update the old one.
+                    put(buffers, index, h)
             torch._foreach_add_(theta, h, alpha=-float(options["lr"]))
 
     def vjp_(self, step: OptimizerStep, adjoint: State, *, state_part: bool = True) -> list[Tensor]:

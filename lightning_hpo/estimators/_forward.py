@@ -41,6 +41,7 @@ class Tangents:
         self._unit = problem.unit_directions()
         self._gradient: list[Tensor] | None = None
         self._weights: Tensor | None = None
+        self._norms: Tensor | None = None
         self._frozen: set[int] = set()
         self.reset()
 
@@ -48,6 +49,7 @@ class Tangents:
         """Sets all tangents to zero: earlier steps are forgotten."""
         self.state: State = self._problem.dynamics.zeros(self._problem.count)
         self._is_zero = True
+        self._norms = None
         self.discard()
 
     def discard(self) -> None:
@@ -61,7 +63,8 @@ class Tangents:
         y = None if self._is_zero else self.state[THETA]
         self._weights = None
         if self._sync and problem.is_one_sided and (y is not None or problem.in_loss):
-            products, self._weights = problem.one_sided_hvp(moment, y, self._unit)
+            sizes = self.norms().tolist()
+            products, self._weights = problem.one_sided_hvp(moment, y, self._unit, sizes)
         else:
             products, _ = problem.network_hvp(
                 moment, y, self._unit, lambda_part=False, sync=self._sync
@@ -95,6 +98,7 @@ class Tangents:
         problem.dynamics.jvp_(step, self.state, gradient)
         problem.add_option_tangents_(step, self.state, self._unit)
         self._is_zero = False
+        self._norms = None
         self.discard()
 
     def _follow(self) -> None:
@@ -105,6 +109,7 @@ class Tangents:
                 for tensors in self.state.values():
                     if i < len(tensors):
                         tensors[i].zero_()
+                self._norms = None
         self._frozen = {i for i, p in enumerate(theta) if not p.requires_grad}
         if len(theta) > len(self.state[THETA]):
             fresh = self._problem.dynamics.zeros(self._problem.count)
@@ -118,9 +123,11 @@ class Tangents:
 
     def norms(self) -> Tensor:
         """Returns ‖y‖ over all parameters, one number per scalar λ: ``(m,)``."""
-        parts = [torch.linalg.vector_norm(rows(y), dim=1) for y in self.state[THETA]]
-        norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-        return norm_over_shards(norms, self._problem.sharded)
+        if self._norms is None:
+            parts = [torch.linalg.vector_norm(rows(y), dim=1) for y in self.state[THETA]]
+            norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+            self._norms = norm_over_shards(norms, self._problem.sharded)
+        return self._norms
 
     def scale_(self, factors: Tensor | float) -> None:
         """Multiplies each tangent, optimizer state included, by its factor (``(m,)`` or one)."""
@@ -130,6 +137,8 @@ class Tangents:
                     t.mul_(factors.to(t.dtype).reshape(-1, *[1] * (t.dim() - 1)))
                 else:
                     t.mul_(factors)
+        if self._norms is not None:
+            self._norms = self._norms * factors
 
     def forget_non_finite(self, norms: Tensor) -> None:
         """Starts anew the tangents that have overflowed: they would stay non-finite for ever."""
@@ -138,6 +147,7 @@ class Tangents:
             for tensors in self.state.values():
                 for t in tensors:
                     t[broken] = 0
+            self._norms = None
 
     def hypergradient(self, g_v: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Returns ⟨g_V, y⟩ for each λ (online-HPO paper, eq. 5), and ‖y‖.
@@ -171,3 +181,4 @@ class Tangents:
         parameters = self._problem.theta
         self.state = {name: take_slices(s, parameters) for name, s in state["tangents"].items()}
         self._is_zero = bool(state["is_zero"])
+        self._norms = None

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_hpo._stacks import stacked_zeros
+from lightning_hpo._stacks import separate, stacked_zeros
 from lightning_hpo.derivatives import (
     Loss,
     gradient,
@@ -174,7 +174,7 @@ class Problem:
         return theta_result, lam_result
 
     def one_sided_hvp(
-        self, moment: Moment, u: list[Tensor] | None, e: list[Tensor]
+        self, moment: Moment, u: list[Tensor] | None, e: list[Tensor], u_norms: list[float]
     ) -> tuple[list[Tensor], Tensor]:
         """Returns the displaced gradients of one-sided differences; half the price of central ones.
 
@@ -185,6 +185,7 @@ class Problem:
             moment: The micro-batch, at the present θ.
             u: Directions in θ, ``(m, *p.shape)`` each, or None for zeros.
             e: Directions in raw λ.
+            u_norms: ‖u‖ of each direction.
 
         Returns:
             One tensor ``(m, *p.shape)`` per parameter, averaged over the ranks, and the weights
@@ -198,6 +199,7 @@ class Problem:
                 lam,
                 [u[i] for i in active] if u is not None and active else None,
                 [e[i] for i in self._in_loss()] or None,
+                u_norms,
             )
         result = _spread(products, active, self.theta, len(weights))
         average_(result)
@@ -432,7 +434,7 @@ def _spread(
 
     All are in float32 or better.
     """
-    found = dict(zip(positions, products, strict=bool(products)))
+    found = dict(zip(positions, separate(products), strict=bool(products)))
     return [
         found[i].detach().to(torch.promote_types(t.dtype, torch.float32))
         if i in found

@@ -1,16 +1,17 @@
 """The backends of joint_hvp under the callback, and what ``derivatives="auto"`` stands for."""
 
+import math
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Mlp, observe, relative_error, valid_loader
+from cases import Mlp, last_hypergradient, observe, relative_error, valid_loader
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_hpo import ClipR, UnrollK
+from lightning_hpo import T1T2, ClipR, UnrollK
 
 
 class OnceTanh(torch.autograd.Function):
@@ -117,3 +118,48 @@ def test_training_under_finite_differences_is_bit_identical():
         observe(ClipR(), model, derivatives=derivatives, valid=valid_loader())
         trained.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+
+class Summed(Mlp):
+    """Autograd returns one tensor as the gradient of both biases."""
+
+    def __init__(self):
+        super().__init__("momentum", inside_loss=True)
+        self.first = nn.Parameter(torch.full((3,), 0.1))
+        self.second = nn.Parameter(torch.full((3,), 0.2))
+
+    def loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self.net(x) + (self.first + self.second), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("derivatives", ["reverse", "forward", "finite_difference"])
+@pytest.mark.parametrize(
+    "make",
+    [T1T2, lambda: UnrollK(2, "reverse"), lambda: UnrollK(2, "forward"), lambda: ClipR(math.inf)],
+    ids=["T1T2", "reverse", "forward", "ClipR"],
+)
+def test_gradients_that_share_their_memory(make, derivatives):
+    """Against the same model with one bias of twice the learning rate."""
+
+    class Single(Summed):
+        def __init__(self):
+            super().__init__()
+            del self.first, self.second
+            self.both = nn.Parameter(torch.full((3,), 0.3))
+
+        def loss(self, batch):
+            x, y = batch
+            return F.cross_entropy(self.net(x) + self.both, y)
+
+        def configure_optimizers(self):
+            groups = [{"params": self.net.parameters()}, {"params": [self.both], "lr": 0.2}]
+            return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+    shared = observe(make(), Summed(), derivatives=derivatives, steps=6)
+    truth = observe(make(), Single(), steps=6)
+    error = relative_error(last_hypergradient(shared), last_hypergradient(truth))
+    assert error < (1e-6 if derivatives == "finite_difference" else 1e-10)
