@@ -20,11 +20,13 @@ class L1Penalty(Penalty):
 
     def function(self, weights: Sequence[Tensor]) -> Tensor:
         """Returns ‖w‖₁."""
-        return torch.stack([w.abs().sum() for w in weights]).sum()
+        if torch.is_grad_enabled():
+            return torch.stack([w.abs().sum() for w in weights]).sum()
+        return torch.stack(list(torch._foreach_norm(list(weights), 1))).sum()
 
     def gradient(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Returns sign(w)."""
-        return [w.sign() for w in weights]
+        return list(torch._foreach_sign(list(weights)))
 
     def hvp(self, weights: Sequence[Tensor], u: Sequence[Tensor]) -> None:
         """Returns None: almost everywhere the second derivative is 0."""

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lightning_hpo._stacks import rows
 from lightning_hpo.distributed import local
@@ -63,9 +64,15 @@ class Penalty(ABC):
         """Returns ∇²R(w) u for m stacked directions u, or None where it is zero."""
 
     def value(self) -> Tensor:
-        """Returns λ R(w) as a differentiable scalar, to be added to a loss."""
-        strength: Tensor = self.hyperparameter()
-        return strength.reshape(()) * self.function(self.weights)
+        """Returns λ R(w) as a differentiable scalar, to be added to a loss.
+
+        Costs one pass over w, and two in the backward pass.
+        """
+        strength: Tensor = self.hyperparameter().reshape(())
+        if forward_ad._current_level >= 0:  # dual tensors do not pass through a Function
+            return strength * self.function(self.weights)
+        value: Tensor = _Term.apply(self, strength, *self.weights)
+        return value
 
     def add_gradient_(self) -> None:
         """Adds λ ∇R(w) to the ``.grad`` of every weight that has one; costs one pass over w."""
@@ -121,6 +128,27 @@ class Penalty(ABC):
     def raw(self) -> Tensor:
         """The raw tensor of λ."""
         return self.hyperparameter.raw
+
+
+class _Term(torch.autograd.Function):
+    """λ R(w) with a backward pass that allocates nothing but the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, penalty: Penalty, strength: Tensor, *weights: Tensor) -> Tensor:
+        value = penalty.function(weights)
+        ctx.penalty = penalty
+        ctx.save_for_backward(strength, value, *weights)
+        return strength * value
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        strength, value, *weights = ctx.saved_tensors
+        factor = bar * strength
+        directions = ctx.penalty.gradient(weights)
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            value = ctx.penalty.function(weights)
+            return None, bar * value, *[d * factor for d in directions]
+        return None, bar * value, *torch._foreach_mul(directions, factor.to(directions[0].dtype))
 
 
 class PenaltyMixin(pl.LightningModule):
