@@ -267,6 +267,7 @@ class OnlineHPOCallback(pl.Callback):
         self._observing = False
         self._lr = 0.0
         self._verified = False
+        self._penalties_checked = False
         self._expected: list[Tensor | None] | None = None
         self._ready = False
         if self._restored is None:
@@ -351,6 +352,9 @@ class OnlineHPOCallback(pl.Callback):
         if self._rng is not None:
             self._rng.restore(trainer.strategy.root_device)
             self._rng = None
+        self._observing = not self._ready or self._observes()
+        if not self._observing:
+            return
         hook = pl_module.on_train_batch_start
         shadowed = vars(pl_module).get("on_train_batch_start")
 
@@ -372,13 +376,13 @@ class OnlineHPOCallback(pl.Callback):
         """Shows the estimator a micro-batch."""
         if not self._ready:
             self._first_batch(trainer, module, batch, batch_idx)
-        self._observing = self._ready and self._observes()
-        if not self._observing:
-            return
+            if not (self._ready and self._observes()):
+                self._observing = False
+                return
         accumulated = trainer.accumulate_grad_batches
         if batch_idx % accumulated == 0:
             self.estimator.discard()  # what is left of a step that overflowed
-        if self._problem.reuses_gradient and self._steps % _CHECK_EVERY == 0:
+        if self._problem.is_one_sided and self._steps % _CHECK_EVERY == 0:
             with self._problem.objective.at(
                 self._problem.objective.moment(batch, batch_idx), self._problem.theta
             ) as at:
@@ -443,6 +447,8 @@ class OnlineHPOCallback(pl.Callback):
         """
         if self._options is not None:
             self._options.set_()
+        if not self._observing and self._penalties_checked:
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._observe_step(optimizer)
@@ -461,7 +467,7 @@ class OnlineHPOCallback(pl.Callback):
     def _observe_step(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(self._module, PenaltyMixin):
             self._module.check_penalties_applied()
-        self._lr = float(optimizer.param_groups[0]["lr"])
+        self._penalties_checked = True
         if self._observing:
             step = self._problem.dynamics.capture(keep=self.estimator.keeps_steps)
             if not self._verified:
@@ -470,8 +476,10 @@ class OnlineHPOCallback(pl.Callback):
             step.unclipped, self._unclipped = self._unclipped, None
             self.estimator.before_step(step)
 
-    def _after_optimizer_step(self, *_: Any) -> None:
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped = True
+        if self.scale_lr_with_model:
+            self._lr = float(optimizer.param_groups[0]["lr"])
         if self._options is not None:
             self._options.restore_()
 
