@@ -65,8 +65,9 @@ class OnlineHPOCallback(pl.Callback):
         dataloader_idx: Which of several validation dataloaders to draw from.
         seed: Seed of the order in which held-out batches are drawn.
         strict: Whether a checkpoint of other hyperparameters, or of another estimator, is refused.
-            With False the training goes on with what fits: the λ-optimizer's state where the
-            hyperparameters are the same, the estimator's where that is the same too.
+            With False the training goes on with what fits: the states of the λ-optimizer and of
+            the estimator where they and the hyperparameters are the same. (Where the module has
+            other hyperparameters, Lightning itself needs ``strict_loading = False`` on it.)
         optimizer_hyperparameters: Options of the model's optimizer to tune as well, such as
             ``["lr", "momentum"]``, or a mapping from options to the :class:`Hyperparameter` to use;
             see :class:`~lightning_hpo.dynamics.OptimizerOptions`.
@@ -166,6 +167,8 @@ class OnlineHPOCallback(pl.Callback):
         self._restored: dict[str, Any] | None = None
         self._saved_rng: dict[str, Any] | None = None
         self._rng: RandomState | None = None
+        self._epoch_rng: RandomState | None = None
+        self._empty_epoch: RandomState | None = None
         self._final: dict[str, Any] = {}
         self._fitting = True
         self._ready = False
@@ -193,12 +196,23 @@ class OnlineHPOCallback(pl.Callback):
         """Notes whether a state that may be loaded next belongs to a training."""
         self._fitting = stage == "fit"
         self._restored = self._saved_rng = self._rng = None
+        self._epoch_rng = self._empty_epoch = None
         if self._fitting:
             self._final = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Goes on with the random numbers of the training that was saved."""
         self._restore_rng(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Undoes what Lightning drew for an epoch that had no batches left when it was saved."""
+        if self._empty_epoch is not None:
+            self._empty_epoch.restore(trainer.strategy.root_device)
+        self._empty_epoch = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes an epoch without a batch, with which some resumed trainings begin."""
+        self._empty_epoch, self._epoch_rng = self._epoch_rng, None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the hyperparameters, checks that all can work, and starts the estimator."""
@@ -296,7 +310,8 @@ class OnlineHPOCallback(pl.Callback):
         if gradients is None:
             return  # a skipped batch shows nothing; look again at the next
         if trainer.accumulate_grad_batches == 1:
-            self._expected = gradients[: len(theta)]
+            scale = self._problem.objective.scale
+            self._expected = [None if g is None else g / scale for g in gradients[: len(theta)]]
             if not self._problem.sharded:
                 average_([g for g in self._expected if g is not None])
         self.estimator.setup(self._problem)
@@ -349,6 +364,7 @@ class OnlineHPOCallback(pl.Callback):
         of all callbacks: any of them may draw random numbers or set what the loss depends on.
         """
         self._stepped = False
+        self._epoch_rng = self._empty_epoch = None
         if self._rng is not None:
             self._rng.restore(trainer.strategy.root_device)
             self._rng = None
@@ -530,6 +546,9 @@ class OnlineHPOCallback(pl.Callback):
         theta = self._problem.theta
         with self._validation.loss(batch, self._stream.consumed) as loss:
             gradients = gradient(loss, theta)
+        scale = self._problem.objective.scale
+        if scale != 1:
+            gradients = [None if g is None else g / scale for g in gradients]
         return separate(
             [
                 widened(torch.zeros_like(local(p)) if g is None else g)
@@ -591,7 +610,10 @@ class OnlineHPOCallback(pl.Callback):
             "skipped": self.skipped,
             "history": [asdict(record) for record in self.history],
             "hyperparameters": {n: list(h.raw.shape) for n, h in self._hyperparameters.items()},
-            "optimizer": self._hyper_optimizer.state_dict(),
+            "optimizer": {
+                "kind": type(self._hyper_optimizer.optimizer).__name__,
+                "state": self._hyper_optimizer.state_dict(),
+            },
             "estimator": {"kind": self.estimator.kind, "state": self.estimator.state_dict()},
             "options": {n: {"value": v} for n, v in fixed_options(self._module).items()}
             | {
@@ -632,10 +654,14 @@ class OnlineHPOCallback(pl.Callback):
             self._rng = rng
         else:
             rng.restore(trainer.strategy.root_device)
+            self._epoch_rng = rng
 
     def _restore(self, state: dict[str, Any]) -> None:
         differences = compatibility.compare_checkpoint(
-            state, self._hyperparameters, self.estimator.kind
+            state,
+            self._hyperparameters,
+            self.estimator.kind,
+            type(self._hyper_optimizer.optimizer).__name__,
         )
         if self._strict:
             compatibility.refuse(differences.values())
@@ -643,9 +669,9 @@ class OnlineHPOCallback(pl.Callback):
         self.skipped = state["skipped"]
         self.history = [HistoryRecord(**record) for record in state["history"]]
         self._stream.skip_to(state["consumed"])
-        if "hyperparameters" not in differences:
-            self._hyper_optimizer.load_state_dict(state["optimizer"])
-        if not differences:
+        if not differences.keys() & {"hyperparameters", "optimizer"}:
+            self._hyper_optimizer.load_state_dict(state["optimizer"]["state"])
+        if not differences.keys() & {"hyperparameters", "estimator"}:
             self.estimator.load_state_dict(state["estimator"]["state"])
         if self._options is not None:
             for name, h in self._options.hyperparameters.items():

@@ -249,7 +249,10 @@ def check_dependence(
 
 
 def compare_checkpoint(
-    state: Mapping[str, Any], hyperparameters: Mapping[str, Hyperparameter], estimator: str
+    state: Mapping[str, Any],
+    hyperparameters: Mapping[str, Hyperparameter],
+    estimator: str,
+    optimizer: str,
 ) -> dict[str, str]:
     """Lists in what a checkpoint differs from the training that resumes from it.
 
@@ -257,9 +260,11 @@ def compare_checkpoint(
         state: The state of the callback that was saved.
         hyperparameters: Those that are tuned now.
         estimator: The present kind of estimator.
+        optimizer: The present class of the λ-optimizer.
 
     Returns:
-        One sentence for each of ``"hyperparameters"`` and ``"estimator"`` that differs.
+        One sentence for each of ``"hyperparameters"``, ``"estimator"`` and ``"optimizer"`` that
+        differs.
     """
     remedy = (
         "Resume with what was saved, or pass strict=False to OnlineHPOCallback to go on with what "
@@ -276,6 +281,11 @@ def compare_checkpoint(
         differences["estimator"] = (
             f"The checkpoint was written by the estimator {state['estimator']['kind']}, this "
             f"training uses {estimator}. {remedy}"
+        )
+    if state["optimizer"]["kind"] != optimizer:
+        differences["optimizer"] = (
+            f"The checkpoint was written with the λ-optimizer {state['optimizer']['kind']}, this "
+            f"training uses {optimizer}. {remedy}"
         )
     return differences
 

@@ -88,6 +88,14 @@ class TrainingObjective:
         precision = self._trainer.precision_plugin.precision
         return {"bf16-mixed": _EPS_BF16, "16-mixed": _EPS_FP16}.get(str(precision))
 
+    @property
+    def scale(self) -> float:
+        """The factor of the gradient scaler, which the losses here carry too; 1 without one.
+
+        Without it gradients in float16 would vanish. Whoever takes a derivative divides by it.
+        """
+        return _loss_scale(self._trainer)
+
     def moment(self, batch: Any, batch_idx: int, *, keep: bool = False) -> Moment:
         """Records the present as the start of a ``training_step``.
 
@@ -176,9 +184,15 @@ class TrainingObjective:
                 )
                 with self._trainer.precision_plugin.train_step_context():
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
-                    return _training_loss(step(*arguments))
+                    value = _training_loss(step(*arguments))
+                return value if value is None or self.scale == 1 else value * self.scale
 
             yield loss
+
+
+def _loss_scale(trainer: pl.Trainer) -> float:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
 
 @contextmanager
@@ -256,6 +270,8 @@ class ValidationObjective:
     def loss(self, batch: Any, batch_idx: int) -> Iterator[Tensor]:
         """Evaluates L_V at the parameters in place; its gradient must be taken inside the context.
 
+        It carries the factor of the gradient scaler: see :attr:`TrainingObjective.scale`.
+
         Raises:
             MisconfigurationException: If there is no loss, it is not a scalar, or it does not
                 depend on the parameters.
@@ -281,7 +297,7 @@ class ValidationObjective:
                     vars(part)["_hpo_without_penalty"] = True
             with self._trainer.precision_plugin.val_step_context():
                 output, origin = self._evaluate(copy_batch(batch), batch_idx, logged)
-            yield _check_validation_loss(output, origin)
+            yield _check_validation_loss(output, origin) * _loss_scale(self._trainer)
 
     def _evaluate(self, batch: Any, batch_idx: int, logged: dict[str, Any]) -> tuple[Any, str]:
         """Returns the loss, and where it comes from."""

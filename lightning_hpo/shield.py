@@ -77,7 +77,7 @@ class Shield:
         before = [(module, dict(vars(module))) for module in modules]
         copied: dict[int, Any] = {}
         shared: list[tuple[str, Tensor, int]] = []
-        swaps = {**_frozen_copies(self._module, shared), **(swaps or {})}
+        swaps = {**_frozen_copies(self._module, shared, state), **(swaps or {})}
         loggers = trainer.loggers
         metrics = []
         try:
@@ -138,7 +138,7 @@ ModuleState = dict[int, tuple[dict[str, "Tensor | None"], dict[str, Any]]]
 
 
 def capture_state(module: nn.Module, previous: ModuleState | None = None) -> ModuleState:
-    """Copies the buffers and attributes of a module tree, for a replay at a later moment.
+    """Copies the buffers, frozen parameters and attributes of a module tree, for a later replay.
 
     Args:
         module: The module.
@@ -148,6 +148,8 @@ def capture_state(module: nn.Module, previous: ModuleState | None = None) -> Mod
     copied: dict[int, Any] = {}
     state: ModuleState = {}
 
+    keeps_frozen = not _has_frozen_backbone(module)
+
     def copy_own(value: Any) -> Any:
         return _copied(value, copied)
 
@@ -156,10 +158,13 @@ def capture_state(module: nn.Module, previous: ModuleState | None = None) -> Mod
             continue
         buffers, attributes = (previous or {}).get(id(m), ({}, {}))
         own = {name: value for name, value in vars(m).items() if _is_own(name)}
+        tensors = dict(m._buffers)
+        if keeps_frozen:
+            tensors |= {n: p for n, p in m._parameters.items() if p is None or not p.requires_grad}
         state[id(m)] = (
             {
                 name: None if b is None else _shared(b.detach(), buffers.get(name), torch.clone)
-                for name, b in m._buffers.items()
+                for name, b in tensors.items()
             },
             {name: _shared(value, attributes.get(name), copy_own) for name, value in own.items()},
         )
@@ -214,18 +219,32 @@ def _isolate(
             attributes["_flat_weights"] = [swaps.get(id(w), w) for w in attributes["_flat_weights"]]
 
 
-def _frozen_copies(module: nn.Module, shared: list[tuple[str, Tensor, int]]) -> dict[int, Tensor]:
+def _frozen_copies(
+    module: nn.Module, shared: list[tuple[str, Tensor, int]], state: ModuleState | None
+) -> dict[int, Tensor]:
     """Copies the parameters that do not require grad: a step may write to them (mean teachers).
 
     A large frozen backbone is shared instead, and watched.
     """
-    parameters = dict(module.named_parameters())
-    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-    size = sum(p.numel() for p in parameters.values())
-    if 5 * sum(p.numel() for p in frozen.values()) > 4 * size:
-        shared += [(name, p, p._version) for name, p in frozen.items()]
+    if _has_frozen_backbone(module):
+        frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
+        shared += [(name, p, p._version) for name, p in frozen]
         return {}
-    return {id(p): nn.Parameter(p.detach().clone(), False) for p in frozen.values()}
+    copies: dict[int, Tensor] = {}
+    for m in module.modules():
+        earlier = (state or {}).get(id(m), ({}, {}))[0]
+        for name, p in m._parameters.items():
+            if p is not None and not p.requires_grad:
+                value = earlier.get(name)
+                value = p if value is None or value.shape != p.shape else value
+                copies[id(p)] = nn.Parameter(value.detach().to(p).clone(), False)
+    return copies
+
+
+def _has_frozen_backbone(module: nn.Module) -> bool:
+    """Whether most of the parameters are frozen, so that copies of them would be too large."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return 5 * sum(n for n, trained in sizes if not trained) > 4 * sum(n for n, _ in sizes)
 
 
 def _copy_attributes(

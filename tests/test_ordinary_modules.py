@@ -19,6 +19,7 @@ from cases import (
     observe,
     train_loader,
     valid_loader,
+    validation_loss,
 )
 from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
@@ -331,6 +332,71 @@ def test_a_parameter_that_leaves_the_training_has_a_zero_tangent():
     # λ of the layer that has left goes on acting through nothing but what it did to the other.
     whole = observe(ClipR(math.inf), Mlp("momentum", inside_loss=True), steps=4)
     assert (found["RTHO"] - last_hypergradient(whole)).norm() > 1e-6
+
+
+class Arriving(Mlp):
+    """Its first layer trains from the third step on."""
+
+    def __init__(self, raw=None):
+        super().__init__("adam", inside_loss=True, raw=raw)
+        self.net[0].requires_grad_(False)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step == 2:
+            self.net[0].requires_grad_(True)
+
+
+class Teacher(Mlp):
+    """A frozen copy of the network follows it, and the loss follows the copy."""
+
+    def __init__(self, raw=None):
+        super().__init__("momentum", inside_loss=True, raw=raw)
+        self.teacher = nn.Linear(4, 3)
+        self.teacher.requires_grad_(False)
+        nn.init.constant_(self.teacher.weight, 0.1)
+        nn.init.zeros_(self.teacher.bias)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + (self.net(batch[0]) - self.teacher(batch[0])).square().mean()
+
+    def on_train_batch_end(self, *args):
+        self.teacher.weight.mul_(1.5).add_(0.1)
+
+
+@pytest.mark.parametrize("kind", [Arriving, Teacher])
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_a_window_sees_every_parameter_as_it_was(kind, mode):
+    """Also those that had no gradient at that step."""
+    callback = OnlineHPOCallback(UnrollK(4, mode), optimizer=frozen)
+    fit(kind(), callback, steps=4)
+    found = torch.stack(list(callback.history[-1].hypergradients.values()))
+    epsilon = 1e-5
+    for k, h in enumerate(found):
+        ends = []
+        for sign in (1, -1):
+            raw = [math.log(0.05)] * 2
+            raw[k] += sign * epsilon
+            model = kind(raw)
+            fit(model, steps=4)
+            ends.append(validation_loss(model))
+        truth = (ends[0] - ends[1]) / (2 * epsilon)
+        assert h.item() == pytest.approx(truth, rel=1e-5)
+
+
+def test_a_parameter_that_leaves_and_comes_back():
+    """Its tangent starts from zero again, in both modes."""
+
+    class Wandering(Mlp):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.net[0].requires_grad_(self.global_step != 2)
+
+    found = []
+    for mode in ("forward", "reverse"):
+        callback = OnlineHPOCallback(UnrollK(5, mode), optimizer=frozen)
+        fit(Wandering("adam", inside_loss=True), callback, steps=5)
+        found.append(torch.stack(list(callback.history[-1].hypergradients.values())))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=0)
 
 
 def test_weights_of_another_precision():

@@ -1,5 +1,6 @@
 """A training that was interrupted and resumed against one that never stopped."""
 
+import copy
 import math
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 import torch
 from cases import STEPS, VALID, Mlp, fit, make_trainer, train_loader, valid_loader, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -60,6 +61,9 @@ class Random(GaussianNoiseMixin, DropoutMixin, Mlp):
         self.count += 1
         return super().training_step(batch, batch_idx) * (1 + 0.01 * self.count)
 
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        return super().validation_step(batch, batch_idx)
+
     def on_save_checkpoint(self, checkpoint):
         checkpoint["count"] = self.count
 
@@ -80,8 +84,13 @@ class Stateful:
     def __iter__(self):
         while self.position < len(self.batches):
             self.position += 1
-            yield self.batches[self.position - 1]
-        self.position = 0
+            is_last = self.position == len(self.batches)
+            batch = self.batches[self.position - 1]
+            if is_last:
+                self.position = 0
+            yield batch
+            if is_last:
+                return
 
     def state_dict(self):
         return {"position": self.position}
@@ -173,13 +182,29 @@ def test_twice_in_a_row(tmp_path):
     assert_same_runs(train(ESTIMATORS["reverse"], 4, tmp_path / "again.ckpt"), whole)
 
 
-def test_from_a_checkpoint_that_lightning_wrote_along_the_way(tmp_path):
-    saving = {
-        "others": [ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")],
-        "enable_checkpointing": True,
-    }
-    whole = train(ClipR, **saving)
-    assert_same_runs(train(ClipR, 4, tmp_path / "epoch=1.ckpt"), whole)
+@pytest.mark.parametrize(
+    ("saving", "options"),
+    [
+        ({}, {}),
+        ({}, {"check_val_every_n_epoch": 2}),
+        ({"save_on_train_epoch_end": False}, {}),
+        ({"save_on_train_epoch_end": False}, {"check_val_every_n_epoch": 2}),
+        ({"save_on_train_epoch_end": True}, {"valid": [valid_loader(), valid_loader()]}),
+        ({"save_on_train_epoch_end": False}, {"train": train_loader(shuffle=True, num_workers=1)}),
+    ],
+    ids=["default", "sparse", "after-validation", "sparse-after", "two-loaders", "workers"],
+)
+def test_from_a_checkpoint_that_lightning_wrote_along_the_way(saving, options, tmp_path):
+    def run(path=None):
+        writer = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", **saving)
+        if "check_val_every_n_epoch" not in options:
+            options.setdefault("num_sanity_val_steps", 2)
+        return train(
+            ClipR, 4, path, others=[writer], enable_checkpointing=True, **copy.copy(options)
+        )
+
+    whole = run()
+    assert_same_runs(run(tmp_path / "epoch=1.ckpt"), whole)
 
 
 def test_after_the_process_was_killed(tmp_path):
@@ -193,7 +218,7 @@ def test_after_the_process_was_killed(tmp_path):
 
     make = ESTIMATORS["reverse"]
     whole = train(make)
-    saving = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=BATCHES)
+    saving = ModelCheckpoint(tmp_path, save_last=True)
     pid = os.fork()
     if pid == 0:
         try:
@@ -349,7 +374,12 @@ def test_another_number_of_lambda_is_refused(tmp_path):
         (
             lambda: UnrollK(3, "forward"),
             lambda: UnrollK(3, "reverse"),
-            r"UnrollK\(forward\), this training uses UnrollK\(reverse\)",
+            r"UnrollK\(3, 'forward'\), this training uses UnrollK\(3, 'reverse'\)",
+        ),
+        (
+            lambda: UnrollK(4, "reverse"),
+            lambda: UnrollK(3, "reverse"),
+            r"UnrollK\(4, 'reverse'\), this training uses UnrollK\(3, 'reverse'\)",
         ),
     ],
 )
@@ -357,6 +387,39 @@ def test_another_estimator_is_refused(before, after, message, tmp_path):
     path = saved(tmp_path, before)
     with pytest.raises(MisconfigurationException, match=message):
         train(after, 4, path, model=Mlp("adam"))
+
+
+def test_another_optimizer_of_lambda_is_refused(tmp_path):
+    path = saved(tmp_path)
+    options = {"optimizer": lambda raw: torch.optim.SGD(raw, lr=0.1, momentum=0.9)}
+    with pytest.raises(MisconfigurationException, match="λ-optimizer Adam, this training uses SGD"):
+        train(T1T2, 4, path, model=Mlp("adam"), callback_options=options)
+    options["strict"] = False
+    _, callback, _ = train(T1T2, 4, path, model=Mlp("adam"), callback_options=options)
+    assert len(callback.history) == 20
+
+
+@pytest.mark.parametrize("make", [ClipR, lambda: UnrollK(3, "forward"), T1T2])
+def test_fine_tuning_goes_on(make, tmp_path):
+    """The optimizer gets the parameters of the backbone only in the resumed part."""
+
+    class Tuned(Mlp):
+        def __init__(self):
+            super().__init__("momentum", granularity="model")
+            self.backbone = self.net[0]
+
+        def configure_optimizers(self):
+            trained = [p for p in self.parameters() if p.requires_grad]
+            return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+
+    def run(epochs, path=None):
+        unfreeze = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+        return train(make, epochs, path, model=Tuned(), others=[unfreeze])
+
+    whole = run(3)
+    *_, trainer = run(1)
+    trainer.save_checkpoint(tmp_path / "frozen.ckpt")
+    assert_same_runs(run(3, tmp_path / "frozen.ckpt"), whole)
 
 
 def test_what_does_not_fit_starts_anew_where_strictness_is_waived(tmp_path):

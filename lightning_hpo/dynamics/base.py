@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class OptimizerStep:
             a parameter that takes no part in this step.
         state: The optimizer's state of each parameter before this step.
         unclipped: The gradient before clipping; None where the Trainer clips nothing.
+        frozen: The positions of parameters that did not require grad.
     """
 
     options: list[dict[str, Any]]
@@ -45,6 +46,7 @@ class OptimizerStep:
     gradients: list[Tensor | None]
     state: list[dict[str, Any]]
     unclipped: list[Tensor | None] | None = None
+    frozen: list[int] = field(default_factory=list)
 
     @property
     def lr(self) -> float:
@@ -121,6 +123,7 @@ class Dynamics(ABC):
         ]
         values = [widened(local(p.detach())) for p in theta]
         step = OptimizerStep(options, groups, values, gradients, state)
+        step.frozen = [i for i, p in enumerate(theta) if not p.requires_grad]
         if keep:
             step.theta = [p.clone() for p in step.theta]
             if not self.nonlinear:

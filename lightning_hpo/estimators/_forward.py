@@ -178,7 +178,10 @@ class Tangents:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the tangents onto the devices of the parameters."""
-        parameters = self._problem.theta
-        self.state = {name: take_slices(s, parameters) for name, s in state["tangents"].items()}
+        # Parameters may have joined since; they get zero tangents at the next step.
+        self.state = {
+            name: take_slices(stacks, self._problem.theta[: len(stacks)])
+            for name, stacks in state["tangents"].items()
+        }
         self._is_zero = bool(state["is_zero"])
         self._norms = None

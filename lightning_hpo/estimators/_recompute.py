@@ -62,7 +62,7 @@ def _gradients(
     active = [i for i, g in enumerate(record.gradients) if g is not None]
     own = [problem.theta[i] for i in active]
     total = [torch.zeros_like(theta[i]) for i in active]
-    with in_place(own, [theta[i] for i in active]):
+    with in_place(problem.theta, theta, active):
         for moment, weight in moments:
             with torch.enable_grad(), problem.objective.at(moment, own) as at:
                 loss = at(own, problem.objective.leaves())
@@ -71,7 +71,7 @@ def _gradients(
                 parts = gradient(loss, own)
             for part, whole in zip(parts, total, strict=True):
                 if part is not None:
-                    whole.add_(part, alpha=weight)
+                    whole.add_(part, alpha=weight / problem.objective.scale)
     if not problem.sharded:
         average_(total)
     result: list[Tensor | None] = [None] * len(theta)

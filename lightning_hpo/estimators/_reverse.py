@@ -91,6 +91,9 @@ class Window:
             g_bar = problem.dynamics.vjp_(record.step, adjoint, state_part=theta_part)
             if problem.clipping is not None and record.step.unclipped is not None:
                 problem.clipping.product_(record.step.unclipped, g_bar)
+            for tensors in adjoint.values():
+                for i in record.step.frozen if theta_part else ():
+                    tensors[i].zero_()  # as its tangent, from when it leaves the training
             self._accumulate(record, g_bar, (adjoint[THETA] if theta_part else [], total))
         return [t[0] for t in total]
 

@@ -169,6 +169,8 @@ class Problem:
         raws = [h.raw for h in self.hyperparameters.values()]
         theta_result = _spread(products[0], active, self.theta, m) if theta_part else []
         lam_result = _spread(products[1], in_loss, raws, m) if lambda_part else []
+        if self.objective.scale != 1:
+            torch._foreach_div_([*theta_result, *lam_result], self.objective.scale)
         if sync:
             average_(lam_result if self.sharded else [*theta_result, *lam_result])
         return theta_result, lam_result
@@ -236,10 +238,12 @@ class Problem:
     ) -> Iterator[tuple[Loss, list[Tensor], list[Tensor]]]:
         """Gives the loss of a micro-batch as a function of the active θ and of the λ in it."""
         theta = [self.theta[i] for i in active]
-        values = None if step is None else [step.theta[i] for i in active]
         leaves = self.objective.leaves()
         in_loss = self._in_loss()
-        with in_place(theta, values), self.objective.at(moment, theta, exact=exact) as at:
+        with (
+            in_place(self.theta, None if step is None else step.theta, active),
+            self.objective.at(moment, theta, exact=exact) as at,
+        ):
 
             def loss(th: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
                 every = list(leaves)
@@ -444,13 +448,20 @@ def _spread(
 
 
 @contextmanager
-def in_place(parameters: list[Tensor], values: list[Tensor] | None) -> Iterator[None]:
+def in_place(
+    parameters: list[Tensor], values: list[Tensor] | None, active: Sequence[int]
+) -> Iterator[None]:
     """Lets parameters hold other values for a while.
 
     The parameters themselves stay in the module, so that whatever refers to them (hooks, lists,
     recurrent layers) sees the values. The storages are exchanged: nothing is copied or rounded.
-    Meanwhile all of them require grad, also those that have been frozen since. Sharded parameters
+    Meanwhile the active ones require grad, also if they have been frozen since. Sharded parameters
     refer to their storage in several places, so that values are copied into it.
+
+    Args:
+        parameters: All of θ.
+        values: What they hold; None: what they hold anyway.
+        active: The positions of those that are differentiated.
     """
     if is_sharded(parameters):
         slices = [local(p) for p in parameters]
@@ -468,7 +479,8 @@ def in_place(parameters: list[Tensor], values: list[Tensor] | None) -> Iterator[
         if values is not None:
             for p, value in zip(parameters, values, strict=True):
                 p.data = value.to(p.dtype)
-                p.requires_grad_()
+            for i in active:
+                parameters[i].requires_grad_()
         yield
     finally:
         for p, (data, requires_grad) in zip(parameters, before, strict=True):

@@ -113,8 +113,9 @@ class UnrollK(Estimator):
 
     @property
     def kind(self) -> str:
-        """The mode is a part of it: forward and reverse windows keep different things."""
-        return f"UnrollK({'forward' if isinstance(self._mechanism, Tangents) else 'reverse'})"
+        """The window is a part of it: an open one fits only one of the same length and mode."""
+        mode = "forward" if isinstance(self._mechanism, Tangents) else "reverse"
+        return f"UnrollK({self.k}, {mode!r})"
 
     @property
     def replay(self) -> Literal["now", "later"]:

@@ -321,6 +321,8 @@ def _chosen_weights(
     known = all_weights(module)
     by_name = {full: (full, owner, leaf) for full, owner, leaf in known}
     by_id = {id(owner._parameters[leaf]): (full, owner, leaf) for full, owner, leaf in known}
+    for full, p in module.named_parameters(remove_duplicate=False):
+        by_name.setdefault(full, by_id[id(p)])  # a tied weight has several names
     chosen = {}
     for item in [parameters] if isinstance(parameters, (str, nn.Parameter)) else parameters:
         if isinstance(item, str):
