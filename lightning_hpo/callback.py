@@ -23,7 +23,7 @@ from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dyna
 from lightning_hpo.estimators import ClipR, Estimator, Problem
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
-from lightning_hpo.monitoring import HistoryRecord, log_record, make_record
+from lightning_hpo.monitoring import History, HistoryRecord, log_record, make_record
 from lightning_hpo.objectives import TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import PenaltyMixin
 from lightning_hpo.rng import RandomState
@@ -73,7 +73,8 @@ class OnlineHPOCallback(pl.Callback):
             see :class:`~lightning_hpo.dynamics.OptimizerOptions`.
 
     Attributes:
-        history: One :class:`~lightning_hpo.monitoring.HistoryRecord` per update.
+        history: One :class:`~lightning_hpo.monitoring.HistoryRecord` per update; a sequence that
+            takes a few bytes per number.
         skipped: How many updates were skipped because their hypergradient was not finite.
 
     Raises:
@@ -152,7 +153,7 @@ class OnlineHPOCallback(pl.Callback):
         self.warmup_steps = warmup_steps
         self.derivatives = derivatives
         self.scale_lr_with_model = scale_lr_with_model
-        self.history: list[HistoryRecord] = []
+        self.history = History()
         self.skipped = 0
         self._optimizer_factory = optimizer
         self._dataloader = dataloader
@@ -285,7 +286,7 @@ class OnlineHPOCallback(pl.Callback):
         self._expected: list[Tensor | None] | None = None
         self._ready = False
         if self._restored is None:
-            self.history, self.skipped, self._steps = [], 0, 0
+            self.history, self.skipped, self._steps = History(), 0, 0
         self._remove_hooks()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_optimizer_step),
@@ -667,7 +668,7 @@ class OnlineHPOCallback(pl.Callback):
             compatibility.refuse(differences.values())
         self._steps = state["steps"]
         self.skipped = state["skipped"]
-        self.history = [HistoryRecord(**record) for record in state["history"]]
+        self.history = History(HistoryRecord(**record) for record in state["history"])
         self._stream.skip_to(state["consumed"])
         if not differences.keys() & {"hyperparameters", "optimizer"}:
             self._hyper_optimizer.load_state_dict(state["optimizer"]["state"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import lightning.pytorch as pl
 import torch
@@ -43,6 +45,119 @@ class HistoryRecord:
     tangent_norms: dict[str, Any] | None
     skipped: int
     outcome: str | None = None
+
+
+class History(Sequence[HistoryRecord]):
+    """A list of records that takes a few bytes per number, however long the training.
+
+    Records are made anew where they are read. It grows by :meth:`append` alone.
+    """
+
+    def __init__(self, records: Iterable[HistoryRecord] = ()) -> None:
+        self._layouts: list[tuple[int, _Layout]] = []  # each with the index of its first record
+        self._numbers = array("d")
+        self._starts = array("q")
+        self._steps = array("q")
+        self._skipped = array("q")
+        self._outcomes: list[str | None] = []
+        for record in records:
+            self.append(record)
+
+    def append(self, record: HistoryRecord) -> None:
+        """Adds a record."""
+        entries = _entries(record)
+        layout = [(part, name, _Shape.of(value)) for part, name, value in entries]
+        if not self._layouts or self._layouts[-1][1] != layout:
+            self._layouts.append((len(self), layout))
+        self._starts.append(len(self._numbers))
+        for (_, _, value), (_, _, shape) in zip(entries, layout, strict=True):
+            self._numbers.extend(shape.flatten(value))
+        self._steps.append(record.step)
+        self._skipped.append(record.skipped)
+        self._outcomes.append(record.outcome)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @overload
+    def __getitem__(self, index: int) -> HistoryRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[HistoryRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> HistoryRecord | list[HistoryRecord]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        layout = next(layout for start, layout in reversed(self._layouts) if start <= i)
+        record = HistoryRecord(self._steps[i], {}, {}, None, self._skipped[i], self._outcomes[i])
+        at = self._starts[i]
+        for part, name, shape in layout:
+            if getattr(record, part) is None:
+                setattr(record, part, {})
+            getattr(record, part)[name] = shape.restore(self._numbers[at : at + shape.length])
+            at += shape.length
+        return record
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"History of {len(self)} records"
+
+
+_Layout = list[tuple[str, str, "_Shape"]]
+
+
+def _entries(record: HistoryRecord) -> list[tuple[str, str, Any]]:
+    """Lists the entries of a record, each with the attribute and the name that it stands under."""
+    return [
+        (part, name, value)
+        for part in ("values", "hypergradients", "tangent_norms")
+        for name, value in (getattr(record, part) or {}).items()
+    ]
+
+
+class _Shape(NamedTuple):
+    """What an entry of a record is made of."""
+
+    kind: str
+    size: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> _Shape:
+        if isinstance(value, dict):
+            return cls("summary", (len(_SUMMARY),))
+        if isinstance(value, Tensor):
+            return cls("tensor", tuple(value.shape), value.dtype)
+        if isinstance(value, list):
+            return cls("list", tuple(torch.tensor(value).shape))
+        return cls("number")
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.size)
+
+    def flatten(self, value: Any) -> list[float]:
+        if self.kind == "summary":
+            return [value[key] for key in _SUMMARY]
+        numbers = torch.as_tensor(value, dtype=torch.float64)
+        flat: list[float] = numbers.flatten().tolist()
+        return flat
+
+    def restore(self, numbers: array[float]) -> Any:
+        if self.kind == "number":
+            return numbers[0]
+        if self.kind == "summary":
+            return dict(zip(_SUMMARY, numbers, strict=True))
+        tensor = torch.tensor(numbers, dtype=torch.float64).reshape(self.size)
+        return tensor.to(self.dtype) if self.kind == "tensor" else tensor.tolist()
+
+
+_SUMMARY = ("min", "mean", "max", "norm")
 
 
 def make_record(
@@ -103,12 +218,8 @@ def _numbers(tensor: Tensor) -> Any:
 
 def _summary(tensor: Tensor) -> dict[str, float]:
     t = tensor.detach()
-    return {
-        "min": t.min().item(),
-        "mean": t.mean().item(),
-        "max": t.max().item(),
-        "norm": torch.linalg.vector_norm(t).item(),
-    }
+    numbers = (t.min(), t.mean(), t.max(), torch.linalg.vector_norm(t))
+    return {key: number.item() for key, number in zip(_SUMMARY, numbers, strict=True)}
 
 
 def _flat(name: str, value: Any) -> dict[str, float]:
