@@ -14,9 +14,9 @@ SUMMARY = {"min": 0.0, "mean": 1.5, "max": 3.0, "norm": 4.0}
 def record(step, names=("l2",), **options):
     return HistoryRecord(
         step=step,
-        values={name: 0.1 * step for name in names},
+        values=dict.fromkeys(names, 0.1 * step),
         hypergradients={name: torch.tensor(1.0 * step, dtype=torch.float32) for name in names},
-        tangent_norms={name: 2.0 * step for name in names},
+        tangent_norms=dict.fromkeys(names, 2.0 * step),
         skipped=step // 2,
         **options,
     )

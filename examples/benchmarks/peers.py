@@ -577,7 +577,9 @@ class Bench:
         problem = Problem(net, self.data)
         return lambda batches: train(problem, batches, k)
 
-    def trainer(self, k: int, net: nn.Module | None = None) -> Callable[[Any], None]:
+    def trainer(
+        self, k: int, derivatives: str = "auto", net: nn.Module | None = None
+    ) -> Callable[[Any], None]:
         """Returns our training, or with k = 0 the Trainer without the callback."""
         torch.manual_seed(0)
         net = self.architecture.make() if net is None else net
@@ -586,7 +588,7 @@ class Bench:
             callbacks = []
         else:
             module = LitTuned(net, l2="model")
-            callbacks = [OnlineHPOCallback(ours(k), every_n_steps=EVERY)]
+            callbacks = [OnlineHPOCallback(ours(k), every_n_steps=EVERY, derivatives=derivatives)]
         device, size = self.options.device, self.architecture.batch_size
         return lambda batches: fit(module, batches, callbacks, device, size)
 
@@ -594,11 +596,11 @@ class Bench:
         """Starts a training."""
         return Stepper(train, self.data, self.options.device, self.options.threads)
 
-    def ratio(self, train: Training | None, k: int) -> str:
-        """Returns the ratio to plain training (``None``: ours, in the Trainer)."""
+    def ratio(self, train: Training | str, k: int) -> str:
+        """Returns the ratio to plain training (a string: our derivatives, in the Trainer)."""
         try:
-            if train is None:
-                pair = [self.stepper(self.trainer(0)), self.stepper(self.trainer(k))]
+            if isinstance(train, str):
+                pair = [self.stepper(self.trainer(0)), self.stepper(self.trainer(k, train))]
             else:
                 pair = [self.stepper(self.loop(t, k)) for t in (train_plain, train)]
             rounds = 3 if self.options.quick else 15
@@ -607,14 +609,16 @@ class Bench:
             return f"failed: {describe(error)}"
         return f"{timing.ratio:.2f}"
 
-    def memory(self, train: Training | None, k: int) -> str:
+    def memory(self, train: Training | str, k: int) -> str:
         """Returns the peak in steady state."""
         if problem := memory_problem(self.options.device):
             return problem
 
         def prepare(is_warmup: bool) -> Callable[[Any], None]:
             tiny = mlp(8) if is_warmup and self.architecture.make is mlp else None
-            return self.trainer(k, tiny) if train is None else self.loop(train, k, tiny)
+            if isinstance(train, str):
+                return self.trainer(k, train, tiny)
+            return self.loop(train, k, tiny)
 
         peaks = peak_memory(prepare, self.data, (11, 31), self.options.device, self.options.threads)
         return peaks if isinstance(peaks, str) else f"{peaks[-1]:.0f}"
@@ -623,16 +627,17 @@ class Bench:
 def measure_model(name: str, libraries: dict[str, Training], options: Any) -> dict[str, list[str]]:
     """Prints the table of one network; returns the ratios by row."""
     bench = Bench(ARCHITECTURES[name], options)
-    rows: dict[str, tuple[Training | None, tuple[int, ...]]] = {
+    rows: dict[str, tuple[Training | str, tuple[int, ...]]] = {
         "plain": (train_plain, (1,)),
         "plain, L2 as a term of the loss": (train_in_loss, (1,)),
         "hand-written floor": (train_floor, (1,)),
         **{library: (train, (1, EVERY)) for library, train in libraries.items()},
-        "ours: T1T2, UnrollK(10)": (None, (1, EVERY)),
+        "ours: T1T2, UnrollK(10)": ("auto", (1, EVERY)),
+        "ours, finite differences": ("finite_difference", (1, EVERY)),
     }
     # The memory of all first: its child processes must come before any computation here.
     memory = {row: [bench.memory(t, k) for k in ks] for row, (t, ks) in rows.items()}
-    memory["plain Trainer"] = [bench.memory(None, 0)]
+    memory["plain Trainer"] = [bench.memory("auto", 0)]
     print(f"\n{name}: ratio to plain training, peak MiB above data and parameters")
     table = Table({"": -38, "K=1": 8, "MiB": 7, "K=10": 10, "MiB ": 7})
     table.print_row("plain Trainer", "", memory["plain Trainer"][0])
