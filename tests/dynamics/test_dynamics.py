@@ -224,6 +224,25 @@ def test_one_step_transposes_in_every_state_tensor(case):
     torch.testing.assert_close(forward, backward, rtol=1e-9, atol=1e-12)
 
 
+@ALL
+@pytest.mark.parametrize("at", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize("with_state", [False, True], ids=["theta", "state"])
+def test_the_part_of_the_gradient_alone(case, at, with_state):
+    """What the first step of a window needs: the same, without the adjoints of the state."""
+    problem = Quadratic(case)
+    dynamics, tangent, steps = problem.observe(make_dynamics)
+    bar = {key: [torch.randn_like(t) for t in tensors] for key, tensors in tangent.items()}
+    if not with_state:
+        bar = {key: [t * (key == THETA) for t in tensors] for key, tensors in bar.items()}
+    given = {k: [t.clone() for t in v] for k, v in bar.items() if with_state or k == THETA}
+    whole = dynamics.vjp_(steps[at], bar)
+    alone = dynamics.vjp_(steps[at], given, state_part=False)
+    torch.testing.assert_close(alone, whole, rtol=1e-12, atol=1e-14)
+    # The first step of Adam and its kin depends on the sign of g alone, as all of Rprop's do.
+    if (with_state or at == -1) and case[0] is not optim.Rprop:
+        assert flat(whole).norm() > 1e-6
+
+
 @pytest.mark.parametrize("make", [make_dynamics, GenericDynamics], ids=["closed", "generic"])
 @pytest.mark.parametrize(
     "case", [(optim.Adam, {}), (optim.AdamW, {}), (optim.RMSprop, {}), (optim.NAdam, {})], ids=name

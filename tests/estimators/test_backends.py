@@ -11,7 +11,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import lightning_hpo.callback as callback_module
 from lightning_hpo import T1T2, ClipR, UnrollK
+from lightning_hpo.derivatives import finite_difference
 
 
 class OnceTanh(torch.autograd.Function):
@@ -163,3 +165,88 @@ def test_gradients_that_share_their_memory(make, derivatives):
     truth = observe(make(), Single(), steps=6)
     error = relative_error(last_hypergradient(shared), last_hypergradient(truth))
     assert error < (1e-6 if derivatives == "finite_difference" else 1e-10)
+
+
+# --------------------------------------------------------------------------- one-sided differences
+
+
+def count_gradients(monkeypatch):
+    """Counts the gradients that differences take."""
+    counts = []
+    original = finite_difference._displaced_gradient
+
+    def counted(*args):
+        counts.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(finite_difference, "_displaced_gradient", counted)
+    return counts
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("inside_loss", [False, True])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_differences_reuse_the_gradient_of_the_step(optimizer, inside_loss, clip, monkeypatch):
+    """One gradient per direction from the second step on, before penalties and clipping."""
+    counts = count_gradients(monkeypatch)
+    options = {"steps": 6, "gradient_clip_val": clip}
+    model = Mlp(optimizer, inside_loss=inside_loss)
+    found = observe(ClipR(math.inf), model, derivatives="finite_difference", **options)
+    truth = observe(ClipR(math.inf), Mlp(optimizer, inside_loss=inside_loss), **options)
+    assert relative_error(last_hypergradient(found), last_hypergradient(truth)) < 1e-6
+    # Two λ. In the loss: both displaced at first, by central differences; then θ as well.
+    assert len(counts) == (4 + 5 * 4 if inside_loss else 5 * 2)
+
+
+class Hooked(Mlp):
+    """Its hook changes gradients by little, from some step on."""
+
+    start = 0
+
+    def on_after_backward(self):
+        if self.global_step >= self.start:
+            for p in self.parameters():
+                p.grad *= 1 + 1e-4
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_a_gradient_that_is_not_that_of_the_replay_is_not_reused(start, monkeypatch):
+    """A difference would see 1e-4 of the gradient divided by √ε; central ones do not."""
+    monkeypatch.setattr(callback_module, "_CHECK_EVERY", 2)
+    counts = count_gradients(monkeypatch)
+    model = Hooked("momentum")
+    model.start = start
+    found = observe(ClipR(5.0, decay=0.5), model, derivatives="finite_difference", steps=10)
+    model = Hooked("momentum")
+    model.start = start
+    truth = observe(ClipR(5.0, decay=0.5), model, steps=10)
+    # At the step at which it is noticed, the tangent of the gradient is left out.
+    error = relative_error(last_hypergradient(found), last_hypergradient(truth))
+    assert error < (1e-6 if start == 0 else 0.05)
+    one_sided = 0 if start == 0 else 2 * 4
+    central = 2 * 2 * (9 - one_sided // 2)
+    assert len(counts) == one_sided + central
+
+
+def test_one_sided_differences_are_products():
+    a, b = torch.randn(3, 3), torch.randn(3)
+    matrix = a @ a.T
+
+    def loss(theta, lam):
+        return 0.5 * theta[0] @ matrix @ theta[0] + lam[0] * (b @ theta[0])
+
+    theta = [torch.randn(3).requires_grad_()]
+    lam = [torch.tensor(0.7, requires_grad=True)]
+    u, e = [torch.randn(2, 3)], [torch.tensor([0.5, 0.0])]
+    before = theta[0].detach().clone()
+    (gradient,) = torch.autograd.grad(loss(theta, lam), theta)
+    for directions in ((u, None), (None, e), (u, e)):
+        (product,), weights = finite_difference.one_sided_differences(loss, theta, lam, *directions)
+        product = product - weights[:, None] * gradient
+        truth = torch.zeros(2, 3)
+        if directions[0] is not None:
+            truth += u[0] @ matrix
+        if directions[1] is not None:
+            truth += e[0][:, None] * b
+        torch.testing.assert_close(product, truth, rtol=1e-6, atol=1e-6)
+    assert torch.equal(theta[0].detach(), before)

@@ -8,12 +8,14 @@ from torch import nn
 
 from lightning_hpo import (
     ClipR,
+    Hyperparameter,
     Interval,
     L2Mixin,
     OnlineHPOCallback,
+    Positive,
     named_hyperparameters,
 )
-from lightning_hpo.regularizers import L2Penalty
+from lightning_hpo.regularizers import L1Penalty, L2Penalty
 
 
 class RMSNormOfMyOwn(nn.Module):
@@ -283,3 +285,24 @@ def test_the_gradient_that_is_added_is_that_of_the_term_in_the_loss():
         return flat(p.grad for p in model.parameters())
 
     torch.testing.assert_close(gradient(False), gradient(True), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", [L2Penalty, L1Penalty])
+def test_the_fused_term_has_the_derivatives_of_the_plain_one(kind):
+    """First and second, with respect to the weights and to raw λ."""
+    net = nn.Linear(3, 2)
+    penalty = kind(Hyperparameter(0.3, Positive()), [(net, "weight"), (net, "bias")])
+    raw = penalty.raw.requires_grad_()
+    leaves = [*net.parameters(), raw]
+    directions = [torch.randn_like(t) for t in leaves]
+
+    def derivatives(value):
+        first = torch.autograd.grad(value, leaves, create_graph=True)
+        along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+        return [value, *first, *torch.autograd.grad(along, leaves)]
+
+    fused = derivatives(penalty.value())
+    plain = derivatives(penalty.hyperparameter() * penalty.function(penalty.weights))
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-14)
+    plain_gradient = torch.autograd.grad(penalty.value(), leaves)
+    torch.testing.assert_close(list(plain_gradient), fused[1:4], rtol=1e-12, atol=1e-14)
