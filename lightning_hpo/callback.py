@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo import compatibility
@@ -26,7 +25,7 @@ from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.monitoring import History, HistoryRecord, log_record, make_record
 from lightning_hpo.objectives import TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import PenaltyMixin
-from lightning_hpo.rng import RandomState
+from lightning_hpo.rng import RandomState, ResumedRandomState
 from lightning_hpo.values import fixed_options, remember_options
 
 # Steps after which the gradient is compared with its replay again.
@@ -101,53 +100,24 @@ class OnlineHPOCallback(pl.Callback):
         optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter] = (),
         strict: bool = True,
     ) -> None:
-        compatibility.check_option_names(optimizer_hyperparameters)
         estimator = ClipR() if estimator is None else estimator
-        if not isinstance(estimator, Estimator):
-            raise TypeError(
-                f"OnlineHPOCallback: estimator={estimator!r}, expected an instance of an "
-                "Estimator, for example ClipR(radius=20.0)"
-            )
-        if not callable(optimizer):
-            raise TypeError(
-                f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
-                "tensors to a torch.optim.Optimizer"
-            )
-        if isinstance(dataloader, (Dataset, Iterator)):
-            raise TypeError(
-                f"OnlineHPOCallback: dataloader is a {type(dataloader).__name__}, expected a "
-                "DataLoader, or another iterable of batches that can be iterated again and again"
-            )
-        if validation_loss is not None and not callable(validation_loss):
-            raise TypeError(
-                f"OnlineHPOCallback: validation_loss={validation_loss!r}, expected a function of "
-                "the module and a batch; the name of a logged value goes to monitor="
-            )
-        for name, flag in (("scale_lr_with_model", scale_lr_with_model), ("strict", strict)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"OnlineHPOCallback: {name}={flag!r}, expected True or False")
-        if derivatives not in compatibility.DERIVATIVES:
-            raise ValueError(
-                f"OnlineHPOCallback: derivatives={derivatives!r}, expected one of "
-                f"{compatibility.DERIVATIVES}"
-            )
+        compatibility.check_arguments(
+            estimator,
+            optimizer,
+            dataloader,
+            derivatives,
+            validation_loss,
+            optimizer_hyperparameters,
+            flags={"scale_lr_with_model": scale_lr_with_model, "strict": strict},
+        )
         every_n_steps = estimator.horizon if every_n_steps is None else every_n_steps
-        for name, value, least in (
-            ("every_n_steps", every_n_steps, 1),
-            ("warmup_steps", warmup_steps, 0),
-            ("dataloader_idx", dataloader_idx, 0),
-            ("seed", seed, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"OnlineHPOCallback: {name}={value!r}, expected an integer")
-            if value < least:
-                raise ValueError(f"OnlineHPOCallback: {name}={value}, expected at least {least}")
-        if estimator.window is not None and every_n_steps < estimator.window:
-            raise ValueError(
-                f"OnlineHPOCallback: every_n_steps={every_n_steps} is smaller than the window of "
-                f"{estimator.window} steps of {type(estimator).__name__}; make it at least as "
-                "large, or shorten the window"
-            )
+        compatibility.check_numbers(
+            every_n_steps=(every_n_steps, 1),
+            warmup_steps=(warmup_steps, 0),
+            dataloader_idx=(dataloader_idx, 0),
+            seed=(seed, 0),
+        )
+        compatibility.check_window(estimator, every_n_steps)
         self.estimator = estimator
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
@@ -166,10 +136,7 @@ class OnlineHPOCallback(pl.Callback):
         self._steps = 0
         self._handles: list[RemovableHandle] = []
         self._restored: dict[str, Any] | None = None
-        self._saved_rng: dict[str, Any] | None = None
-        self._rng: RandomState | None = None
-        self._epoch_rng: RandomState | None = None
-        self._empty_epoch: RandomState | None = None
+        self._rng = ResumedRandomState()
         self._final: dict[str, Any] = {}
         self._fitting = True
         self._ready = False
@@ -196,28 +163,26 @@ class OnlineHPOCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Notes whether a state that may be loaded next belongs to a training."""
         self._fitting = stage == "fit"
-        self._restored = self._saved_rng = self._rng = None
-        self._epoch_rng = self._empty_epoch = None
+        self._restored = None
+        self._rng = ResumedRandomState()
         if self._fitting:
             self._final = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Goes on with the random numbers of the training that was saved."""
-        self._restore_rng(trainer)
+        self._rng.on_start(trainer.strategy.root_device, trainer.global_rank, trainer.world_size)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Undoes what Lightning drew for an epoch that had no batches left when it was saved."""
-        if self._empty_epoch is not None:
-            self._empty_epoch.restore(trainer.strategy.root_device)
-        self._empty_epoch = None
+        """Lets an epoch begin with the random numbers with which it would have begun."""
+        self._rng.on_epoch_start(trainer.strategy.root_device)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes an epoch without a batch, with which some resumed trainings begin."""
-        self._empty_epoch, self._epoch_rng = self._epoch_rng, None
+        self._rng.on_epoch_end()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the hyperparameters, checks that all can work, and starts the estimator."""
-        self._restore_rng(trainer)  # here for strategies that load the state late
+        self.on_fit_start(trainer, pl_module)  # here for strategies that load the state late
         with together():
             self._set_up(trainer, pl_module)
 
@@ -365,10 +330,7 @@ class OnlineHPOCallback(pl.Callback):
         of all callbacks: any of them may draw random numbers or set what the loss depends on.
         """
         self._stepped = False
-        self._epoch_rng = self._empty_epoch = None
-        if self._rng is not None:
-            self._rng.restore(trainer.strategy.root_device)
-            self._rng = None
+        self._rng.on_batch_start(trainer.strategy.root_device)
         self._observing = not self._ready or self._observes()
         if not self._observing:
             return
@@ -627,7 +589,7 @@ class OnlineHPOCallback(pl.Callback):
         """Keeps the state until the training starts and everything is on its device."""
         if self._fitting:
             self._restored = dict(state_dict) or None
-            self._saved_rng = state_dict.get("rng")
+            self._rng = ResumedRandomState(state_dict.get("rng"))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -641,21 +603,6 @@ class OnlineHPOCallback(pl.Callback):
                 **state,
                 "rng": {"in_epoch": in_epoch, "ranks": gather(rng.state_dict())},
             }
-
-    def _restore_rng(self, trainer: pl.Trainer) -> None:
-        """Sets the random state of this process, now or before the first batch.
-
-        At the start of an epoch, the loader draws its order from it; within one, it must not.
-        """
-        saved, self._saved_rng = self._saved_rng, None
-        if saved is None or len(saved["ranks"]) != trainer.world_size:
-            return
-        rng = RandomState.from_state_dict(saved["ranks"][trainer.global_rank])
-        if saved["in_epoch"]:
-            self._rng = rng
-        else:
-            rng.restore(trainer.strategy.root_device)
-            self._epoch_rng = rng
 
     def _restore(self, state: dict[str, Any]) -> None:
         differences = compatibility.compare_checkpoint(

@@ -13,10 +13,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep
+from lightning_hpo.estimators import Estimator
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.regularizers import IndexedDataset, Penalty, PenaltyMixin
 
@@ -356,6 +357,79 @@ def _indices(dataset: Any) -> Iterator[Sequence[int]]:
     elif isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
             yield from _indices(part)
+
+
+def check_arguments(
+    estimator: Any,
+    optimizer: Any,
+    dataloader: Any,
+    derivatives: Any,
+    validation_loss: Any,
+    optimizer_hyperparameters: Any,
+    flags: Mapping[str, Any],
+) -> None:
+    """Checks the kinds of the callback's arguments.
+
+    Raises:
+        TypeError: If one is of the wrong kind.
+        ValueError: If ``derivatives`` is unknown.
+    """
+    if not isinstance(estimator, Estimator):
+        raise TypeError(
+            f"OnlineHPOCallback: estimator={estimator!r}, expected an instance of an Estimator, "
+            "for example ClipR(radius=20.0)"
+        )
+    if not callable(optimizer):
+        raise TypeError(
+            f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
+            "tensors to a torch.optim.Optimizer"
+        )
+    if isinstance(dataloader, (Dataset, Iterator)):
+        raise TypeError(
+            f"OnlineHPOCallback: dataloader is a {type(dataloader).__name__}, expected a "
+            "DataLoader, or another iterable of batches that can be iterated again and again"
+        )
+    if validation_loss is not None and not callable(validation_loss):
+        raise TypeError(
+            f"OnlineHPOCallback: validation_loss={validation_loss!r}, expected a function of the "
+            "module and a batch; the name of a logged value goes to monitor="
+        )
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"OnlineHPOCallback: {name}={flag!r}, expected True or False")
+    if derivatives not in DERIVATIVES:
+        raise ValueError(
+            f"OnlineHPOCallback: derivatives={derivatives!r}, expected one of {DERIVATIVES}"
+        )
+    check_option_names(optimizer_hyperparameters)
+
+
+def check_numbers(**numbers: tuple[Any, int]) -> None:
+    """Checks arguments of the callback that are integers, each given with its least value.
+
+    Raises:
+        TypeError: If one is no integer.
+        ValueError: If one is too small.
+    """
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"OnlineHPOCallback: {name}={value!r}, expected an integer")
+        if value < least:
+            raise ValueError(f"OnlineHPOCallback: {name}={value}, expected at least {least}")
+
+
+def check_window(estimator: Estimator, every_n_steps: int) -> None:
+    """Checks that the estimator's window fits between two updates.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if estimator.window is not None and every_n_steps < estimator.window:
+        raise ValueError(
+            f"OnlineHPOCallback: every_n_steps={every_n_steps} is smaller than the window of "
+            f"{estimator.window} steps of {type(estimator).__name__}; make it at least as large, "
+            "or shorten the window"
+        )
 
 
 def check_option_names(names: Any) -> None:

@@ -72,3 +72,49 @@ def forked_rng(device: torch.device, state: RandomState | None = None) -> Iterat
         yield
     finally:
         before.restore(device)
+
+
+class ResumedRandomState:
+    """Puts the random state of a checkpoint in place, when the training that was saved would go on.
+
+    A loader draws the order of an epoch from the global generators. So at the end of an epoch the
+    state is needed before Lightning makes the next iterator, and within one after it has made one.
+
+    Args:
+        saved: What the callback wrote: whether the checkpoint lies within an epoch, and the state
+            of each process. None: nothing is to be restored.
+    """
+
+    def __init__(self, saved: dict[str, Any] | None = None) -> None:
+        self._saved = saved
+        self._for_batch: RandomState | None = None
+        self._for_epoch: RandomState | None = None
+        self._is_empty_epoch = False
+
+    def on_start(self, device: torch.device, rank: int, world_size: int) -> None:
+        """Before Lightning makes its first iterator. Another number of processes starts anew."""
+        saved, self._saved = self._saved, None
+        if saved is None or len(saved["ranks"]) != world_size:
+            return
+        state = RandomState.from_state_dict(saved["ranks"][rank])
+        if saved["in_epoch"]:
+            self._for_batch = state
+        else:
+            state.restore(device)
+            self._for_epoch = state
+
+    def on_epoch_start(self, device: torch.device) -> None:
+        """Undoes what was drawn for an epoch that turned out to be over."""
+        if self._is_empty_epoch and self._for_epoch is not None:
+            self._for_epoch.restore(device)
+        self._is_empty_epoch = False
+
+    def on_epoch_end(self) -> None:
+        """Where no batch has come, Lightning has only finished the epoch that was saved."""
+        self._is_empty_epoch = self._for_epoch is not None
+
+    def on_batch_start(self, device: torch.device) -> None:
+        """The first batch; from here on the training draws as it would have."""
+        if self._for_batch is not None:
+            self._for_batch.restore(device)
+        self._for_batch = self._for_epoch = None
