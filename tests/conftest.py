@@ -2,6 +2,7 @@
 
 import logging
 import random
+import signal
 
 import lightning.pytorch  # noqa: F401 - it sets the level of its loggers when it is imported
 import numpy as np
@@ -24,3 +25,17 @@ def _reproducible():
     random.seed(0)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def within_two_minutes():
+    """For tests of several ranks: a hang is a failure."""
+
+    def stop(*_):
+        raise TimeoutError("the ranks did not finish within two minutes")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

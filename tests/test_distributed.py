@@ -1,7 +1,6 @@
 """Two ranks against one process on the concatenated batch."""
 
 import math
-import signal
 
 import lightning.pytorch as pl
 import pytest
@@ -32,18 +31,7 @@ ESTIMATORS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _timeout():
-    """A hang is a failure."""
-
-    def stop(*_):
-        raise TimeoutError("two ranks did not finish within two minutes")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("within_two_minutes")
 
 
 class Sharded(Mlp):
