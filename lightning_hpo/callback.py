@@ -174,11 +174,11 @@ class OnlineHPOCallback(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lets an epoch begin with the random numbers with which it would have begun."""
-        self._rng.on_epoch_start(trainer.strategy.root_device)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes an epoch without a batch, with which some resumed trainings begin."""
-        self._rng.on_epoch_end()
+        loop = trainer.fit_loop
+        # When Lightning makes another iterator; before 2.6 also at the start of a resumed epoch.
+        again = trainer.current_epoch > 0 and not loop.epoch_loop.restarting
+        if again and not getattr(loop, "is_resuming", False):
+            self._rng.on_another_iterator(trainer.strategy.root_device)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the hyperparameters, checks that all can work, and starts the estimator."""

@@ -89,7 +89,6 @@ class ResumedRandomState:
         self._saved = saved
         self._for_batch: RandomState | None = None
         self._for_epoch: RandomState | None = None
-        self._is_empty_epoch = False
 
     def on_start(self, device: torch.device, rank: int, world_size: int) -> None:
         """Before Lightning makes its first iterator. Another number of processes starts anew."""
@@ -103,15 +102,10 @@ class ResumedRandomState:
             state.restore(device)
             self._for_epoch = state
 
-    def on_epoch_start(self, device: torch.device) -> None:
-        """Undoes what was drawn for an epoch that turned out to be over."""
-        if self._is_empty_epoch and self._for_epoch is not None:
+    def on_another_iterator(self, device: torch.device) -> None:
+        """Undoes what was drawn for an iterator that Lightning does not use, but replaces."""
+        if self._for_epoch is not None:
             self._for_epoch.restore(device)
-        self._is_empty_epoch = False
-
-    def on_epoch_end(self) -> None:
-        """Where no batch has come, Lightning has only finished the epoch that was saved."""
-        self._is_empty_epoch = self._for_epoch is not None
 
     def on_batch_start(self, device: torch.device) -> None:
         """The first batch; from here on the training draws as it would have."""
