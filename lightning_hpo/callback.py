@@ -242,6 +242,7 @@ class OnlineHPOCallback(pl.Callback):
         )
         self._hyper_optimizer = HyperOptimizer(self._hyperparameters, self._optimizer_factory)
         self._module = pl_module
+        self._hooked = compatibility.may_change_gradients(trainer, pl_module, self)
         self._unclipped: list[Tensor | None] | None = None
         self._stepped = False
         self._observing = False
@@ -361,7 +362,7 @@ class OnlineHPOCallback(pl.Callback):
         accumulated = trainer.accumulate_grad_batches
         if batch_idx % accumulated == 0:
             self.estimator.discard()  # what is left of a step that overflowed
-        if self._problem.is_one_sided and self._steps % _CHECK_EVERY == 0:
+        if self._problem.is_one_sided and accumulated == 1 and self._steps % _CHECK_EVERY == 0:
             with self._problem.objective.at(
                 self._problem.objective.moment(batch, batch_idx), self._problem.theta
             ) as at:
@@ -377,12 +378,13 @@ class OnlineHPOCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Keeps the gradient before it is clipped: the derivative of clipping needs it."""
+        expected = self._expected
         self._check_gradient()
         if not self._observing:
             return
         theta = self._problem.theta
-        if self._problem.reuses_gradient:
-            self.estimator.network_gradient([p.grad for p in theta])
+        # Where there is a replay's gradient, it fits the displaced ones in any case.
+        self.estimator.network_gradient(expected or [p.grad for p in theta])
         if self._problem.clipping is None:
             return
         self._unclipped = [
@@ -397,7 +399,7 @@ class OnlineHPOCallback(pl.Callback):
         if expected is None:
             return
         pairs = [
-            (g.float(), local(p.grad).float())
+            (widened(g), widened(local(p.grad)))
             for p, g in zip(self._problem.theta, expected, strict=False)
             if g is not None and p.grad is not None
         ]
@@ -407,7 +409,8 @@ class OnlineHPOCallback(pl.Callback):
         scale = torch.stack([b.norm() for _, b in pairs]).norm()
         error = float(difference / scale)
         # A difference is divided by √ε, in which more than rounding would be seen.
-        self._problem.reuses_gradient = error <= 8 * torch.finfo(torch.float32).eps
+        epsilon = min(torch.finfo(g.dtype).eps for g, _ in pairs)
+        self._problem.reuses_gradient = error <= 8 * epsilon and not self._hooked
         if error > 0.05:
             warnings.warn(
                 "OnlineHPOCallback: the gradient differs from that of a replay of its "

@@ -359,6 +359,18 @@ def _indices(dataset: Any) -> Iterator[Sequence[int]]:
             yield from _indices(part)
 
 
+def may_change_gradients(
+    trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback
+) -> bool:
+    """Whether some hook may change the gradient between the backward pass and this callback."""
+    others = [c for c in trainer.callbacks if c is not callback]  # type: ignore[attr-defined]
+    return is_overridden("on_after_backward", module) or any(
+        is_overridden(hook, other, parent=pl.Callback)
+        for other in others
+        for hook in ("on_after_backward", "on_before_optimizer_step")
+    )
+
+
 def check_arguments(
     estimator: Any,
     optimizer: Any,

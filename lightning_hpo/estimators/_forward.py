@@ -81,7 +81,7 @@ class Tangents:
         if self._weights is None or self._gradient is None:
             return
         pairs = [(t, g) for t, g in zip(self._gradient, gradients, strict=True) if g is not None]
-        for j, weight in enumerate(self._weights.tolist()):
+        for j, weight in enumerate(self._weights.tolist() if pairs else ()):
             torch._foreach_add_([t[j] for t, _ in pairs], [g for _, g in pairs], alpha=-weight)
         self._weights = None
 

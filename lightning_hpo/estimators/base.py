@@ -215,9 +215,13 @@ class Problem:
             and self.derivatives == "finite_difference"
             and not self.sharded
             and self.objective.rounding is None  # √ε would be far too wide
-            and all(p.dtype in (torch.float32, torch.float64) for p in self.theta)
+            and self._dtypes() in ({torch.float32}, {torch.float64})
             and all(step is None for step in self._difference_steps())
         )
+
+    def _dtypes(self) -> set[torch.dtype]:
+        raws = [h.raw for n, h in self.hyperparameters.items() if n in self.in_loss]
+        return {t.dtype for t in (*self.theta, *raws)}
 
     def _active(self, step: OptimizerStep | None) -> list[int]:
         """Lists the parameters that took part in a step, or that require grad now."""
@@ -524,8 +528,6 @@ class Estimator(ABC):
 
     def network_gradient(self, gradients: list[Tensor | None]) -> None:  # noqa: B027
         """Sees the gradient of the loss before penalties and clipping; called before that step.
-
-        Only where :attr:`Problem.reuses_gradient` holds.
 
         Args:
             gradients: One per parameter; to be read only.

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from lightning_hpo._stacks import rows
@@ -69,7 +70,8 @@ class Penalty(ABC):
         Costs one pass over w, and two in the backward pass.
         """
         strength: Tensor = self.hyperparameter().reshape(())
-        if forward_ad._current_level >= 0:  # dual tensors do not pass through a Function
+        if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
+            # Neither dual tensors nor torch.func pass through the fused term.
             return strength * self.function(self.weights)
         value: Tensor = _Term.apply(self, strength, *self.weights)
         return value
