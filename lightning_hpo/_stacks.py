@@ -26,6 +26,11 @@ def rows(stack: Tensor) -> Tensor:
     return stack.reshape(len(stack), math.prod(stack.shape[1:]))
 
 
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Stacks m tensors; a single one is not copied."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
+
+
 def separate(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns tensors that can be written to in place; copies those that share memory.
 

@@ -16,8 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hpo import compatibility
 from lightning_hpo._stacks import separate
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
-from lightning_hpo.derivatives import gradient
-from lightning_hpo.distributed import average_, gather, is_sharded, local, together
+from lightning_hpo.distributed import gather, is_sharded, local, together
 from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics, widened
 from lightning_hpo.estimators import ClipR, Estimator, Problem
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
@@ -270,17 +269,13 @@ class OnlineHPOCallback(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Makes the checks that need data, then starts the estimator."""
-        theta = self._problem.theta
         # The forward pass of sharded parameters is itself a collective.
         with nullcontext() if self._problem.sharded else together():
             gradients = self._try_losses(trainer, module, batch, batch_idx)
         if gradients is None:
             return  # a skipped batch shows nothing; look again at the next
         if trainer.accumulate_grad_batches == 1:
-            scale = self._problem.objective.scale
-            self._expected = [None if g is None else g / scale for g in gradients[: len(theta)]]
-            if not self._problem.sharded:
-                average_([g for g in self._expected if g is not None])
+            self._expect(gradients[: len(self._problem.theta)])
         self.estimator.setup(self._problem)
         if self._restored is not None:
             self._restore(self._restored)
@@ -297,12 +292,10 @@ class OnlineHPOCallback(pl.Callback):
         self._validation_gradient(batch_t2)
 
         objective = problem.objective
-        leaves = objective.leaves()
-        with objective.at(objective.moment(batch, batch_idx), theta) as at:
-            loss = at(theta, leaves)
-            if loss is None:
-                return None
-            gradients = gradient(loss, [*theta, *leaves])
+        moment = objective.moment(batch, batch_idx)
+        gradients = objective.gradient(moment, theta, objective.leaves())
+        if gradients is None:
+            return None
         problem.in_loss = {
             name
             for name, g in zip(self._hyperparameters, gradients[len(theta) :], strict=True)
@@ -363,12 +356,10 @@ class OnlineHPOCallback(pl.Callback):
         if batch_idx % accumulated == 0:
             self.estimator.discard()  # what is left of a step that overflowed
         if self._problem.is_one_sided and accumulated == 1 and self._steps % _CHECK_EVERY == 0:
-            with self._problem.objective.at(
-                self._problem.objective.moment(batch, batch_idx), self._problem.theta
-            ) as at:
-                loss = at(self._problem.theta, self._problem.objective.leaves())
-                self._expected = None if loss is None else gradient(loss, self._problem.theta)
-            average_([g for g in self._expected or () if g is not None])
+            objective = self._problem.objective
+            self._expect(
+                objective.gradient(objective.moment(batch, batch_idx), self._problem.theta)
+            )
         replay = self.estimator.replay
         if replay != "never":
             moment = self._problem.objective.moment(batch, batch_idx, keep=replay == "later")
@@ -392,6 +383,11 @@ class OnlineHPOCallback(pl.Callback):
         ]
         # The module adds its penalties after this hook.
         self._problem.add_penalty_gradients_(self._unclipped)
+
+    def _expect(self, gradients: list[Tensor | None] | None) -> None:
+        """Keeps the gradient of a replay, to compare that of the step with it."""
+        self._expected = gradients
+        self._problem.average_(gradients or ())
 
     def _check_gradient(self) -> None:
         """Compares a gradient with that of its replay, and warns where they differ much."""
@@ -433,12 +429,12 @@ class OnlineHPOCallback(pl.Callback):
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._observe_step(optimizer)
+            self._observe_step()
             return None
 
         def observed() -> Any:
             result = closure()
-            self._observe_step(optimizer)
+            self._observe_step()
             return result
 
         if len(args) > 1:
@@ -446,7 +442,7 @@ class OnlineHPOCallback(pl.Callback):
         return args, {**kwargs, "closure": observed}
 
     @torch.no_grad()
-    def _observe_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _observe_step(self) -> None:
         if isinstance(self._module, PenaltyMixin):
             self._module.check_penalties_applied()
         self._penalties_checked = True
@@ -485,8 +481,7 @@ class OnlineHPOCallback(pl.Callback):
     def _update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         batch = to_device(trainer, self._stream.next(), self._dataloader_idx)
         g_v = self._validation_gradient(batch)
-        if not self._problem.sharded:
-            average_(g_v)
+        self._problem.average_(g_v)
         with torch.no_grad():
             hypergradients = self.estimator.hypergradient(g_v)
             if hypergradients is not None:
@@ -510,11 +505,7 @@ class OnlineHPOCallback(pl.Callback):
     def _validation_gradient(self, batch: Any) -> list[Tensor]:
         """Returns g_V = ∇θ L_V at the parameters in place; zeros where L_V does not depend on θ."""
         theta = self._problem.theta
-        with self._validation.loss(batch, self._stream.consumed) as loss:
-            gradients = gradient(loss, theta)
-        scale = self._problem.objective.scale
-        if scale != 1:
-            gradients = [None if g is None else g / scale for g in gradients]
+        gradients = self._validation.gradient(batch, self._stream.consumed, theta)
         return separate(
             [
                 widened(torch.zeros_like(local(p)) if g is None else g)

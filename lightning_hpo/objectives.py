@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_hpo.derivatives import Loss
+from lightning_hpo.derivatives import Loss, gradient
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.kernels import (
     differentiable_checkpoints,
@@ -189,10 +189,40 @@ class TrainingObjective:
 
             yield loss
 
+    def gradient(
+        self,
+        moment: Moment,
+        theta: Sequence[Tensor],
+        leaves: Sequence[Tensor] | None = None,
+        *,
+        exact: bool = False,
+    ) -> list[Tensor | None] | None:
+        """Takes the gradient of L_T at a moment, at the parameters in place.
+
+        Args:
+            moment: What is replayed.
+            theta: Some of the module's own parameters.
+            leaves: Raw λ, as from :meth:`leaves`, with respect to which it is taken as well.
+            exact: As for :meth:`at`.
+
+        Returns:
+            One tensor, or None, per parameter and leaf; None where the step has no loss.
+        """
+        lam = self.leaves() if leaves is None else leaves
+        with torch.enable_grad(), self.at(moment, theta, exact=exact) as at:
+            loss = at(theta, lam)
+            if loss is None:
+                return None
+            return _unscaled(gradient(loss, [*theta, *(leaves or ())]), self.scale)
+
 
 def _loss_scale(trainer: pl.Trainer) -> float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+
+
+def _unscaled(gradients: list[Tensor | None], scale: float) -> list[Tensor | None]:
+    return gradients if scale == 1 else [None if g is None else g / scale for g in gradients]
 
 
 @contextmanager
@@ -266,11 +296,8 @@ class ValidationObjective:
         self._dataloader_idx = dataloader_idx
         self._shield = Shield(trainer, module)
 
-    @contextmanager
-    def loss(self, batch: Any, batch_idx: int) -> Iterator[Tensor]:
-        """Evaluates L_V at the parameters in place; its gradient must be taken inside the context.
-
-        It carries the factor of the gradient scaler: see :attr:`TrainingObjective.scale`.
+    def gradient(self, batch: Any, batch_idx: int, theta: Sequence[Tensor]) -> list[Tensor | None]:
+        """Takes the gradient of L_V at the parameters in place.
 
         Raises:
             MisconfigurationException: If there is no loss, it is not a scalar, or it does not
@@ -297,7 +324,10 @@ class ValidationObjective:
                     vars(part)["_hpo_without_penalty"] = True
             with self._trainer.precision_plugin.val_step_context():
                 output, origin = self._evaluate(copy_batch(batch), batch_idx, logged)
-            yield _check_validation_loss(output, origin) * _loss_scale(self._trainer)
+            loss = _check_validation_loss(output, origin)
+            # As in training: without its factor, gradients in float16 would vanish.
+            scale = _loss_scale(self._trainer)
+            return _unscaled(gradient(loss * scale, theta), scale)
 
     def _evaluate(self, batch: Any, batch_idx: int, logged: dict[str, Any]) -> tuple[Any, str]:
         """Returns the loss, and where it comes from."""

@@ -117,12 +117,17 @@ def test_no_collective_is_made_between_updates(monkeypatch):
     from lightning_hpo.estimators import _forward, base
 
     counts = {}
-    for name, module in (("product", base), ("hypergradient", _forward)):
+    for name, module in (("gradient", base), ("hypergradient", _forward)):
         monkeypatch.setattr(
             module, "average_", lambda tensors, n=name: counts.update({n: counts.get(n, 0) + 1})
         )
-    # One more at the start settles on which kernels replays run.
-    for sync, expected in ((True, {"product": 11}), (False, {"product": 1, "hypergradient": 5})):
+    # The start settles on which kernels replays run, and has a gradient to compare the step with;
+    # each of the five updates averages its validation gradient.
+    others = 1 + 1 + 5
+    for sync, expected in (
+        (True, {"gradient": others + 10}),
+        (False, {"gradient": others, "hypergradient": 5}),
+    ):
         counts.clear()
         model = Model(True, inside_loss=True)
         callback = OnlineHPOCallback(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import stacked_zeros
+from lightning_hpo._stacks import stacked, stacked_zeros
 from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.distributed import is_sharded, local, norm_over_shards
 
@@ -93,7 +93,7 @@ def one_sided_differences(
 
     Args:
         loss: As for :func:`lightning_hpo.derivatives.joint_hvp`.
-        theta: Likewise; moved in place and put back by copy.
+        theta: Likewise.
         lam: Likewise.
         u: Likewise.
         e: Likewise.
@@ -129,12 +129,7 @@ def one_sided_differences(
             else:
                 rows[j] = list(torch._foreach_add(row, found))
     complete = [[torch.zeros_like(t) for t in theta] if row is None else row for row in rows]
-    return [_stacked(parts) for parts in zip(*complete, strict=True)], weights
-
-
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Stacks directions; a single one is not copied."""
-    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
+    return [stacked(parts) for parts in zip(*complete, strict=True)], weights
 
 
 def _step(block: Sequence[Tensor], norm: float, rounding: float | None, in_slices: bool) -> float:

@@ -57,8 +57,8 @@ def joint_hvp(
 
     Args:
         loss: L as a function of (θ, λ). Every call must use the same random draws.
-        theta: Leaf tensors that require grad. ``finite_difference`` moves them in place and puts
-            them back by copy; the other backends leave them alone.
+        theta: Leaf tensors that require grad. ``finite_difference`` lets them hold displaced values
+            for a while, and puts their own back; the other backends leave them alone.
         lam: Leaf tensors that require grad, treated in the same way.
         u: One tensor of shape ``(m, *θ_i.shape)`` per entry of ``theta``; None stands for zeros.
         e: One tensor of shape ``(m, *λ_i.shape)`` per entry of ``lam``; None stands for zeros.

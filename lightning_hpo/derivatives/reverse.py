@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import stacked_zeros
+from lightning_hpo._stacks import stacked, stacked_zeros
 
 if TYPE_CHECKING:
     from lightning_hpo.derivatives.joint_hvp import Loss
@@ -99,7 +99,9 @@ def _pull_back(
                 )
                 for start in range(0, m, _CHUNK)
             ]
-            return _fill([_cat(parts) for parts in zip(*chunks, strict=True)], targets, m)
+            return _fill(
+                [_joined(torch.cat, parts) for parts in zip(*chunks, strict=True)], targets, m
+            )
         except RuntimeError as error:
             # Some operators cannot be vectorized; one pass per direction always can.
             if isinstance(error, torch.OutOfMemoryError):
@@ -114,21 +116,15 @@ def _pull_back(
         )
         for j in range(m)
     ]
-    stacked = [_stack(parts) for parts in zip(*rows, strict=True)]
-    return _fill(stacked, targets, m)
+    return _fill([_joined(stacked, parts) for parts in zip(*rows, strict=True)], targets, m)
 
 
-def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Stacks the directions; a single one is not copied."""
+def _joined(
+    join: Callable[[list[Tensor]], Tensor], parts: Sequence[Tensor | None]
+) -> Tensor | None:
+    """Joins what is known of one target; None where it plays no part."""
     present = [part for part in parts if part is not None]
-    if len(present) == 1:
-        return present[0].unsqueeze(0)
-    return torch.stack(present) if present else None
-
-
-def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+    return join(present) if present else None
 
 
 def _fill(products: Sequence[Tensor | None], targets: Sequence[Tensor], m: int) -> list[Tensor]:

@@ -7,8 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_hpo.derivatives import gradient
-from lightning_hpo.distributed import average_
 from lightning_hpo.dynamics import GenericDynamics, OptimizerStep
 from lightning_hpo.estimators.base import Problem, in_place
 from lightning_hpo.objectives import Moment
@@ -64,16 +62,11 @@ def _gradients(
     total = [torch.zeros_like(theta[i]) for i in active]
     with in_place(problem.theta, theta, active):
         for moment, weight in moments:
-            with torch.enable_grad(), problem.objective.at(moment, own) as at:
-                loss = at(own, problem.objective.leaves())
-                if loss is None:
-                    continue
-                parts = gradient(loss, own)
-            for part, whole in zip(parts, total, strict=True):
+            parts = problem.objective.gradient(moment, own)
+            for part, whole in zip(parts or (), total, strict=bool(parts)):
                 if part is not None:
-                    whole.add_(part, alpha=weight / problem.objective.scale)
-    if not problem.sharded:
-        average_(total)
+                    whole.add_(part, alpha=weight)
+    problem.average_(total)
     result: list[Tensor | None] = [None] * len(theta)
     for i, whole in zip(active, total, strict=True):
         result[i] = whole

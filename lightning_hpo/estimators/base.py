@@ -16,7 +16,6 @@ from torch import Tensor
 from lightning_hpo._stacks import separate, stacked_zeros
 from lightning_hpo.derivatives import (
     Loss,
-    gradient,
     is_missing_derivative,
     joint_hvp,
     one_sided_differences,
@@ -172,7 +171,7 @@ class Problem:
         if self.objective.scale != 1:
             torch._foreach_div_([*theta_result, *lam_result], self.objective.scale)
         if sync:
-            average_(lam_result if self.sharded else [*theta_result, *lam_result])
+            self.average_(theta_result, lam_result)
         return theta_result, lam_result
 
     def one_sided_hvp(
@@ -204,8 +203,15 @@ class Problem:
                 u_norms,
             )
         result = _spread(products, active, self.theta, len(weights))
-        average_(result)
+        self.average_(result)
         return result, weights
+
+    def average_(self, theta: Sequence[Tensor | None], lam: Sequence[Tensor] = ()) -> None:
+        """Averages parts of a gradient over the ranks, in place.
+
+        Those over sharded θ come averaged.
+        """
+        average_([*([] if self.sharded else [t for t in theta if t is not None]), *lam])
 
     @property
     def is_one_sided(self) -> bool:
@@ -291,14 +297,10 @@ class Problem:
         """
         gradients = []
         for exact in (False, True):
-            total = [torch.zeros_like(p) for p in own]
-            with self.objective.at(moment, own, exact=exact) as at, torch.enable_grad():
-                loss = at(own, self.objective.leaves())
-                parts = [] if loss is None else gradient(loss, own)
-            for whole, part in zip(total, parts, strict=bool(parts)):
-                if part is not None:
-                    whole.copy_(part)
-            gradients.append(total)
+            parts = self.objective.gradient(moment, own, exact=exact) or [None] * len(own)
+            gradients.append(
+                [torch.zeros_like(p) if g is None else g for p, g in zip(own, parts, strict=True)]
+            )
         norms = torch.stack(
             [
                 torch.stack([t.norm().double() for t in tensors]).norm()
@@ -392,12 +394,8 @@ class Problem:
         positions = {id(p): i for i, p in enumerate(parameters)}
         for penalty in self.penalties:
             index = [i for w in penalty.weights if (i := positions.get(id(w))) is not None]
-            strength = penalty.hyperparameter().detach().reshape(())
-            directions = penalty.gradient([values[i] for i in index])
-            for i, direction in zip(index, directions, strict=True):
-                gradient = gradients[i]
-                if gradient is not None:
-                    gradient.addcmul_(direction, strength.to(direction.dtype))
+            pairs = [(g, values[i]) for i in index if (g := gradients[i]) is not None]
+            penalty.add_gradient_([g for g, _ in pairs], [w for _, w in pairs])
 
     def refuse_options(self, estimator: str, reason: str) -> None:
         """Refuses to tune the optimizer's options with an estimator that cannot see them.

@@ -76,14 +76,11 @@ class Penalty(ABC):
         value: Tensor = _Term.apply(self, strength, *self.weights)
         return value
 
-    def add_gradient_(self) -> None:
-        """Adds λ ∇R(w) to the ``.grad`` of every weight that has one; costs one pass over w."""
-        pairs = [(local(w), local(w.grad)) for w in self.weights if w.grad is not None]
-        if not pairs:
-            return
-        strength = self.hyperparameter().detach().reshape(())
-        gradients = [g for _, g in pairs]
-        add_scaled_(gradients, self.gradient([w.detach() for w, _ in pairs]), strength)
+    def add_gradient_(self, gradients: list[Tensor], weights: list[Tensor]) -> None:
+        """Adds λ ∇R(w) to gradients over some weights, in place; costs one pass over w."""
+        if weights:
+            strength = self.hyperparameter().detach().reshape(())
+            add_scaled_(gradients, self.gradient(weights), strength)
 
     def joint_hvp_(
         self,
@@ -240,7 +237,11 @@ class PenaltyMixin(pl.LightningModule):
         super().on_before_optimizer_step(optimizer)
         with torch.no_grad():
             for penalty in self.gradient_penalties:
-                penalty.add_gradient_()
+                trained = [w for w in penalty.weights if w.grad is not None]
+                penalty.add_gradient_(
+                    [local(w.grad) for w in trained if w.grad is not None],
+                    [local(w.detach()) for w in trained],
+                )
         vars(self)["_hpo_penalties_applied"] = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
