@@ -363,23 +363,35 @@ class Timing:
         return f"{ratios[quarter]:.2f}–{ratios[-1 - quarter]:.2f}"
 
 
-def compare(baseline: Stepper, method: Stepper, block: int, rounds: int, warmup: int) -> Timing:
+def compare(
+    start: Callable[[], tuple[Stepper, Stepper]], block: int, rounds: int, warmup: int, starts: int
+) -> Timing:
     """Advances two trainings in turn, a block of steps each; who goes first alternates.
 
-    Both are closed afterwards.
+    Where the allocator puts the tensors of a training changes its speed by several per cent for as
+    long as it lasts. So both are started afresh a few times.
+
+    Args:
+        start: Starts the baseline and the method.
+        block: Steps in a block; a multiple of the distance of two updates.
+        rounds: Pairs of blocks per start.
+        warmup: Steps before the first block.
+        starts: How often both are started.
     """
     timing = Timing([], [])
-    try:
-        baseline.advance(warmup)
-        method.advance(warmup)
-        gc.collect()
-        for i in range(rounds):
-            pair = [(baseline, timing.baseline), (method, timing.method)]
-            for stepper, seconds in pair if i % 2 == 0 else pair[::-1]:
-                seconds.append(stepper.advance(block) / block)
-    finally:
-        baseline.close()
-        method.close()
+    for _ in range(starts):
+        steppers = start()
+        try:
+            for stepper in steppers:
+                stepper.advance(warmup)
+            gc.collect()
+            for i in range(rounds):
+                pair = [*zip(steppers, (timing.baseline, timing.method), strict=True)]
+                for stepper, seconds in pair if i % 2 == 0 else pair[::-1]:
+                    seconds.append(stepper.advance(block) / block)
+        finally:
+            for stepper in steppers:
+                stepper.close()
     return timing
 
 

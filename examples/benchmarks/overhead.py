@@ -2,8 +2,9 @@
 
 Each row trains the same network twice in one process, in alternating blocks of steps: with
 OnlineHPOCallback, and without it and with weight decay inside the optimizer (SGD with momentum).
-Noise, dropout layers and example weights are in both; only with the callback are they tuned. The
-ratio is the median of the pairs of blocks, and beside it stands their middle half. One validation
+Noise, dropout layers and example weights are in both; only with the callback are they tuned. Both
+are started several times. The ratio is the median of the pairs of blocks, and beside it stands
+their middle half. One validation
 gradient every 10 steps costs a ratio of about 1.10 by itself.
 
 Memory is the peak during training, above that of the training without the callback, in MiB and in
@@ -136,9 +137,9 @@ class Bench:
     plain: dict[str, list[float] | str] = field(default_factory=dict)
 
     @property
-    def rounds(self) -> int:
-        """How many pairs of blocks."""
-        return 5 if self.options.quick else 21
+    def repeats(self) -> dict[str, int]:
+        """How often the trainings are started, and how many pairs of blocks each start has."""
+        return {"starts": 3, "rounds": 3} if self.options.quick else {"starts": 5, "rounds": 5}
 
     def data(self) -> list[Any]:
         """Makes the batches."""
@@ -165,8 +166,11 @@ class Bench:
 
     def time(self, case: Case, block: int = 10) -> Timing:
         """Interleaves a case with its baseline."""
-        baseline, method = (self.stepper(case, is_tuned=t) for t in (False, True))
-        return compare(baseline, method, block, self.rounds, warmup=2 * block)
+
+        def start() -> tuple[Stepper, Stepper]:
+            return self.stepper(case, is_tuned=False), self.stepper(case, is_tuned=True)
+
+        return compare(start, block, warmup=2 * block, **self.repeats)
 
     def memory(self, case: Case, *, is_tuned: bool, spans: tuple[int, ...]) -> list[float] | str:
         """Returns the peaks of a case, or of its baseline."""
@@ -264,13 +268,15 @@ def print_example_weights(options: Any) -> None:
     """Compares one example weight with 1 000, T1T2 in both."""
     bench = Bench(ARCHITECTURES["mlp"], options)
     for every in (10, 1):
-        steppers = [
-            bench.stepper(
-                Case("examples", "T1T2", T1T2, every, kinds={"examples": n}), is_tuned=True
+        one, many = (
+            partial(
+                bench.stepper,
+                Case("examples", "T1T2", T1T2, every, kinds={"examples": n}),
+                is_tuned=True,
             )
             for n in (1, 1000)
-        ]
-        timing = compare(*steppers, block=10, rounds=bench.rounds, warmup=20)
+        )
+        timing = compare(lambda a=one, b=many: (a(), b()), block=10, warmup=20, **bench.repeats)
         print(
             f"T1T2 every {every}, 1 000 example weights against 1 (MLP): {timing.ratio:.3f} "
             f"({timing.spread})",
@@ -295,12 +301,14 @@ def print_idle_steps(options: Any) -> None:
             ("weight decay in the optimizer", None),
             ("the same module without the callback", case.kinds),
         ):
-            module = make_module(architecture, kinds or {}, is_tuned=kinds is not None)
-            plain = Stepper(
-                bench.trainer(module, None), bench.data(), options.device, options.threads
-            )
-            method = bench.stepper(case, is_tuned=True)
-            timing = compare(plain, method, block, 2 * bench.rounds, warmup=50)
+
+            def start(case: Case = case, kinds: Any = kinds) -> tuple[Stepper, Stepper]:
+                module = make_module(architecture, kinds or {}, is_tuned=kinds is not None)
+                train = bench.trainer(module, None)
+                plain = Stepper(train, bench.data(), options.device, options.threads)
+                return plain, bench.stepper(case, is_tuned=True)
+
+            timing = compare(start, block, warmup=50, **bench.repeats)
             extra = median(
                 1e6 * (m - b) for b, m in zip(timing.baseline, timing.method, strict=True)
             )

@@ -598,13 +598,17 @@ class Bench:
 
     def ratio(self, train: Training | str, k: int) -> str:
         """Returns the ratio to plain training (a string: our derivatives, in the Trainer)."""
-        try:
+
+        def start() -> tuple[Stepper, Stepper]:
             if isinstance(train, str):
-                pair = [self.stepper(self.trainer(0)), self.stepper(self.trainer(k, train))]
+                both = self.trainer(0), self.trainer(k, train)
             else:
-                pair = [self.stepper(self.loop(t, k)) for t in (train_plain, train)]
-            rounds = 3 if self.options.quick else 15
-            timing = compare(*pair, block=EVERY, rounds=rounds, warmup=2 * EVERY)
+                both = self.loop(train_plain, k), self.loop(train, k)
+            return self.stepper(both[0]), self.stepper(both[1])
+
+        starts, rounds = (1, 3) if self.options.quick else (3, 5)
+        try:
+            timing = compare(start, EVERY, rounds, warmup=2 * EVERY, starts=starts)
         except Exception as error:
             return f"failed: {describe(error)}"
         return f"{timing.ratio:.2f}"
