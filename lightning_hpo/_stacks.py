@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,16 @@ def stacked_zeros(like: Sequence[Tensor], m: int) -> list[Tensor]:
     ]
 
 
+def widened(value: Any) -> Any:
+    """Returns a tensor of half precision in float32, and anything else itself.
+
+    Derivatives are not kept in half precision, in which small ones would be lost.
+    """
+    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value
+
+
 def rows(stack: Tensor) -> Tensor:
     """Returns a stack of m tensors as a matrix of m rows, which may be empty."""
     return stack.reshape(len(stack), math.prod(stack.shape[1:]))
@@ -29,6 +40,23 @@ def rows(stack: Tensor) -> Tensor:
 def stacked(parts: Sequence[Tensor]) -> Tensor:
     """Stacks m tensors; a single one is not copied."""
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether a number can be read from a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def add_scaled_(targets: Sequence[Tensor], values: Sequence[Tensor], factor: Tensor) -> None:
+    """Adds ``factor`` (one number) times values to targets, in place; no device is waited for."""
+    if not targets:
+        return
+    if is_on_host(factor):
+        # In half precision the factor is not rounded.
+        torch._foreach_add_(list(targets), list(values), alpha=float(factor))
+    else:
+        scale = factor.to(targets[0].dtype)
+        torch._foreach_addcmul_(list(targets), list(values), [scale] * len(targets))
 
 
 def separate(tensors: Sequence[Tensor]) -> list[Tensor]:

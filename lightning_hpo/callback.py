@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo import compatibility
-from lightning_hpo._stacks import separate
+from lightning_hpo._stacks import separate, widened
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.distributed import gather, is_sharded, local, together
-from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics, widened
+from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics
 from lightning_hpo.estimators import ClipR, Estimator, Problem
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
@@ -157,6 +157,14 @@ class OnlineHPOCallback(pl.Callback):
             return coming % self.estimator.stride == 0
         return any(self.should_update(coming + i) for i in range(window))
 
+    def _is_check_due(self) -> bool:
+        """Whether the coming step's gradient is compared: now and then, where there is an update.
+
+        Other steps never make the host wait for a device.
+        """
+        coming = self._steps + 1
+        return coming - self._compared_at >= _CHECK_EVERY and self.should_update(coming)
+
     # -------------------------------------------------------------------------------------- set-up
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -249,6 +257,7 @@ class OnlineHPOCallback(pl.Callback):
         self._verified = False
         self._penalties_checked = False
         self._expected: list[Tensor | None] | None = None
+        self._compared_at = 0
         self._ready = False
         if self._restored is None:
             self.history, self.skipped, self._steps = History(), 0, 0
@@ -355,7 +364,7 @@ class OnlineHPOCallback(pl.Callback):
         accumulated = trainer.accumulate_grad_batches
         if batch_idx % accumulated == 0:
             self.estimator.discard()  # what is left of a step that overflowed
-        if self._problem.is_one_sided and accumulated == 1 and self._steps % _CHECK_EVERY == 0:
+        if self._problem.is_one_sided and accumulated == 1 and self._is_check_due():
             objective = self._problem.objective
             self._expect(
                 objective.gradient(objective.moment(batch, batch_idx), self._problem.theta)
@@ -386,6 +395,7 @@ class OnlineHPOCallback(pl.Callback):
 
     def _expect(self, gradients: list[Tensor | None] | None) -> None:
         """Keeps the gradient of a replay, to compare that of the step with it."""
+        self._compared_at = self._steps + 1
         self._expected = gradients
         self._problem.average_(gradients or ())
 

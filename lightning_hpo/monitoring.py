@@ -205,8 +205,12 @@ def log_record(
     if trainer.barebones:
         return  # Lightning warns of every module.log then
     # Logging through the module costs a third of a millisecond per name: only what the progress
-    # bar has room for.
-    shown = dict(list(values.items())[:_PROGRESS_BAR_NAMES])
+    # bar has room for. Lightning reads these numbers again at every step: on a GPU, where it would
+    # put plain ones, the host would have to wait for that.
+    shown = {
+        name: torch.tensor(value, device="cpu")
+        for name, value in list(values.items())[:_PROGRESS_BAR_NAMES]
+    }
     module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
 
@@ -227,7 +231,7 @@ def _flat(name: str, value: Any) -> dict[str, float]:
     if isinstance(value, float):
         return {name: value}
     if not isinstance(value, dict):
-        tensor = torch.as_tensor(value)
+        tensor = torch.as_tensor(value, device="cpu")
         if tensor.numel() == 1:
             return {name: tensor.item()}
         value = _summary(tensor)

@@ -2,11 +2,12 @@
 
 import pickle
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lightning_hpo.monitoring import History, HistoryRecord
+from lightning_hpo.monitoring import History, HistoryRecord, log_record
 
 SUMMARY = {"min": 0.0, "mean": 1.5, "max": 3.0, "norm": 4.0}
 
@@ -53,6 +54,18 @@ def test_records_come_back_as_they_were(value, hypergradient, norms):
     )
     same(History([put])[0], put)
     same(pickle.loads(pickle.dumps(History([put])))[-1], put)
+
+
+def test_what_the_progress_bar_shows_lies_on_the_host():
+    """Lightning reads it at every step, for which the host would wait on a GPU."""
+    shown = {}
+    module = SimpleNamespace(log_dict=lambda values, **_: shown.update(values))
+    trainer = SimpleNamespace(loggers=[], barebones=False)
+    put = record(3)
+    with torch.device("meta"):
+        log_record(trainer, module, put, 3)
+    assert shown["hpo/l2"].device.type == "cpu"
+    assert shown["hpo/l2"].item() == pytest.approx(0.3)
 
 
 def test_it_is_a_sequence():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import rows, stacked_zeros
+from lightning_hpo._stacks import is_on_host, rows, stacked_zeros
 from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.distributed import is_sharded, local, sum_over_shards
 
@@ -63,7 +63,7 @@ def with_differences(
     for k, step in stepped.items():
         for i in range(lam[k].numel()):
             rates = None if e is None else e[k].reshape(m, -1)[:, i]
-            if rates is not None and not bool(rates.any()):
+            if rates is not None and is_on_host(rates) and not bool(rates.any()):
                 rates = None
             if rates is None and not lambda_part:
                 continue
@@ -71,12 +71,12 @@ def with_differences(
             theta_change, smooth_change = change[: len(theta)], change[len(theta) :]
             if rates is not None:
                 for part, c in zip(theta_result, theta_change, strict=bool(theta_result)):
-                    part += torch.tensordot(rates.to(c.dtype), c, dims=0)
+                    part += torch.tensordot(rates.to(c, non_blocking=True), c, dims=0)
             if not lambda_part:
                 continue
             if rates is not None:
                 for j, c in zip(smooth, smooth_change, strict=True):
-                    lam_result[j] += torch.tensordot(rates.to(c.dtype), c, dims=0)
+                    lam_result[j] += torch.tensordot(rates.to(c, non_blocking=True), c, dims=0)
             row = lam_result[k].reshape(m, -1)[:, i]
             for directions, changes, in_slices in (
                 (u, theta_change, is_sharded(theta)),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import stacked, stacked_zeros
+from lightning_hpo._stacks import is_on_host, separate, stacked_zeros, widened
 from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.distributed import is_sharded, local, norm_over_shards
 
@@ -32,45 +32,50 @@ def joint_hvp(
 
         [∇L(θ + δu, λ) − ∇L(θ − δu, λ)] / 2δ  +  [∇L(θ, λ + δ'e) − ∇L(θ, λ − δ'e)] / 2δ'
 
-    θ and λ are displaced one after the other, each at its own scale: with one common δ, a tangent
-    u that is many orders of magnitude smaller than e is lost to rounding.
+    with δ = ε^⅓ (1 + ‖x‖) / ‖d‖, which balances truncation against rounding. θ and λ are displaced
+    one after the other, each at its own scale: with one common δ, a tangent u that is many orders
+    of magnitude smaller than e is lost to rounding.
 
     Of sharded θ, ``u`` and the θ part are local slices; the θ part is averaged over the ranks.
     """
     targets = [*(theta if theta_part else ()), *(lam if lambda_part else ())]
     wanted = slice(0 if theta_part else len(theta), None if lambda_part else len(theta))
     m = next(d.shape[0] for d in (*(u or ()), *(e or ())))
-    products = stacked_zeros(targets, m)
     sharded = is_sharded(theta)
+    # A backward pass through sharded parameters reaches all of them anyway.
+    reached = [*theta, *lam] if sharded else targets
+    products: list[Tensor] = []
     for block, directions, in_slices in ((theta, u, sharded), (lam, e, False)):
         if directions is None:
             continue
+        epsilon = max(torch.finfo(block[0].dtype).eps, rounding or 0.0)
+        size = math.pow(epsilon, 1 / 3) * (1.0 + _norm(block, in_slices))
         for j in range(m):
             direction = [d[j] for d in directions]
             norm = _norm(direction, in_slices)
-            if norm == 0.0:
+            if not 0.0 < _if_known(norm) < math.inf:
+                if norm != 0.0:
+                    nan = [
+                        torch.full_like(z, math.nan)
+                        for z in _filled([None] * len(targets), targets)
+                    ]
+                    products = _plus(products, nan, j, m)
                 continue
-            if not math.isfinite(norm):
-                for product in products:
-                    product[j].fill_(math.nan)
-                continue
-            delta = _step(block, norm, rounding, in_slices)
-            for sign in (1.0, -1.0):
-                gradients = _displaced_gradient(
+            ahead, behind = (
+                _displaced_gradient(
                     loss,
                     theta,
                     lam,
-                    # A backward pass through sharded parameters reaches all of them anyway.
-                    [*theta, *lam] if sharded else targets,
-                    block,
-                    direction,
-                    sign * delta,
+                    reached,
+                    _moved(block, direction, sign * _step(size, norm), in_slices),
                 )
-                if sharded:
-                    gradients = gradients[wanted]
-                for product, g in zip(products, gradients, strict=True):
-                    if g is not None:
-                        product[j].add_(g, alpha=sign / (2 * delta))
+                for sign in (1.0, -1.0)
+            )
+            if sharded:
+                ahead, behind = ahead[wanted], behind[wanted]
+            terms = _differences(ahead, behind, norm / (2 * size), targets)
+            products = _plus(products, terms, j, m)
+    products = products or stacked_zeros(targets, m)
     split = len(theta) if theta_part else 0
     return products[:split], products[split:]
 
@@ -81,7 +86,7 @@ def one_sided_differences(
     lam: Sequence[Tensor],
     u: Sequence[Tensor] | None,
     e: Sequence[Tensor] | None,
-    u_norms: Sequence[float] | None = None,
+    u_norms: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the displaced part of one-sided differences of ∇θL.
 
@@ -97,50 +102,51 @@ def one_sided_differences(
         lam: Likewise.
         u: Likewise.
         e: Likewise.
-        u_norms: ‖u‖ of each direction, where they are known.
+        u_norms: ‖u‖ of each direction ``(m,)``, where they are known.
 
     Returns:
         The first two terms, ``(m, *θ_i.shape)`` each, and the weights 1/δ + 1/δ' ``(m,)``.
     """
     m = next(d.shape[0] for d in (*(u or ()), *(e or ())))
-    rows: list[list[Tensor] | None] = [None] * m
-    weights = torch.zeros(m, dtype=torch.float64)
+    products: list[Tensor] = []
+    weights: list[Tensor] = [theta[0].new_zeros(()) for _ in range(m)]
     for block, directions in ((theta, u), (lam, e)):
-        for j in range(m if directions is not None else 0):
-            direction = [d[j] for d in directions or ()]
-            norm = u_norms[j] if block is theta and u_norms is not None else _norm(direction, False)
-            if norm == 0.0:
-                continue
-            epsilon: float = torch.finfo(block[0].dtype).eps
-            weight = norm / (math.sqrt(epsilon) * (1.0 + _norm(block, False)))
+        if directions is None:
+            continue
+        size = math.sqrt(torch.finfo(block[0].dtype).eps) * (1.0 + _norm(block, False))
+        for j in range(m):
+            direction = [d[j] for d in directions]
+            known = u_norms if block is theta else None
+            norm = _norm(direction, False) if known is None else known[j]
+            weight = norm / size
             weights[j] += weight
-            if not math.isfinite(norm):
-                continue  # the weight makes the product NaN
-            gradients = _displaced_gradient(
-                loss, theta, lam, theta, block, direction, 1 / weight, weight
-            )
-            found = [
-                torch.zeros_like(t) if g is None else g
-                for t, g in zip(theta, gradients, strict=True)
-            ]
-            row = rows[j]
-            if row is None:
-                rows[j] = found
-            else:
-                rows[j] = list(torch._foreach_add(row, found))
-    complete = [[torch.zeros_like(t) for t in theta] if row is None else row for row in rows]
-    return [stacked(parts) for parts in zip(*complete, strict=True)], weights
+            if not 0.0 < _if_known(norm) < math.inf:
+                continue  # a weight that is not finite makes the product NaN
+            moved = _moved(block, direction, _step(size, norm), False)
+            gradients = _displaced_gradient(loss, theta, lam, theta, moved, weight)
+            products = _plus(products, _filled(gradients, theta), j, m)
+    return products or stacked_zeros(theta, m), torch.stack(weights)
 
 
-def _step(block: Sequence[Tensor], norm: float, rounding: float | None, in_slices: bool) -> float:
-    """Chooses δ = ε^⅓ (1 + ‖x‖) / ‖d‖, which balances truncation against rounding."""
-    epsilon: float = max(torch.finfo(block[0].dtype).eps, rounding or 0.0)
-    return math.pow(epsilon, 1 / 3) * (1.0 + _norm(block, in_slices)) / norm
+def _norm(tensors: Sequence[Tensor], in_slices: bool) -> Tensor:
+    """Returns the norm over all tensors, without reading it."""
+    norms = [
+        torch.linalg.vector_norm(
+            local(t.detach()), dtype=torch.promote_types(t.dtype, torch.float32)
+        )
+        for t in tensors
+    ]
+    return norm_over_shards(torch.linalg.vector_norm(torch.stack(norms)), in_slices)
 
 
-def _norm(tensors: Sequence[Tensor], in_slices: bool) -> float:
-    norms = torch.stack([torch.linalg.vector_norm(local(t.detach())).double() for t in tensors])
-    return float(norm_over_shards(torch.linalg.vector_norm(norms), in_slices))
+def _if_known(norm: Tensor) -> float:
+    """Returns a norm, or 1 where looking would make the host wait for a device."""
+    return float(norm) if is_on_host(norm) else 1.0
+
+
+def _step(size: Tensor, norm: Tensor) -> Tensor:
+    """Returns δ = size / ‖d‖; 0 for a direction that is zero, unknown to the host."""
+    return torch.where(norm > 0, size / norm, 0.0)
 
 
 def _displaced_gradient(
@@ -148,39 +154,89 @@ def _displaced_gradient(
     theta: Sequence[Tensor],
     lam: Sequence[Tensor],
     targets: Sequence[Tensor],
-    block: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    delta: float,
-    factor: float = 1.0,
-) -> Sequence[Tensor | None]:
-    """Returns ``factor`` times ∇L, with ``block`` moved by ``delta`` along ``direction``."""
-    with _moved(block, direction, delta), torch.enable_grad():
+    moved: AbstractContextManager[None],
+    factor: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Returns ∇L, or ``factor`` times it, with some tensors moved."""
+    with moved, torch.enable_grad():
         value = loss(theta, lam)
+        if value is None:
+            return [None] * len(targets)
         # A factor of the loss costs no pass over the gradient.
-        return [None] * len(targets) if value is None else gradient(value * factor, targets)
+        return gradient(value if factor is None else value * factor.to(value), targets)
+
+
+def _differences(
+    ahead: Sequence[Tensor | None],
+    behind: Sequence[Tensor | None],
+    factor: Tensor,
+    targets: Sequence[Tensor],
+) -> list[Tensor]:
+    """Returns (ahead − behind) times a factor, in float32 or better; uses up both."""
+    result = separate(_filled(ahead, targets))
+    present = [(r, widened(b)) for r, b in zip(result, behind, strict=True) if b is not None]
+    if present:
+        torch._foreach_sub_([r for r, _ in present], [b for _, b in present])
+    torch._foreach_mul_(result, factor.to(result[0]))
+    return result
+
+
+def _filled(gradients: Sequence[Tensor | None], targets: Sequence[Tensor]) -> list[Tensor]:
+    """Returns gradients in float32 or better, zeros where there is none."""
+    return [
+        widened(torch.zeros_like(local(t)) if g is None else g)
+        for g, t in zip(gradients, targets, strict=True)
+    ]
+
+
+def _plus(products: list[Tensor], terms: list[Tensor], j: int, m: int) -> list[Tensor]:
+    """Adds terms to the j-th of m products, where there are any yet."""
+    if m == 1 and not products:
+        return [t.unsqueeze(0) for t in separate(terms)]  # no pass over them
+    products = products or stacked_zeros(terms, m)
+    torch._foreach_add_([p[j] for p in products], terms)
+    return products
 
 
 @contextmanager
-def _moved(block: Sequence[Tensor], direction: Sequence[Tensor], delta: float) -> Iterator[None]:
-    """Lets tensors hold displaced values for a while; afterwards they are bit for bit as before."""
-    before = [t.data for t in block]
-    if is_sharded(block):
+def _moved(
+    block: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    delta: Tensor,
+    in_slices: bool,
+) -> Iterator[None]:
+    """Lets tensors hold displaced values for a while; afterwards they are bit for bit as before.
+
+    Args:
+        block: The tensors.
+        direction: Where they are moved.
+        delta: How far, in units of the direction.
+        in_slices: Whether they are sharded.
+    """
+    if in_slices:
         # Sharded parameters refer to their storage in several places: values are copied into it,
         # and put back by copy, never by subtraction: (x + d) − d is not x.
         slices = [local(t.detach()) for t in block]
         saved = [s.clone() for s in slices]
         try:
             for s, d in zip(slices, direction, strict=True):
-                s.add_(d.to(s.dtype), alpha=delta)
+                s.copy_(_displaced(s, d, delta))
             yield
         finally:
             for s, value in zip(slices, saved, strict=True):
                 s.copy_(value)
         return
+    before = [t.data for t in block]
     try:
         for t, d in zip(block, direction, strict=True):
-            t.data = torch.add(t.data, d.to(t.dtype), alpha=delta)
+            t.data = _displaced(t.data, d, delta).to(t.dtype)
         yield
     finally:
         for t, data in zip(block, before, strict=True):
             t.data = data
+
+
+def _displaced(value: Tensor, direction: Tensor, delta: Tensor) -> Tensor:
+    """Returns value + δ direction in float32 or better: in half precision δ may overflow."""
+    value = widened(value)
+    return torch.addcmul(value, direction.to(value, non_blocking=True), delta.to(value))

@@ -57,6 +57,6 @@ def _duals(primals: Sequence[Tensor], directions: Sequence[Tensor] | None, j: in
     if directions is None:
         return leaves
     return [
-        forward_ad.make_dual(leaf, direction[j].to(leaf.dtype))
+        forward_ad.make_dual(leaf, direction[j].to(leaf, non_blocking=True))
         for leaf, direction in zip(leaves, directions, strict=True)
     ]

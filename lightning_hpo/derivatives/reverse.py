@@ -42,7 +42,7 @@ def joint_hvp(
             _check_double_backward(value)
             gradients = torch.autograd.grad(value, sources, create_graph=True, allow_unused=True)
             live = [
-                (gradient, direction.to(gradient.dtype))
+                (gradient, direction.to(gradient, non_blocking=True))
                 for gradient, direction in zip(gradients, directions, strict=True)
                 if gradient is not None and gradient.requires_grad
             ]

@@ -3,7 +3,7 @@
 import torch
 
 from lightning_hpo.dynamics.adam import AdamDynamics
-from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, widened
+from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State
 from lightning_hpo.dynamics.clipping import GradientClipping
 from lightning_hpo.dynamics.generic import GenericDynamics
 from lightning_hpo.dynamics.options import OptimizerOptions, add_to_tangent_, pull_back
@@ -38,5 +38,4 @@ __all__ = [
     "add_to_tangent_",
     "make_dynamics",
     "pull_back",
-    "widened",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import stacked_zeros
+from lightning_hpo._stacks import stacked_zeros, widened
 from lightning_hpo.distributed import local
 
 State = dict[str, list[Tensor]]
@@ -165,16 +165,6 @@ class Dynamics(ABC):
             ḡ = (∂Φ/∂g)ᵀ s̄', one tensor ``(m, *p.shape)`` per parameter; zeros where the step had
             no gradient.
         """
-
-
-def widened(value: Any) -> Any:
-    """Returns a tensor of half precision in float32, and anything else itself.
-
-    Derivatives are not kept in half precision, in which small ones would be lost.
-    """
-    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-        return value.float()
-    return value
 
 
 def pick(tensors: list[Tensor], index: list[int]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import rows
+from lightning_hpo._stacks import is_on_host, rows
 from lightning_hpo.distributed import norm_over_shards, sum_over_shards
 
 
@@ -59,11 +59,13 @@ class GradientClipping:
             return
         norm = self._norm([g for g, _ in pairs])
         scale = self.value / (norm + 1e-6)
-        if bool(scale >= 1):
+        if is_on_host(scale) and float(scale) >= 1:
             return
         dots = sum(rows(v) @ g.to(v.dtype).flatten() for g, v in pairs)
         assert isinstance(dots, Tensor)
         weights = sum_over_shards(dots, self.sharded) / (norm * (norm + 1e-6))
+        # Nothing is clipped where scale ≥ 1, which a device knows before the host does.
+        weights, scale = torch.where(scale < 1, weights, 0.0), scale.clamp(max=1.0)
         for g, v in pairs:
             v.sub_(weights.reshape(-1, *[1] * g.dim()) * g).mul_(scale)
 

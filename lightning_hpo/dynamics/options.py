@@ -175,7 +175,8 @@ def add_to_tangent_(
             slot = GenericDynamics.slot(tangent, name)
             if slot[i].shape[1:] != value.shape:
                 slot[i] = slot[i].new_zeros((len(rates), *value.shape))
-            slot[i] += torch.tensordot(rates.to(slot[i].dtype), value.to(slot[i].dtype), dims=0)
+            rate = rates.to(slot[i], non_blocking=True)
+            slot[i] += torch.tensordot(rate, value.to(slot[i].dtype), dims=0)
 
 
 def pull_back(adjoint: State, derivative: dict[str, dict[int, Tensor]]) -> Tensor:

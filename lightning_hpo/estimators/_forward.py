@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import rows
+from lightning_hpo._stacks import add_scaled_, rows
 from lightning_hpo.distributed import (
     average_,
     gather_stacks,
@@ -63,8 +63,8 @@ class Tangents:
         y = None if self._is_zero else self.state[THETA]
         self._weights = None
         if self._sync and problem.is_one_sided and (y is not None or problem.in_loss):
-            sizes = self.norms().tolist()
-            products, self._weights = problem.one_sided_hvp(moment, y, self._unit, sizes)
+            norms = self.norms()
+            products, self._weights = problem.one_sided_hvp(moment, y, self._unit, norms)
         else:
             products, _ = problem.network_hvp(
                 moment, y, self._unit, lambda_part=False, sync=self._sync
@@ -81,8 +81,8 @@ class Tangents:
         if self._weights is None or self._gradient is None:
             return
         pairs = [(t, g) for t, g in zip(self._gradient, gradients, strict=True) if g is not None]
-        for j, weight in enumerate(self._weights.tolist() if pairs else ()):
-            torch._foreach_add_([t[j] for t, _ in pairs], [g for _, g in pairs], alpha=-weight)
+        for j, weight in enumerate(self._weights):
+            add_scaled_([t[j] for t, _ in pairs], [g for _, g in pairs], -weight)
         self._weights = None
 
     def before_step(self, step: OptimizerStep) -> None:

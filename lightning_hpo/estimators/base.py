@@ -81,13 +81,16 @@ class Problem:
         return sum(h.raw.numel() for h in self.hyperparameters.values())
 
     def unit_directions(self) -> list[Tensor]:
-        """Returns the m unit vectors of λ space, one tensor ``(m, *raw.shape)`` per λ."""
+        """Returns the m unit vectors of λ space, one tensor ``(m, *raw.shape)`` per λ, on the CPU.
+
+        There it can be seen which entries are zero without waiting for a device.
+        """
         directions = []
         start = 0
         for h in self.hyperparameters.values():
             n = h.raw.numel()
-            e = h.raw.new_zeros((self.count, n))
-            e[start : start + n] = torch.eye(n, dtype=e.dtype, device=e.device)
+            e = torch.zeros((self.count, n), dtype=h.raw.dtype, device="cpu")
+            e[start : start + n] = torch.eye(n, dtype=e.dtype, device="cpu")
             directions.append(e.reshape(self.count, *h.raw.shape))
             start += n
         return directions
@@ -175,7 +178,7 @@ class Problem:
         return theta_result, lam_result
 
     def one_sided_hvp(
-        self, moment: Moment, u: list[Tensor] | None, e: list[Tensor], u_norms: list[float]
+        self, moment: Moment, u: list[Tensor] | None, e: list[Tensor], u_norms: Tensor
     ) -> tuple[list[Tensor], Tensor]:
         """Returns the displaced gradients of one-sided differences; half the price of central ones.
 
@@ -186,7 +189,7 @@ class Problem:
             moment: The micro-batch, at the present θ.
             u: Directions in θ, ``(m, *p.shape)`` each, or None for zeros.
             e: Directions in raw λ.
-            u_norms: ‖u‖ of each direction.
+            u_norms: ‖u‖ of each direction ``(m,)``.
 
         Returns:
             One tensor ``(m, *p.shape)`` per parameter, averaged over the ranks, and the weights

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hpo._stacks import is_on_host
 from lightning_hpo.dynamics import OptimizerStep
 from lightning_hpo.estimators._forward import Tangents
 from lightning_hpo.estimators.base import Estimator, Problem
@@ -97,8 +98,8 @@ class ClipR(Estimator):
         self._tangents.before_step(step)
         if math.isfinite(self.radius):
             norms = self._tangents.norms()
-            # On a GPU, looking would make the host wait; there the product by one is cheaper.
-            if norms.is_cuda or bool((norms > self.radius).any()):
+            # Where looking would make the host wait for a device, the product by one is cheaper.
+            if not is_on_host(norms) or bool((norms > self.radius).any()):
                 self._tangents.scale_(self.radius / norms.clamp(min=self.radius))
         self._fresh_step = True
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_hpo._stacks import is_on_host
 from lightning_hpo.hyperparameters import Box, Constraint, Hyperparameter
 from lightning_hpo.regularizers._placement import check_free_name
 
@@ -91,10 +92,14 @@ class ExampleWeightMixin(pl.LightningModule):
                 f"weighted_mean: losses have shape {tuple(losses.shape)} and index "
                 f"{tuple(index.shape)}, expected one loss per example; use reduction='none'"
             )
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(weights):
+        count = len(weights)
+        if not is_on_host(index):
+            # There the look-up fails by itself, except that a negative index counts from the end.
+            index = torch.where(index < 0, count, index)
+        elif index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
             raise ValueError(
                 f"weighted_mean: index reaches from {int(index.min())} to {int(index.max())}, but "
-                f"there are {len(weights)} example weights"
+                f"there are {count} example weights"
             )
         return (weights.to(losses.dtype)[index.long()] * losses).mean()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from lightning_hpo._stacks import rows
+from lightning_hpo._stacks import add_scaled_, rows
 from lightning_hpo.distributed import local
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Positive
 from lightning_hpo.regularizers._placement import attach, check_free_name, closest
@@ -268,15 +268,6 @@ class PenaltyMixin(pl.LightningModule):
                 "reach the gradient. Call it, or register the penalties with inside_loss=True and "
                 "add self.penalty() to the loss"
             )
-
-
-def add_scaled_(targets: list[Tensor], values: list[Tensor], factor: Tensor) -> None:
-    """Adds ``factor`` (a scalar) times values to targets, in place."""
-    if factor.device.type == "cpu":
-        torch._foreach_add_(targets, values, alpha=float(factor))
-    else:
-        # Reading the number would make the host wait for the device.
-        torch._foreach_addcmul_(targets, values, [factor.to(values[0].dtype)] * len(values))
 
 
 _NORMALIZATION = (

@@ -224,21 +224,32 @@ def test_a_gradient_that_hooks_may_change_is_not_reused(start, monkeypatch):
     assert len(counts) == 2 * 2 * 9
 
 
+class Scaled(Mlp):
+    """From step 4 on, a replay does not give the gradient of the step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        real = "log" not in vars(self)  # a replay cannot know
+        return loss * (1 + 1e-9) if real and self.global_step >= 4 else loss
+
+
 def test_a_gradient_that_differs_is_not_reused(monkeypatch):
     """Unseen by the look at hooks: found at the next comparison, whose step loses nothing."""
-
-    class Scaled(Mlp):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            real = "log" not in vars(self)  # a replay cannot know
-            return loss * (1 + 1e-9) if real and self.global_step >= 4 else loss
-
     monkeypatch.setattr(callback_module, "_CHECK_EVERY", 4)
     counts = count_gradients(monkeypatch)
     found = observe(ClipR(5.0), Scaled("momentum"), derivatives="finite_difference", steps=10)
     truth = observe(ClipR(5.0), Mlp("momentum"), steps=10)
     assert relative_error(last_hypergradient(found), last_hypergradient(truth)) < 1e-6
     assert len(counts) == 2 * 4 + 4 * 5
+
+
+def test_gradients_are_compared_where_few_steps_are_seen(monkeypatch):
+    """Only every other step is looked at; the comparison falls on one of them."""
+    monkeypatch.setattr(callback_module, "_CHECK_EVERY", 4)
+    counts = count_gradients(monkeypatch)
+    observe(ClipR(5.0, stride=2), Scaled("momentum"), derivatives="finite_difference", steps=10)
+    # Two directions, none at step 2. Steps 4 and 6 reuse the gradient; that of step 6 is compared.
+    assert len(counts) == 2 * (1 + 1 + 2 + 2)
 
 
 @pytest.mark.parametrize("make", [lambda: ClipR(math.inf), lambda: UnrollK(3, "forward")])
