@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo import compatibility
-from lightning_hpo._stacks import separate, widened
+from lightning_hpo._tensors import separate, widened
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.distributed import gather, is_sharded, local, together
 from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics

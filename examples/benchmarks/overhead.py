@@ -4,8 +4,7 @@ Each row trains the same network twice in one process, in alternating blocks of 
 OnlineHPOCallback, and without it and with weight decay inside the optimizer (SGD with momentum).
 Noise, dropout layers and example weights are in both; only with the callback are they tuned. Both
 are started several times. The ratio is the median of the pairs of blocks, and beside it stands
-their middle half. One validation
-gradient every 10 steps costs a ratio of about 1.10 by itself.
+their middle half. One validation gradient every 10 steps costs a ratio of about 1.10 by itself.
 
 Memory is the peak during training, above that of the training without the callback, in MiB and in
 units of the size of the parameters. It is measured in a process of its own.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import is_on_host, rows, stacked_zeros
+from lightning_hpo._tensors import is_on_host, rows, stacked_zeros
 from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.distributed import is_sharded, local, sum_over_shards
 

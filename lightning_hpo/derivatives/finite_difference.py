@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import is_on_host, separate, stacked_zeros, widened
+from lightning_hpo._tensors import holding, is_on_host, separate, stacked_zeros, widened
 from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.distributed import is_sharded, local, norm_over_shards
 
@@ -67,7 +67,7 @@ def joint_hvp(
                     theta,
                     lam,
                     reached,
-                    _moved(block, direction, sign * _step(size, norm), in_slices),
+                    _moved(block, direction, sign * _step(size, norm)),
                 )
                 for sign in (1.0, -1.0)
             )
@@ -122,7 +122,7 @@ def one_sided_differences(
             weights[j] += weight
             if not 0.0 < _if_known(norm) < math.inf:
                 continue  # a weight that is not finite makes the product NaN
-            moved = _moved(block, direction, _step(size, norm), False)
+            moved = _moved(block, direction, _step(size, norm))
             gradients = _displaced_gradient(loss, theta, lam, theta, moved, weight)
             products = _plus(products, _filled(gradients, theta), j, m)
     return products or stacked_zeros(theta, m), torch.stack(weights)
@@ -198,42 +198,12 @@ def _plus(products: list[Tensor], terms: list[Tensor], j: int, m: int) -> list[T
     return products
 
 
-@contextmanager
 def _moved(
-    block: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    delta: Tensor,
-    in_slices: bool,
-) -> Iterator[None]:
-    """Lets tensors hold displaced values for a while; afterwards they are bit for bit as before.
-
-    Args:
-        block: The tensors.
-        direction: Where they are moved.
-        delta: How far, in units of the direction.
-        in_slices: Whether they are sharded.
-    """
-    if in_slices:
-        # Sharded parameters refer to their storage in several places: values are copied into it,
-        # and put back by copy, never by subtraction: (x + d) − d is not x.
-        slices = [local(t.detach()) for t in block]
-        saved = [s.clone() for s in slices]
-        try:
-            for s, d in zip(slices, direction, strict=True):
-                s.copy_(_displaced(s, d, delta))
-            yield
-        finally:
-            for s, value in zip(slices, saved, strict=True):
-                s.copy_(value)
-        return
-    before = [t.data for t in block]
-    try:
-        for t, d in zip(block, direction, strict=True):
-            t.data = _displaced(t.data, d, delta).to(t.dtype)
-        yield
-    finally:
-        for t, data in zip(block, before, strict=True):
-            t.data = data
+    block: Sequence[Tensor], direction: Sequence[Tensor], delta: Tensor
+) -> AbstractContextManager[None]:
+    """Lets tensors hold x + δ d for a while."""
+    values = (local(t.detach()) for t in block)
+    return holding(block, (_displaced(x, d, delta) for x, d in zip(values, direction, strict=True)))
 
 
 def _displaced(value: Tensor, direction: Tensor, delta: Tensor) -> Tensor:

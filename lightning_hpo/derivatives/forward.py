@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_hpo._stacks import stacked_zeros
+from lightning_hpo._tensors import stacked_zeros
 
 if TYPE_CHECKING:
     from lightning_hpo.derivatives.joint_hvp import Loss

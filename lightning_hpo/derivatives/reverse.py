@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import stacked, stacked_zeros
+from lightning_hpo._tensors import stacked, stacked_zeros
 
 if TYPE_CHECKING:
     from lightning_hpo.derivatives.joint_hvp import Loss

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import stacked_zeros, widened
+from lightning_hpo._tensors import stacked_zeros, widened
 from lightning_hpo.distributed import local
 
 State = dict[str, list[Tensor]]

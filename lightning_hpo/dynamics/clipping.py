@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import is_on_host, rows
+from lightning_hpo._tensors import is_on_host, rows
 from lightning_hpo.distributed import norm_over_shards, sum_over_shards
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import rows
+from lightning_hpo._tensors import rows
 from lightning_hpo.dynamics.base import OptimizerStep, State
 from lightning_hpo.dynamics.generic import GenericDynamics
 from lightning_hpo.hyperparameters import (

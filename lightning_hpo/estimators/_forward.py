@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import add_scaled_, rows
+from lightning_hpo._tensors import add_scaled_, rows
 from lightning_hpo.distributed import (
     average_,
     gather_stacks,
@@ -27,7 +27,8 @@ class Tangents:
         ṡ_{t+1} = ∂Φ/∂s ṡ_t + ∂Φ/∂g (H y_t + B)
 
     Online-HPO paper, eq. 7, with the user's optimizer in the place of plain gradient descent.
-    Memory: (1 + number of optimizer state tensors) |θ| per scalar λ.
+    Memory: (1 + number of optimizer state tensors) |θ| per scalar λ, and from the batch to the step
+    one more for H y + B.
 
     Args:
         problem: The problem.

@@ -13,14 +13,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_hpo._stacks import separate, stacked_zeros
+from lightning_hpo._tensors import holding, separate, stacked_zeros
 from lightning_hpo.derivatives import (
     Loss,
     is_missing_derivative,
     joint_hvp,
     one_sided_differences,
 )
-from lightning_hpo.distributed import average_, is_sharded, local, sum_over_shards
+from lightning_hpo.distributed import average_, local, sum_over_shards
 from lightning_hpo.dynamics import (
     Dynamics,
     GradientClipping,
@@ -456,41 +456,28 @@ def _spread(
 def in_place(
     parameters: list[Tensor], values: list[Tensor] | None, active: Sequence[int]
 ) -> Iterator[None]:
-    """Lets parameters hold other values for a while.
+    """Lets parameters hold the values of another step for a while.
 
-    The parameters themselves stay in the module, so that whatever refers to them (hooks, lists,
-    recurrent layers) sees the values. The storages are exchanged: nothing is copied or rounded.
-    Meanwhile the active ones require grad, also if they have been frozen since. Sharded parameters
-    refer to their storage in several places, so that values are copied into it.
+    The parameters themselves stay in the module. Meanwhile the active ones require grad, also if
+    they have been frozen since.
 
     Args:
         parameters: All of θ.
         values: What they hold; None: what they hold anyway.
         active: The positions of those that are differentiated.
     """
-    if is_sharded(parameters):
-        slices = [local(p) for p in parameters]
-        kept = [] if values is None else [s.clone() for s in slices]
-        try:
-            for s, value in zip(slices, values or slices, strict=True):
-                s.copy_(value)
-            yield
-        finally:
-            for s, value in zip(slices, kept, strict=bool(kept)):
-                s.copy_(value)
+    if values is None:
+        yield
         return
-    before = [(p.data, p.requires_grad) for p in parameters]
-    try:
-        if values is not None:
-            for p, value in zip(parameters, values, strict=True):
-                p.data = value.to(p.dtype)
+    before = [p.requires_grad for p in parameters]
+    with holding(parameters, values):
+        try:
             for i in active:
                 parameters[i].requires_grad_()
-        yield
-    finally:
-        for p, (data, requires_grad) in zip(parameters, before, strict=True):
-            p.data = data
-            p.requires_grad_(requires_grad)
+            yield
+        finally:
+            for p, requires_grad in zip(parameters, before, strict=True):
+                p.requires_grad_(requires_grad)
 
 
 class Estimator(ABC):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hpo._stacks import is_on_host
+from lightning_hpo._tensors import is_on_host
 from lightning_hpo.dynamics import OptimizerStep
 from lightning_hpo.estimators._forward import Tangents
 from lightning_hpo.estimators.base import Estimator, Problem
@@ -29,7 +29,8 @@ class ClipR(Estimator):
     clipped tangent keeps its old direction, and with it the sign of the hypergradient.
 
     Cost per step: one product with the joint Hessian per scalar λ; per update, one validation
-    gradient. Memory: (1 + number of optimizer state tensors) |θ| per scalar λ.
+    gradient. Memory: (1 + number of optimizer state tensors) |θ| per scalar λ, and one more |θ| per
+    scalar λ while a step is under way.
 
     Args:
         radius: r, in the units of θ per unit of raw λ; ``inf`` is RTHO (Franceschi et al. 2017).

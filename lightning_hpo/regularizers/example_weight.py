@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_hpo._stacks import is_on_host
+from lightning_hpo._tensors import is_on_host
 from lightning_hpo.hyperparameters import Box, Constraint, Hyperparameter
 from lightning_hpo.regularizers._placement import check_free_name
 

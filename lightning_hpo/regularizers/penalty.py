@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from lightning_hpo._stacks import add_scaled_, rows
+from lightning_hpo._tensors import add_scaled_, rows
 from lightning_hpo.distributed import local
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Positive
 from lightning_hpo.regularizers._placement import attach, check_free_name, closest
@@ -155,7 +155,10 @@ class PenaltyMixin(pl.LightningModule):
 
     In the gradient, λ ∇R(w) is added in :meth:`on_before_optimizer_step`: after unscaling and
     before clipping, where a coupled weight decay would act. In the loss, the user adds
-    :meth:`penalty`. Each penalty acts in exactly one of the two ways.
+    :meth:`penalty`. Each penalty acts in exactly one of the two ways, which are the same but for
+    two things: a weight that has no gradient is penalized in the loss only; and where an epoch ends
+    within an accumulation, Lightning's loss, penalty included, is divided by the full number of
+    batches.
     """
 
     def _add_penalty(self, penalty: Penalty, *, inside_loss: bool) -> None:

@@ -1,15 +1,16 @@
-"""Lists of tensors that carry m directions along their first dimension."""
+"""Lists of tensors: stacks of m directions, precision, memory, and values held for a while."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_hpo.distributed import local
+from lightning_hpo.distributed import is_sharded, local
 
 
 def stacked_zeros(like: Sequence[Tensor], m: int) -> list[Tensor]:
@@ -73,3 +74,32 @@ def separate(tensors: Sequence[Tensor]) -> list[Tensor]:
         seen.add(t.data_ptr())
         result.append(t)
     return result
+
+
+@contextmanager
+def holding(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
+    """Lets tensors hold other values for a while; afterwards they are bit for bit as before.
+
+    The storages are exchanged: nothing is copied or rounded, and whatever refers to the tensors
+    (modules, hooks, recurrent layers) sees the values. Sharded parameters refer to their storage in
+    several places, so that values are copied into it, and the old ones put back by copy.
+    """
+    if is_sharded(tensors):
+        slices = [local(t.detach()) for t in tensors]
+        saved = [s.clone() for s in slices]
+        try:
+            for s, value in zip(slices, values, strict=True):
+                s.copy_(value)
+            yield
+        finally:
+            for s, value in zip(slices, saved, strict=True):
+                s.copy_(value)
+        return
+    before = [t.data for t in tensors]
+    try:
+        for t, value in zip(tensors, values, strict=True):
+            t.data = value.to(t.dtype)
+        yield
+    finally:
+        for t, data in zip(tensors, before, strict=True):
+            t.data = data
