@@ -198,11 +198,11 @@ class OnlineHPOCallback(pl.Callback):
             name: h for name, h in named_hyperparameters(pl_module).items() if not h.frozen
         }
         tuned_options = self._tuned_options(pl_module)
+        source = find_t2_source(trainer, pl_module, self._dataloader, self._dataloader_idx)
         findings = compatibility.check_trainer(
             trainer, pl_module, [*self._hyperparameters, *tuned_options], self.derivatives
         )
         findings += compatibility.check_example_weights(pl_module, trainer.train_dataloader)
-        source = find_t2_source(trainer, pl_module, self._dataloader, self._dataloader_idx)
         if source is None:
             findings.append(
                 "There are no held-out (T2) data. Pass dataloader=, define hpo_dataloader() on the "
@@ -212,37 +212,10 @@ class OnlineHPOCallback(pl.Callback):
         assert source is not None
 
         (optimizer,) = trainer.optimizers
-        options = None
-        remember_options(pl_module, {})
-        if tuned_options:
-            options = OptimizerOptions(
-                optimizer, tuned_options, scheduled=bool(trainer.lr_scheduler_configs)
-            )
-            for h in options.hyperparameters.values():
-                h.to(pl_module.device)
-            self._hyperparameters |= options.hyperparameters
-            remember_options(pl_module, options.hyperparameters)
-        self._options = options
-        clip = trainer.gradient_clip_val
-        dynamics = make_dynamics(optimizer)
-        sharded = is_sharded(dynamics.theta)
-        self._problem = Problem(
-            objective=TrainingObjective(trainer, pl_module, list(self._hyperparameters.values())),
-            hyperparameters=self._hyperparameters,
-            penalties=compatibility.gradient_penalties(pl_module),
-            dynamics=dynamics,
-            clipping=GradientClipping(
-                float(clip), trainer.gradient_clip_algorithm == "value", sharded
-            )
-            if clip
-            else None,
-            derivatives=self.derivatives,
-            options=options,
-            sharded=sharded,
-        )
-        if options is not None:
-            # ∂Φ/∂λ needs the gradient and the state even where Φ is linear in them.
-            self._problem.dynamics.nonlinear = True
+        self._options = self._make_options(trainer, pl_module, tuned_options)
+        if self._options is not None:
+            self._hyperparameters |= self._options.hyperparameters
+        self._problem = self._make_problem(trainer, pl_module)
         self._stream = T2Stream(source, self._seed, trainer.global_rank, max(1, trainer.world_size))
         self._validation = ValidationObjective(
             trainer, pl_module, self._validation_loss, self._monitor, self._dataloader_idx
@@ -266,6 +239,42 @@ class OnlineHPOCallback(pl.Callback):
             optimizer.register_step_pre_hook(self._before_optimizer_step),
             optimizer.register_step_post_hook(self._after_optimizer_step),
         ]
+
+    def _make_options(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        tuned: dict[str, Hyperparameter | None],
+    ) -> OptimizerOptions | None:
+        """Makes hyperparameters of the optimizer's options that are to be tuned."""
+        options = None
+        if tuned:
+            scheduled = bool(trainer.lr_scheduler_configs)
+            options = OptimizerOptions(trainer.optimizers[0], tuned, scheduled=scheduled)
+            for h in options.hyperparameters.values():
+                h.to(module.device)
+        remember_options(module, {} if options is None else options.hyperparameters)
+        return options
+
+    def _make_problem(self, trainer: pl.Trainer, module: pl.LightningModule) -> Problem:
+        """Describes to the estimator what it differentiates."""
+        dynamics = make_dynamics(trainer.optimizers[0])
+        if self._options is not None:
+            # ∂Φ/∂λ needs the gradient and the state even where Φ is linear in them.
+            dynamics.nonlinear = True
+        sharded = is_sharded(dynamics.theta)
+        clip = trainer.gradient_clip_val
+        by_value = trainer.gradient_clip_algorithm == "value"
+        return Problem(
+            objective=TrainingObjective(trainer, module, list(self._hyperparameters.values())),
+            hyperparameters=self._hyperparameters,
+            penalties=compatibility.gradient_penalties(module),
+            dynamics=dynamics,
+            clipping=GradientClipping(float(clip), by_value, sharded) if clip else None,
+            derivatives=self.derivatives,
+            options=self._options,
+            sharded=sharded,
+        )
 
     def _tuned_options(self, module: pl.LightningModule) -> dict[str, Hyperparameter | None]:
         """Returns the optimizer's options to tune, without those that are frozen."""

@@ -99,9 +99,7 @@ def _pull_back(
                 )
                 for start in range(0, m, _CHUNK)
             ]
-            return _fill(
-                [_joined(torch.cat, parts) for parts in zip(*chunks, strict=True)], targets, m
-            )
+            return _fill([_joined(_cat, parts) for parts in zip(*chunks, strict=True)], targets, m)
         except RuntimeError as error:
             # Some operators cannot be vectorized; one pass per direction always can.
             if isinstance(error, torch.OutOfMemoryError):
@@ -117,6 +115,11 @@ def _pull_back(
         for j in range(m)
     ]
     return _fill([_joined(stacked, parts) for parts in zip(*rows, strict=True)], targets, m)
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenates chunks; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _joined(
