@@ -8,6 +8,7 @@ be read (``is_on_host``) is switched off.
 import math
 import sys
 import traceback
+import warnings
 from collections import Counter
 
 import pytest
@@ -82,10 +83,14 @@ class Reads:
         self.every = every
         self.seen = Counter()
         self.step = 0
+        self.begin = lambda watched: None
+
+    @property
+    def watched(self):
+        return self.step > self.every and self.step % self.every > 0
 
     def count(self, name):
-        counts = self.step > self.every and self.step % self.every
-        if counts and name in READING:
+        if self.watched and name in READING:
             frames = traceback.extract_stack()
             if not any(f.filename.endswith(ON_HOST) for f in frames):
                 own = [f"{f.filename}:{f.lineno}" for f in frames if "lightning_hpo" in f.filename]
@@ -93,8 +98,10 @@ class Reads:
 
     def batches(self, loader, steps):
         for self.step, batch in zip(range(1, steps + 1), loader, strict=False):
+            self.begin(self.watched)
             yield batch
         self.step = 0
+        self.begin(self.watched)
 
 
 class Batches:
@@ -143,7 +150,7 @@ class Everything(GaussianNoiseMixin, DropoutMixin, L1Mixin, ExampleWeightMixin, 
         if not self.training:
             return super().loss(batch)
         losses = F.cross_entropy(self.net(x), y, reduction="none")
-        return self.weighted_mean(losses, torch.arange(len(y)))
+        return self.weighted_mean(losses, torch.arange(len(y), device=y.device))
 
 
 def reads(module, steps, callbacks=(), **options):
@@ -185,6 +192,31 @@ def test_a_step_without_an_update_waits_for_nothing(make, derivatives, kind, cli
     for a, b in zip(unread.history, looked.history, strict=True):
         for name, value in a.hypergradients.items():
             torch.testing.assert_close(value, b.hypergradients[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
+@pytest.mark.parametrize(
+    "make", [T1T2, lambda: ClipR(2.0, decay=0.9), lambda: UnrollK(3)], ids=["T1T2", "ClipR", "K"]
+)
+def test_a_gpu_is_not_waited_for(make, derivatives, monkeypatch):
+    """As torch itself sees it, which warns of every operation that waits."""
+    monkeypatch.undo()
+    every, steps = 4, 12
+
+    def count_waits(callbacks):
+        module = Everything(every, steps)
+        mode = torch.cuda.set_sync_debug_mode
+        module.reads.begin = lambda watched: mode("warn" if watched else "default")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer(steps, callbacks=callbacks, accelerator="gpu", devices=1).fit(module)
+        torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing CUDA" in str(w.message) for w in caught)
+
+    callback = OnlineHPOCallback(make(), every_n_steps=every, derivatives=derivatives)
+    assert count_waits([callback]) == count_waits([])
 
 
 def test_a_read_is_seen():

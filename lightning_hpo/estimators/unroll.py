@@ -70,6 +70,7 @@ class UnrollK(Estimator):
         k: The length K of the window, in optimizer steps.
         mode: ``"forward"`` (Forward-HG), ``"reverse"`` (Reverse-HG), or ``"auto"``: forward where
             there are fewer scalar λ than K, else reverse. Both give the same numbers to rounding.
+            With several λ and memory to spare, ``"reverse"`` takes less time.
         restart: After each λ update, θ, the optimizer's state and the module's buffers return to
             the start of the window: the offline method of Maclaurin et al. (2015) and Franceschi et
             al. (2017), with K the whole training. Costs one copy of them. The learning-rate
