@@ -654,26 +654,32 @@ def measure_model(name: str, libraries: dict[str, Training], options: Any) -> di
 
 
 def plot(results: dict[str, dict[str, list[str]]], options: Any) -> None:
-    """Draws the ratios."""
+    """Draws the ratios: a line of pictures per network, a column per K."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2 * len(results), figsize=(5 * len(results) + 3, 3.6))
-    pairs = [(name, column) for name in results for column in (0, 1)]
-    for ax, (name, column) in zip(axes, pairs, strict=True):
-        rows = [
-            (row, float(cells[column]))
-            for row, cells in results[name].items()
-            if len(cells) > column and not cells[column].startswith("failed")
-        ][::-1]
-        colors = ["tab:orange" if row.startswith("ours") else "tab:blue" for row, _ in rows]
-        ax.barh([row for row, _ in rows], [ratio for _, ratio in rows], color=colors)
-        ax.axvline(1.0, color="black", linewidth=0.8)
-        ax.set_title(f"{name}, K = {(1, EVERY)[column]}", fontsize=9)
-        ax.tick_params(labelsize=7)
-        ax.grid(axis="x", alpha=0.3)
+    rows = list(dict.fromkeys(row for cells in results.values() for row in cells))[::-1]
+    figure, axes = pyplot.subplots(
+        len(results), 2, figsize=(10, 0.7 + 2.7 * len(results)), sharey=True, squeeze=False
+    )
+    for line, (name, cells) in zip(axes, results.items(), strict=True):
+        for column, (ax, k) in enumerate(zip(line, (1, EVERY), strict=True)):
+            for y, row in enumerate(rows):
+                ratio = next(iter(cells.get(row, [])[column:]), "")
+                if not ratio or ratio.startswith("failed"):
+                    continue
+                color = "tab:orange" if row.startswith("ours") else "tab:blue"
+                ax.barh(y, float(ratio), color=color)
+                ax.annotate(ratio, (float(ratio), y), (3, -3), textcoords="offset points", size=8)
+            ax.axvline(1.0, color="black", linewidth=0.8)
+            ax.set_yticks(range(len(rows)), rows, fontsize=8)
+            ax.set_title(f"{name}, K = {k}", fontsize=10)
+            ax.margins(x=0.12)
+            ax.tick_params(axis="x", labelsize=8)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(axis="x", alpha=0.3)
     figure.supxlabel("time per step / plain training", fontsize=9)
     figure.tight_layout()
     figure.savefig(options.output, dpi=110)

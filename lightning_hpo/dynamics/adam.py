@@ -34,10 +34,11 @@ class AdamDynamics(Dynamics):
 
     def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:
         """See :meth:`Dynamics.jvp_`; costs about twice the optimizer's step, m times."""
-        for options, index in step.parts(lambda i: _count(step.state[i])):
+        counts = _counts(step)
+        for options, index in step.parts(counts.__getitem__):
             theta, mean, square = (pick(tangent[name], index) for name in (THETA, _MEAN, _SQUARE))
             h = pick(gradient, index)
-            point = self._point(step, options, index)
+            point = self._point(step, options, index, counts[index[0]] + 1)
             if options["maximize"]:
                 torch._foreach_neg_(h)
             if point.coupled:
@@ -56,9 +57,10 @@ class AdamDynamics(Dynamics):
         result: list[Tensor | None] = [None] * len(adjoint[THETA])
         for name in (_MEAN, _SQUARE):
             adjoint.setdefault(name, [torch.zeros_like(t) for t in adjoint[THETA]])
-        for options, index in step.parts(lambda i: _count(step.state[i])):
+        counts = _counts(step)
+        for options, index in step.parts(counts.__getitem__):
             theta, mean, square = (pick(adjoint[name], index) for name in (THETA, _MEAN, _SQUARE))
-            point = self._point(step, options, index)
+            point = self._point(step, options, index, counts[index[0]] + 1)
             torch._foreach_addcdiv_(mean, theta, point.denominator, value=-point.step_size)
             torch._foreach_addcmul_(square, theta, point.slope, value=point.step_size)
             h = list(torch._foreach_mul(mean, 1 - point.beta1))
@@ -79,15 +81,16 @@ class AdamDynamics(Dynamics):
             put(result, index, h)
         return filled(result, adjoint[THETA])
 
-    def _point(self, step: OptimizerStep, options: dict[str, Any], index: list[int]) -> _Point:
-        """Computes the values at which Φ is differentiated."""
+    def _point(
+        self, step: OptimizerStep, options: dict[str, Any], index: list[int], t: float
+    ) -> _Point:
+        """Computes the values at which Φ is differentiated, at step t."""
         lr, weight_decay = float(options["lr"]), float(options["weight_decay"])
         beta1, beta2 = (float(beta) for beta in options["betas"])
         decoupled = options.get(
             "decoupled_weight_decay", isinstance(self.optimizer, torch.optim.AdamW)
         )
         state = [step.state[i] for i in index]
-        t = _count(state[0]) + 1
         h = [g for i in index if (g := step.gradients[i]) is not None]
         if options["maximize"]:
             h = list(torch._foreach_neg(h))
@@ -138,6 +141,16 @@ class _Point(NamedTuple):
     shrink: float
 
 
-def _count(state: dict[str, Any]) -> float:
-    """Returns the number of steps that a parameter has taken."""
-    return float(state.get("step", 0.0))
+def _counts(step: OptimizerStep) -> list[float]:
+    """Returns how many steps each parameter has taken.
+
+    A fused or capturable optimizer keeps these numbers on the device, which is waited for once.
+    """
+    known = {i: s["step"] for i, s in enumerate(step.state) if "step" in s}
+    counts = [0.0] * len(step.state)  # before its first step a parameter has no state
+    if known:
+        tensors = [torch.as_tensor(value) for value in known.values()]
+        numbers = torch.stack([t.to(tensors[0]) for t in tensors]).tolist()
+        for i, count in zip(known, numbers, strict=True):
+            counts[i] = count
+    return counts
