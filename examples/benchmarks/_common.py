@@ -498,6 +498,9 @@ def _cpu_peaks(
         torch.set_num_threads(threads)
         # A fixed threshold (M_MMAP_THRESHOLD, glibc): freed tensors leave the resident set.
         ctypes.CDLL(None).mallopt(-3, 8192)
+        # What is in memory stays there (mlockall, each page from when it is first used): a kernel
+        # that reclaims cold pages would lower the resident set. Where it is not allowed, it may.
+        ctypes.CDLL(None).mlockall(1 | 2 | 4)
         prepare(True)(Limited(data, (WARMUP_STEPS,), lambda: 0))
         train = prepare(False)
         gc.collect()
