@@ -63,15 +63,17 @@ def add_scaled_(targets: Sequence[Tensor], values: Sequence[Tensor], factor: Ten
 def separate(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns tensors that can be written to in place; copies those that share memory.
 
-    Autograd may return one tensor as the gradient of several leaves, or an expanded one.
+    Autograd may return one tensor as the gradient of several leaves, an expanded one, or parts of
+    one that overlap (the gradients of what was concatenated).
     """
     seen: set[int] = set()
     result = []
     for t in tensors:
-        overlaps = any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
-        if t.numel() and (overlaps or t.data_ptr() in seen):
-            t = t.clone()
-        seen.add(t.data_ptr())
+        storage = t.untyped_storage()
+        is_part = t.numel() * t.element_size() != storage.nbytes()
+        if t.numel() and (is_part or storage.data_ptr() in seen):
+            t = t.clone(memory_format=torch.contiguous_format)
+        seen.add(t.untyped_storage().data_ptr())
         result.append(t)
     return result
 

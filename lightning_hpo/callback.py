@@ -292,12 +292,12 @@ class OnlineHPOCallback(pl.Callback):
             gradients = self._try_losses(trainer, module, batch, batch_idx)
         if gradients is None:
             return  # a skipped batch shows nothing; look again at the next
-        if trainer.accumulate_grad_batches == 1:
-            self._expect(gradients[: len(self._problem.theta)])
         self.estimator.setup(self._problem)
         if self._restored is not None:
             self._restore(self._restored)
             self._restored = None
+        if trainer.accumulate_grad_batches == 1 and not self._problem.is_one_sided:
+            self._expect(gradients[: len(self._problem.theta)])
         self._ready = True
 
     def _try_losses(
@@ -342,6 +342,7 @@ class OnlineHPOCallback(pl.Callback):
         of all callbacks: any of them may draw random numbers or set what the loss depends on.
         """
         self._stepped = False
+        self._expected = None  # of a batch after which the optimizer did not step
         self._rng.on_batch_start(trainer.strategy.root_device)
         self._observing = not self._ready or self._observes()
         if not self._observing:
@@ -404,9 +405,14 @@ class OnlineHPOCallback(pl.Callback):
 
     def _expect(self, gradients: list[Tensor | None] | None) -> None:
         """Keeps the gradient of a replay, to compare that of the step with it."""
-        self._compared_at = self._steps + 1
+        if gradients is not None:
+            # Ranks may differ in which parameters they use, but not in what they average.
+            gradients = [
+                torch.zeros_like(local(p)) if g is None else g
+                for p, g in zip(self._problem.theta, gradients, strict=True)
+            ]
+            self._problem.average_(gradients)
         self._expected = gradients
-        self._problem.average_(gradients or ())
 
     def _check_gradient(self) -> None:
         """Compares a gradient with that of its replay, and warns where they differ much."""
@@ -420,6 +426,7 @@ class OnlineHPOCallback(pl.Callback):
         ]
         if not pairs:
             return
+        self._compared_at = self._steps + 1
         difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
         scale = torch.stack([b.norm() for _, b in pairs]).norm()
         error = float(difference / scale)
@@ -591,6 +598,10 @@ class OnlineHPOCallback(pl.Callback):
                 "state": self._hyper_optimizer.state_dict(),
             },
             "estimator": {"kind": self.estimator.kind, "state": self.estimator.state_dict()},
+            "gradient": {
+                "reused": self._problem.reuses_gradient,
+                "compared_at": self._compared_at,
+            },
             "options": {n: {"value": v} for n, v in fixed_options(self._module).items()}
             | {
                 name: {"value": h().tolist(), "raw": h.raw.clone()}
@@ -634,6 +645,8 @@ class OnlineHPOCallback(pl.Callback):
             self._hyper_optimizer.load_state_dict(state["optimizer"]["state"])
         if not differences.keys() & {"hyperparameters", "estimator"}:
             self.estimator.load_state_dict(state["estimator"]["state"])
+            self._problem.reuses_gradient = state["gradient"]["reused"] and not self._hooked
+            self._compared_at = state["gradient"]["compared_at"]
         if self._options is not None:
             for name, h in self._options.hyperparameters.items():
                 raw = state["options"].get(name, {"raw": h.raw})["raw"]

@@ -364,10 +364,14 @@ def may_change_gradients(
 ) -> bool:
     """Whether some hook may change the gradient between the backward pass and this callback."""
     others = [c for c in trainer.callbacks if c is not callback]  # type: ignore[attr-defined]
-    return is_overridden("on_after_backward", module) or any(
-        is_overridden(hook, other, parent=pl.Callback)
-        for other in others
-        for hook in ("on_after_backward", "on_before_optimizer_step")
+    return (
+        any(is_overridden(hook, module) for hook in ("backward", "on_after_backward"))
+        or any(
+            is_overridden(hook, other, parent=pl.Callback)
+            for other in others
+            for hook in ("on_after_backward", "on_before_optimizer_step")
+        )
+        or any(p._post_accumulate_grad_hooks for p in module.parameters())
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import BATCH, TRAIN, VALID, Mlp, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_hpo import (
@@ -69,6 +70,44 @@ def test_two_ranks_equal_one_process_on_the_whole_batch(make, inside_loss):
     torch.testing.assert_close(raw_two, raw, rtol=1e-9, atol=0)
     torch.testing.assert_close(theta_two, theta, rtol=1e-9, atol=1e-12)
     assert (raw - math.log(0.05)).abs().min() > 1e-6
+
+
+class TwoHeads(Sharded):
+    """The data of a rank say which of two heads of different sizes it uses in training."""
+
+    def __init__(self, **options):
+        super().__init__("sgd", **options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.heads = torch.nn.ModuleList(
+                [
+                    torch.nn.Linear(4, 3),
+                    torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)),
+                ]
+            )
+
+    def on_fit_start(self):
+        torch.manual_seed(self.global_rank)
+
+    def loss(self, batch):
+        x, y = batch
+        heads = [self.heads[self.global_rank]] if self.training else self.heads
+        return torch.nn.functional.cross_entropy(self.net(x) + sum(h(x) for h in heads), y)
+
+
+@pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
+@pytest.mark.parametrize("make", [T1T2, lambda: ClipR(2.0)])
+def test_ranks_may_use_different_parameters(make, derivatives):
+    model = TwoHeads()
+    callback = OnlineHPOCallback(make(), derivatives=derivatives)
+    make_trainer(
+        5,
+        callbacks=[callback, Equal()],
+        devices=2,
+        strategy=DDPStrategy(start_method="fork", find_unused_parameters=True),
+    ).fit(model)
+    raw = torch.stack([h.raw for h in named_hyperparameters(model).values()])
+    assert (raw - math.log(0.05)).abs().min() > 1e-3
 
 
 # ------------------------------------------------------------------------------- what ranks share

@@ -194,6 +194,14 @@ def test_a_step_without_an_update_waits_for_nothing(make, derivatives, kind, cli
             torch.testing.assert_close(value, b.hypergradients[name], rtol=1e-9, atol=1e-12)
 
 
+def test_tuned_options_of_the_optimizer_are_read_after_updates_only():
+    model = Plain(4, 12)
+    callback = OnlineHPOCallback(T1T2(), every_n_steps=4, optimizer_hyperparameters=["lr"])
+    copies = [name for name, place in reads(model, 12, [callback]).elements() if "options" in place]
+    # Of raw λ; what is made of them lies on the CPU.
+    assert copies.count("cpu") == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
@@ -251,7 +259,7 @@ def test_differences_in_directions_that_may_be_zero():
     torch.testing.assert_close(found[1], hessian @ u[0][1], rtol=1e-8, atol=0)
     assert found[2].isnan().all()
 
-    (displaced,), weights = finite_difference.one_sided_differences(loss, theta, lam, u, None)
+    (displaced,), weights = finite_difference.one_sided_differences(loss, theta, lam, u)
     (gradient,) = torch.autograd.grad(loss(theta, lam), theta)
     products = displaced - weights.reshape(-1, 1) * gradient
     assert torch.equal(products[0], torch.zeros(2, dtype=torch.float64))

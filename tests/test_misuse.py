@@ -138,6 +138,15 @@ class ForgetsSuper(Mlp):
         self.seen = True
 
 
+class SparseEmbedding(Mlp):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(3, 3, sparse=True)
+
+    def loss(self, batch):
+        return super().loss(batch) + self.embedding(batch[1]).square().mean()
+
+
 class EmptyDataset(TensorDataset):
     def __init__(self):
         super().__init__(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
@@ -233,6 +242,10 @@ MISUSES = {
     "hook-without-super-and-without-updates": (
         tune(ForgetsSuper, estimator=UnrollK(2), every_n_steps=100),
         r"ForgetsSuper\.on_before_optimizer_step does not call super\(\).*Call it",
+    ),
+    "sparse-gradient": (
+        tune(SparseEmbedding),
+        r"parameter has a sparse gradient, expected dense ones; use nn.Embedding\(sparse=False\)",
     ),
     # The held-out data and their loss.
     "no-held-out-data": (tune_without_held_out_data, r"no held-out.*Pass dataloader="),

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
 from torch.utils.data import IterableDataset
 
+import lightning_hpo.callback as callback_module
 from lightning_hpo import (
     T1T2,
     ClipR,
@@ -137,6 +138,29 @@ def assert_same_runs(resumed, whole):
     assert resumed[1].skipped == whole[1].skipped
     first, last = whole[1].history[0].values, whole[1].history[-1].values
     assert all(first[name] != last[name] for name in first)  # every λ moved
+
+
+class Smooth(Mlp):
+    """Its replays are exact, so that differences reuse the gradients of its steps."""
+
+    def __init__(self, inside_loss):
+        super().__init__("momentum", inside_loss=inside_loss)
+
+
+@pytest.mark.parametrize("inside_loss", [False, True])
+@pytest.mark.parametrize("make", [ESTIMATORS["ClipR"], ESTIMATORS["stride"], ESTIMATORS["forward"]])
+def test_differences_that_reuse_gradients(make, inside_loss, tmp_path, monkeypatch):
+    """A resumed training goes on reusing them, and compares them at the same steps."""
+    monkeypatch.setattr(callback_module, "_CHECK_EVERY", 7)
+
+    def run(*args):
+        options = {"callback_options": {"derivatives": "finite_difference"}}
+        return train(make, *args, model=Smooth(inside_loss), **options)
+
+    whole = run(4)
+    *_, trainer = run(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    assert_same_runs(run(4, tmp_path / "half.ckpt"), whole)
 
 
 @pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)

@@ -500,7 +500,8 @@ def _cpu_peaks(
         ctypes.CDLL(None).mallopt(-3, 8192)
         # What is in memory stays there (mlockall, each page from when it is first used): a kernel
         # that reclaims cold pages would lower the resident set. Where it is not allowed, it may.
-        ctypes.CDLL(None).mlockall(1 | 2 | 4)
+        if ctypes.CDLL(None).mlockall(1 | 2 | 4):
+            print("memory: pages cannot be locked; what is reclaimed is missing", file=sys.stderr)
         prepare(True)(Limited(data, (WARMUP_STEPS,), lambda: 0))
         train = prepare(False)
         gc.collect()

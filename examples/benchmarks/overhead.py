@@ -9,8 +9,9 @@ their middle half. One validation gradient every 10 steps costs a ratio of about
 Memory is the peak during training, above that of the training without the callback, in MiB and in
 units of the size of the parameters. It is measured in a process of its own.
 
-Below the table stand: what one pass keeps for its backward; the memory of long trainings; one
-example weight against 1 000; and the time that an idle step (no update due) takes longer.
+Around the table stand: the memory of long trainings; what one pass keeps for its backward; what a
+penalty costs by itself; one example weight against 1 000; and the time that an idle step (no update
+due) takes longer.
 
     python examples/benchmarks/overhead.py
     python examples/benchmarks/overhead.py --quick
@@ -194,15 +195,23 @@ class Bench:
         return tuned[-1] - plain[-1]
 
 
-def measure_model(name: str, options: Any) -> dict[str, float]:
+def chosen_cases(options: Any) -> list[Case]:
+    """Lists the rows that are wanted."""
+    return [case for case in cases() if case.quick or not options.quick]
+
+
+def measure_memory(name: str, options: Any) -> dict[str, float | str]:
+    """Returns what each case of a model adds, in MiB, by label."""
+    bench = Bench(ARCHITECTURES[name], options)
+    problem = memory_problem(options.device)
+    return {c.label: problem or bench.added_memory(c) for c in chosen_cases(options)}
+
+
+def measure_model(name: str, added: dict[str, float | str], options: Any) -> dict[str, float]:
     """Prints the table of one model; returns the ratios by label."""
     architecture = ARCHITECTURES[name]
     bench = Bench(architecture, options)
     size = sum(p.numel() * p.element_size() for p in architecture.make().parameters()) / MIB
-    chosen = [case for case in cases() if case.quick or not options.quick]
-    problem = memory_problem(options.device)
-    # The memory of all first: its child processes must come before any computation here.
-    added = {case.label: problem or bench.added_memory(case) for case in chosen}
     print(f"\n{name}: θ is {size:.2f} MiB, batches of {architecture.batch_size}")
     table = Table(
         {
@@ -218,7 +227,7 @@ def measure_model(name: str, options: Any) -> dict[str, float]:
         }
     )
     ratios = {}
-    for case in chosen:
+    for case in chosen_cases(options):
         cells = (case.tuned, case.method, str(case.every), case.derivatives)
         try:
             timing = bench.time(case)
@@ -279,6 +288,30 @@ def print_example_weights(options: Any) -> None:
         print(
             f"T1T2 every {every}, 1 000 example weights against 1 (MLP): {timing.ratio:.3f} "
             f"({timing.spread})",
+            flush=True,
+        )
+
+
+def print_penalties(options: Any) -> None:
+    """Compares penalties with weight decay in the optimizer, without the callback."""
+    bench = Bench(ARCHITECTURES["mlp"], options)
+    for label, kinds in {"in the gradient": TIED, "inside the loss": IN_LOSS}.items():
+
+        def start(kinds: Any = kinds) -> tuple[Stepper, Stepper]:
+            modules = [
+                make_module(bench.architecture, kinds, is_tuned=is_penalty)
+                for is_penalty in (False, True)
+            ]
+            plain, penalized = (
+                Stepper(bench.trainer(m, None), bench.data(), options.device, options.threads)
+                for m in modules
+            )
+            return plain, penalized
+
+        timing = compare(start, block=10, warmup=20, **bench.repeats)
+        print(
+            f"L2 {label} against weight decay in the optimizer, no callback (MLP): "
+            f"{timing.ratio:.3f} ({timing.spread})",
             flush=True,
         )
 
@@ -352,9 +385,13 @@ def main() -> None:
     options = parse(__doc__, __file__, list(ARCHITECTURES))
     print(environment(options.device, options.threads))
     models = options.model or (["mlp"] if options.quick else list(ARCHITECTURES))
+    # The memory of all first: its child processes must come before any computation here, which
+    # leaves free blocks behind for them to use.
     print_long_memory(options)
-    results = {name: measure_model(name, options) for name in models}
+    added = {name: measure_memory(name, options) for name in models}
+    results = {name: measure_model(name, added[name], options) for name in models}
     print()
+    print_penalties(options)
     print_example_weights(options)
     print_idle_steps(options)
     plot(results, options)

@@ -628,10 +628,12 @@ class Bench:
         return peaks if isinstance(peaks, str) else f"{peaks[-1]:.0f}"
 
 
-def measure_model(name: str, libraries: dict[str, Training], options: Any) -> dict[str, list[str]]:
-    """Prints the table of one network; returns the ratios by row."""
-    bench = Bench(ARCHITECTURES[name], options)
-    rows: dict[str, tuple[Training | str, tuple[int, ...]]] = {
+Rows = dict[str, tuple[Training | str, tuple[int, ...]]]
+
+
+def list_rows(libraries: dict[str, Training]) -> Rows:
+    """Lists the trainings of a table, with their K."""
+    return {
         "plain": (train_plain, (1,)),
         "plain, L2 as a term of the loss": (train_in_loss, (1,)),
         "hand-written floor": (train_floor, (1,)),
@@ -639,9 +641,18 @@ def measure_model(name: str, libraries: dict[str, Training], options: Any) -> di
         "ours: T1T2, UnrollK(10)": ("auto", (1, EVERY)),
         "ours, finite differences": ("finite_difference", (1, EVERY)),
     }
-    # The memory of all first: its child processes must come before any computation here.
+
+
+def measure_memory(bench: Bench, rows: Rows) -> dict[str, list[str]]:
+    """Returns the peaks by row."""
     memory = {row: [bench.memory(t, k) for k in ks] for row, (t, ks) in rows.items()}
-    memory["plain Trainer"] = [bench.memory("auto", 0)]
+    return {**memory, "plain Trainer": [bench.memory("auto", 0)]}
+
+
+def measure_model(
+    name: str, bench: Bench, rows: Rows, memory: dict[str, list[str]]
+) -> dict[str, list[str]]:
+    """Prints the table of one network; returns the ratios by row."""
     print(f"\n{name}: ratio to plain training, peak MiB above data and parameters")
     table = Table({"": -38, "K=1": 8, "MiB": 7, "K=10": 10, "MiB ": 7})
     table.print_row("plain Trainer", "", memory["plain Trainer"][0])
@@ -692,9 +703,16 @@ def main() -> None:
     libraries, missing = find_libraries()
     for name, reason in missing.items():
         print(f"not measured: {name} cannot be imported ({reason}); see the top of this script")
-    print_agreement(libraries)
     models = options.model or (["mlp"] if options.quick else ["mlp", "cnn"])
-    results = {name: measure_model(name, libraries, options) for name in models}
+    benches = {name: Bench(ARCHITECTURES[name], options) for name in models}
+    rows = list_rows(libraries)
+    # The memory of all first: its child processes must come before any computation here, which
+    # leaves free blocks behind for them to use.
+    memory = {name: measure_memory(bench, rows) for name, bench in benches.items()}
+    print_agreement(libraries)
+    results = {
+        name: measure_model(name, bench, rows, memory[name]) for name, bench in benches.items()
+    }
     plot(results, options)
 
 

@@ -32,9 +32,9 @@ def joint_hvp(
 
         [∇L(θ + δu, λ) − ∇L(θ − δu, λ)] / 2δ  +  [∇L(θ, λ + δ'e) − ∇L(θ, λ − δ'e)] / 2δ'
 
-    with δ = ε^⅓ (1 + ‖x‖) / ‖d‖, which balances truncation against rounding. θ and λ are displaced
-    one after the other, each at its own scale: with one common δ, a tangent u that is many orders
-    of magnitude smaller than e is lost to rounding.
+    with δ = ε^⅓ (1 + ‖x‖) / ‖d‖, which balances truncation against rounding; x is θ, or the λ that
+    move. θ and λ are displaced one after the other, each at its own scale: with one common δ, a
+    tangent u that is many orders of magnitude smaller than e is lost to rounding.
 
     Of sharded θ, ``u`` and the θ part are local slices; the θ part is averaged over the ranks.
     """
@@ -48,11 +48,13 @@ def joint_hvp(
     for block, directions, in_slices in ((theta, u, sharded), (lam, e, False)):
         if directions is None:
             continue
-        epsilon = max(torch.finfo(block[0].dtype).eps, rounding or 0.0)
-        size = math.pow(epsilon, 1 / 3) * (1.0 + _norm(block, in_slices))
+        epsilon = math.pow(max(torch.finfo(block[0].dtype).eps, rounding or 0.0), 1 / 3)
+        size = epsilon * (1.0 + _norm(block, in_slices))
         for j in range(m):
             direction = [d[j] for d in directions]
             norm = _norm(direction, in_slices)
+            if block is lam:
+                size = _size_along(lam, direction, epsilon)
             if not 0.0 < _if_known(norm) < math.inf:
                 if norm != 0.0:
                     nan = [
@@ -84,48 +86,54 @@ def one_sided_differences(
     loss: Loss,
     theta: Sequence[Tensor],
     lam: Sequence[Tensor],
-    u: Sequence[Tensor] | None,
-    e: Sequence[Tensor] | None,
+    u: Sequence[Tensor],
     u_norms: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Returns the displaced part of one-sided differences of ∇θL.
+    """Returns the displaced part of one-sided differences of ∇θL along θ.
 
-        H u + B e ≈ ∇θL(θ + δu, λ) / δ + ∇θL(θ, λ + δ'e) / δ' − (1/δ + 1/δ') ∇θL(θ, λ)
+        H u ≈ ∇θL(θ + δu, λ) / δ − ∇θL(θ, λ) / δ,   δ = √ε (1 + ‖θ‖) / ‖u‖
 
-    with δ = √ε (1 + ‖x‖) / ‖d‖. The last term is left to the caller, who has the gradient already.
-    Costs one gradient per direction, or two where both u and e are given. The relative error is a
-    few √ε: about 1e-3 to 1e-2 in float32, 1e-7 in float64.
+    The last term is left to the caller, who has the gradient already. Costs one gradient per
+    direction. The relative error is a few √ε: about 1e-3 to 1e-2 in float32, 1e-7 in float64.
 
     Args:
         loss: As for :func:`lightning_hpo.derivatives.joint_hvp`.
         theta: Likewise.
         lam: Likewise.
-        u: Likewise.
-        e: Likewise.
+        u: One tensor of shape ``(m, *θ_i.shape)`` per entry of ``theta``.
         u_norms: ‖u‖ of each direction ``(m,)``, where they are known.
 
     Returns:
-        The first two terms, ``(m, *θ_i.shape)`` each, and the weights 1/δ + 1/δ' ``(m,)``.
+        The first term, ``(m, *θ_i.shape)`` per entry of ``theta``, and the weights 1/δ ``(m,)``.
     """
-    m = next(d.shape[0] for d in (*(u or ()), *(e or ())))
+    m = u[0].shape[0]
     products: list[Tensor] = []
-    weights: list[Tensor] = [theta[0].new_zeros(()) for _ in range(m)]
-    for block, directions in ((theta, u), (lam, e)):
-        if directions is None:
-            continue
-        size = math.sqrt(torch.finfo(block[0].dtype).eps) * (1.0 + _norm(block, False))
-        for j in range(m):
-            direction = [d[j] for d in directions]
-            known = u_norms if block is theta else None
-            norm = _norm(direction, False) if known is None else known[j]
-            weight = norm / size
-            weights[j] += weight
-            if not 0.0 < _if_known(norm) < math.inf:
-                continue  # a weight that is not finite makes the product NaN
-            moved = _moved(block, direction, _step(size, norm))
-            gradients = _displaced_gradient(loss, theta, lam, theta, moved, weight)
-            products = _plus(products, _filled(gradients, theta), j, m)
+    weights: list[Tensor] = []
+    size = math.sqrt(torch.finfo(theta[0].dtype).eps) * (1.0 + _norm(theta, False))
+    for j in range(m):
+        direction = [d[j] for d in u]
+        norm = _norm(direction, False) if u_norms is None else u_norms[j]
+        weights.append((norm / size).to(theta[0].dtype))
+        if not 0.0 < _if_known(norm) < math.inf:
+            continue  # a weight that is not finite makes the product NaN
+        moved = _moved(theta, direction, _step(size, norm))
+        gradients = _displaced_gradient(loss, theta, lam, theta, moved, weights[j])
+        products = _plus(products, _filled(gradients, theta), j, m)
     return products or stacked_zeros(theta, m), torch.stack(weights)
+
+
+def _size_along(lam: Sequence[Tensor], direction: Sequence[Tensor], epsilon: float) -> Tensor:
+    """Chooses how far λ is moved: by ε (1 + ‖x‖) with x the entries that move, and not too far.
+
+    Raw λ are mostly logarithms, of which 0.1 is a large part whatever their value. Rounding under
+    autocast, for which ε is large, is the same on both sides where λ does not pass through it.
+    """
+    moving = [
+        torch.where(d.to(x, non_blocking=True) != 0, x.detach(), 0.0)
+        for x, d in zip(lam, direction, strict=True)
+    ]
+    norm = _norm(moving, False)
+    return torch.minimum(epsilon * (1.0 + norm), 0.1 + 0.01 * norm)
 
 
 def _norm(tensors: Sequence[Tensor], in_slices: bool) -> Tensor:
@@ -146,6 +154,8 @@ def _if_known(norm: Tensor) -> float:
 
 def _step(size: Tensor, norm: Tensor) -> Tensor:
     """Returns δ = size / ‖d‖; 0 for a direction that is zero, unknown to the host."""
+    if is_on_host(norm):
+        return size / norm
     return torch.where(norm > 0, size / norm, 0.0)
 
 

@@ -22,6 +22,9 @@ def gradient(loss: Tensor, targets: Sequence[Tensor]) -> list[Tensor | None]:
 
     Returns:
         One tensor per target; None for one that does not require grad or plays no part.
+
+    Raises:
+        TypeError: If a gradient is sparse.
     """
     active = [t for t in targets if t.requires_grad] if loss.requires_grad else []
     if not active:
@@ -31,6 +34,11 @@ def gradient(loss: Tensor, targets: Sequence[Tensor]) -> list[Tensor | None]:
         if is_sharded(active)
         else torch.autograd.grad(loss, active, allow_unused=True)
     )
+    if any(g is not None and g.is_sparse for g in gradients):
+        raise TypeError(
+            "OnlineHPOCallback: a parameter has a sparse gradient, expected dense ones; use "
+            "nn.Embedding(sparse=False)"
+        )
     found = {id(t): g for t, g in zip(active, gradients, strict=True)}
     return [found.get(id(t)) for t in targets]
 

@@ -55,6 +55,7 @@ class OptimizerOptions:
         self._optimizer = optimizer
         self._dynamics = GenericDynamics(optimizer)
         self._saved: list[dict[str, Any]] = []
+        self._read: dict[str, tuple[int, Tensor]] = {}
         groups = optimizer.param_groups
         self._is_scale = scheduled or len({float(group["lr"]) for group in groups}) > 1
         self._by_option: dict[str, Hyperparameter] = {}
@@ -111,11 +112,20 @@ class OptimizerOptions:
         self._saved = [{option: group[option] for option in self._by_option} for group in groups]
         for group in groups:
             for option, h in self._by_option.items():
-                value = _numbers(h())
+                value = _numbers(h.constraint(self._raw(option)))
                 if option == "lr" and self._is_scale:
                     assert isinstance(value, float)
                     value *= float(group["lr"])
                 group[option] = value
+
+    def _raw(self, option: str) -> Tensor:
+        """Returns raw λ on the CPU; waits for a device only where λ has been written to."""
+        raw = self._by_option[option].raw
+        version, known = self._read.get(option, (-1, raw))
+        if version != raw._version:
+            known = raw.detach().cpu().clone()
+            self._read[option] = raw._version, known
+        return known
 
     def restore_(self) -> None:
         """Puts back what a scheduler expects to find."""
@@ -153,7 +163,7 @@ class OptimizerOptions:
         self, step: OptimizerStep, option: str, h: Hyperparameter, i: int, distance: float
     ) -> dict[str, dict[int, Tensor]]:
         """Runs the step with element i of one raw λ moved."""
-        raw = h.raw.detach().double()
+        raw = self._raw(option).double()
         moved = raw.clone()
         moved.view(-1)[i] += distance
         value = _numbers(h.constraint(moved))

@@ -63,7 +63,7 @@ class Tangents:
         problem = self._problem
         y = None if self._is_zero else self.state[THETA]
         self._weights = None
-        if self._sync and problem.is_one_sided and (y is not None or problem.in_loss):
+        if self._sync and problem.is_one_sided and y is not None:
             norms = self.norms()
             products, self._weights = problem.one_sided_hvp(moment, y, self._unit, norms)
         else:
@@ -175,6 +175,8 @@ class Tangents:
         return {
             "tangents": {name: gather_stacks(s, parameters) for name, s in self.state.items()},
             "is_zero": self._is_zero,
+            # After clipping they are not those of the tangents to the last bit.
+            "norms": self._norms,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -185,4 +187,5 @@ class Tangents:
             for name, stacks in state["tangents"].items()
         }
         self._is_zero = bool(state["is_zero"])
-        self._norms = None
+        norms = state["norms"]
+        self._norms = None if norms is None else norms.to(self._problem.theta[0].device)

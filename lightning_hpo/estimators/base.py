@@ -169,8 +169,10 @@ class Problem:
                 self._compare_kernels(moment, [self.theta[i] for i in active])
             products = self._settled(multiply)
         raws = [h.raw for h in self.hyperparameters.values()]
-        theta_result = _spread(products[0], active, self.theta, m) if theta_part else []
-        lam_result = _spread(products[1], in_loss, raws, m) if lambda_part else []
+        split = len(products[0])
+        separated = separate([*products[0], *products[1]])
+        theta_result = _spread(separated[:split], active, self.theta, m) if theta_part else []
+        lam_result = _spread(separated[split:], in_loss, raws, m) if lambda_part else []
         if self.objective.scale != 1:
             torch._foreach_div_([*theta_result, *lam_result], self.objective.scale)
         if sync:
@@ -178,16 +180,17 @@ class Problem:
         return theta_result, lam_result
 
     def one_sided_hvp(
-        self, moment: Moment, u: list[Tensor] | None, e: list[Tensor], u_norms: Tensor
+        self, moment: Moment, u: list[Tensor], e: list[Tensor], u_norms: Tensor
     ) -> tuple[list[Tensor], Tensor]:
         """Returns the displaced gradients of one-sided differences; half the price of central ones.
 
         H u + B e is what is left when the weights times the gradient itself, which the training
-        computes anyway, have been subtracted.
+        computes anyway, have been subtracted. B e comes from central differences all the same: a λ
+        inside the loss often does little, and would be lost to rounding.
 
         Args:
             moment: The micro-batch, at the present θ.
-            u: Directions in θ, ``(m, *p.shape)`` each, or None for zeros.
+            u: Directions in θ, ``(m, *p.shape)`` each.
             e: Directions in raw λ.
             u_norms: ‖u‖ of each direction ``(m,)``.
 
@@ -201,12 +204,13 @@ class Problem:
                 loss,
                 theta,
                 lam,
-                [u[i] for i in active] if u is not None and active else None,
-                [e[i] for i in self._in_loss()] or None,
+                [u[i] for i in active],
                 u_norms,
             )
-        result = _spread(products, active, self.theta, len(weights))
+        result = _spread(separate(products), active, self.theta, len(weights))
         self.average_(result)
+        if self.in_loss:
+            torch._foreach_add_(result, self.network_hvp(moment, None, e, lambda_part=False)[0])
         return result, weights
 
     def average_(self, theta: Sequence[Tensor | None], lam: Sequence[Tensor] = ()) -> None:
@@ -443,7 +447,7 @@ def _spread(
 
     All are in float32 or better.
     """
-    found = dict(zip(positions, separate(products), strict=bool(products)))
+    found = dict(zip(positions, products, strict=bool(products)))
     return [
         found[i].detach().to(torch.promote_types(t.dtype, torch.float32))
         if i in found

@@ -3,16 +3,28 @@
 import math
 import warnings
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Mlp, last_hypergradient, observe, relative_error, valid_loader
+from cases import (
+    TRAIN,
+    VALID,
+    Mlp,
+    fit,
+    flat,
+    last_hypergradient,
+    observe,
+    relative_error,
+    valid_loader,
+)
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_hpo.callback as callback_module
-from lightning_hpo import T1T2, ClipR, UnrollK
+from lightning_hpo import T1T2, ClipR, Hyperparameter, L2Mixin, UnrollK, named_hyperparameters
 from lightning_hpo.derivatives import finite_difference
 
 
@@ -194,8 +206,8 @@ def test_differences_reuse_the_gradient_of_the_step(optimizer, inside_loss, clip
     found = observe(ClipR(math.inf), model, derivatives="finite_difference", **options)
     truth = observe(ClipR(math.inf), Mlp(optimizer, inside_loss=inside_loss), **options)
     assert relative_error(last_hypergradient(found), last_hypergradient(truth)) < 1e-6
-    # Two λ. In the loss: both displaced at first, by central differences; then θ as well.
-    assert len(counts) == (4 + 5 * 4 if inside_loss else 5 * 2)
+    # Two λ. In the loss they are displaced by central differences at every step.
+    assert len(counts) == (4 * 6 if inside_loss else 0) + 5 * 2
 
 
 class Hooked(Mlp):
@@ -203,20 +215,47 @@ class Hooked(Mlp):
 
     start = 0
 
-    def on_after_backward(self):
-        if self.global_step >= self.start:
+    def change(self):
+        if self.trainer.global_step >= self.start:
             for p in self.parameters():
                 p.grad *= 1 + 1e-4
 
+    def on_after_backward(self):
+        self.change()
+
+
+class OwnBackward(Hooked):
+    def on_after_backward(self):
+        pass
+
+    def backward(self, *args, **kwargs):
+        super().backward(*args, **kwargs)
+        self.change()
+
+
+class HookedParameters(Hooked):
+    def on_after_backward(self):
+        pass
+
+    def configure_optimizers(self):
+        for p in self.parameters():
+            p.register_post_accumulate_grad_hook(self.change_one)
+        return super().configure_optimizers()
+
+    def change_one(self, p):
+        if self.trainer.global_step >= self.start:
+            p.grad *= 1 + 1e-4
+
 
 @pytest.mark.parametrize("start", [0, 4])
-def test_a_gradient_that_hooks_may_change_is_not_reused(start, monkeypatch):
+@pytest.mark.parametrize("kind", [Hooked, OwnBackward, HookedParameters])
+def test_a_gradient_that_hooks_may_change_is_not_reused(kind, start, monkeypatch):
     """A difference would see 1e-4 of the gradient divided by √ε; central ones do not."""
     counts = count_gradients(monkeypatch)
-    model = Hooked("momentum")
+    model = kind("momentum")
     model.start = start
     found = observe(ClipR(5.0, decay=0.5), model, derivatives="finite_difference", steps=10)
-    model = Hooked("momentum")
+    model = kind("momentum")
     model.start = start
     truth = observe(ClipR(5.0, decay=0.5), model, steps=10)
     error = relative_error(last_hypergradient(found), last_hypergradient(truth))
@@ -264,24 +303,131 @@ def test_differences_where_a_step_has_no_loss(make):
 
 
 def test_one_sided_differences_are_products():
-    a, b = torch.randn(3, 3), torch.randn(3)
+    a = torch.randn(3, 3)
     matrix = a @ a.T
 
     def loss(theta, lam):
-        return 0.5 * theta[0] @ matrix @ theta[0] + lam[0] * (b @ theta[0])
+        return 0.5 * theta[0] @ matrix @ theta[0] + theta[0].sum()
 
     theta = [torch.randn(3).requires_grad_()]
-    lam = [torch.tensor(0.7, requires_grad=True)]
-    u, e = [torch.randn(2, 3)], [torch.tensor([0.5, 0.0])]
+    u = [torch.randn(2, 3)]
     before = theta[0].detach().clone()
-    (gradient,) = torch.autograd.grad(loss(theta, lam), theta)
-    for directions in ((u, None), (None, e), (u, e)):
-        (product,), weights = finite_difference.one_sided_differences(loss, theta, lam, *directions)
-        product = product - weights[:, None] * gradient
-        truth = torch.zeros(2, 3)
-        if directions[0] is not None:
-            truth += u[0] @ matrix
-        if directions[1] is not None:
-            truth += e[0][:, None] * b
-        torch.testing.assert_close(product, truth, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(loss(theta, []), theta)
+    (product,), weights = finite_difference.one_sided_differences(loss, theta, [], u)
+    product = product - weights[:, None] * gradient
+    torch.testing.assert_close(product, u[0] @ matrix, rtol=1e-6, atol=1e-6)
     assert torch.equal(theta[0].detach(), before)
+
+
+class Postpones(Mlp):
+    """Makes a step at every second batch only."""
+
+    count = 0
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        self.count += 1
+        if self.count % 2 == self.first:
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        else:
+            closure()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_batch_without_a_step_leaves_nothing_behind(first, monkeypatch):
+    monkeypatch.setattr(callback_module, "_CHECK_EVERY", 3)
+    runs = []
+    for derivatives in ("finite_difference", "reverse"):
+        model = Postpones("sgd", schedule=False)
+        model.first = first
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*differs from that of a replay.*")
+            callback = observe(ClipR(math.inf), model, derivatives=derivatives, steps=12)
+        runs.append(torch.stack([flat(r.hypergradients.values()) for r in callback.history]))
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("inside_loss", [False, True])
+@pytest.mark.parametrize("init", [1e-4, 1e-6])
+def test_differences_along_small_strengths(init, inside_loss):
+    """In float32, a strength that does little inside the loss is not lost to rounding."""
+    runs = []
+    for derivatives in ("finite_difference", "reverse"):
+        model = Mlp("sgd", inside_loss=inside_loss, init=init, granularity="model").float()
+        loaders = {
+            name: DataLoader(TensorDataset(x.float(), y), batch_size=size)
+            for name, (x, y), size in (("train", TRAIN, 8), ("valid", VALID, 20))
+        }
+        callback = observe(ClipR(math.inf), model, derivatives=derivatives, **loaders)
+        runs.append(torch.stack([flat(r.hypergradients.values()) for r in callback.history]))
+    # Rounding of the whole gradient, 1e-7, over an effect of the size of λ.
+    assert relative_error(*runs) < (0.1 if init == 1e-6 and inside_loss else 5e-3)
+
+
+# ---------------------------------------------------------------------- gradients that share memory
+
+
+class Assembled(L2Mixin, pl.LightningModule):
+    """Autograd returns overlapping parts of one tensor as the gradients of three parameters."""
+
+    def __init__(self, raw=None):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.whole, self.first, self.second = (
+            nn.Parameter(torch.randn(n, generator=generator)) for n in (3, 1, 2)
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.lin = nn.Linear(4, 3)
+        self.scale = Hyperparameter(0.5)
+        self.register_l2(0.05, parameters=["whole", "first", "second"])
+        for h, value in zip(named_hyperparameters(self).values(), raw or (), strict=False):
+            h.raw.fill_(value)
+
+    def loss(self, batch):
+        x, y = batch
+        z = torch.cat([self.first, self.second]) + self.whole
+        return F.cross_entropy(self.lin(x).tanh() + self.scale() * z.tanh(), y)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        z = torch.cat([self.first, self.second]) + self.whole
+        return F.cross_entropy(self.lin(x).tanh() + 0.5 * z.tanh(), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def assembled_truth(steps):
+    """Central differences of whole trainings."""
+    start = [h.raw.item() for h in named_hyperparameters(Assembled()).values()]
+    result = []
+    for i in range(len(start)):
+        ends = []
+        for sign in (1, -1):
+            fit(
+                model := Assembled([r + sign * 1e-5 * (i == j) for j, r in enumerate(start)]),
+                steps=steps,
+            )
+            with torch.no_grad():
+                ends.append(model.validation_step(VALID, 0).item())
+        result.append((ends[0] - ends[1]) / 2e-5)
+    return torch.tensor(result)
+
+
+@pytest.mark.parametrize("derivatives", ["reverse", "forward", "finite_difference"])
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [
+        (T1T2, 1),
+        (lambda: UnrollK(3, "reverse"), 3),
+        (lambda: UnrollK(3, "forward"), 3),
+        (lambda: ClipR(math.inf), 3),
+    ],
+    ids=["T1T2", "reverse", "forward", "RTHO"],
+)
+def test_gradients_that_overlap_in_memory(make, steps, derivatives):
+    callback = observe(make(), Assembled(), derivatives=derivatives, steps=steps)
+    assert relative_error(last_hypergradient(callback), assembled_truth(steps)) < 1e-5
