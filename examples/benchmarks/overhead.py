@@ -102,7 +102,7 @@ def cases() -> list[Case]:
         Case("L2", "ClipR", clip, 1, EXACT, TIED, quick=True),
         Case("L2", "ClipR, stride 5", partial(ClipR, 20.0, stride=5), 5, kinds=TIED),
         Case("L2", "ClipR, stride 10", stride, 10, EXACT, TIED, quick=True),
-        Case("L2", "ClipR, stride 10", stride, 10, DIFFERENCES, TIED),
+        Case("L2", "ClipR, stride 10", stride, 10, DIFFERENCES, TIED, quick=True),
         Case("L2 per layer", "ClipR, stride 10", stride, kinds=LAYERS),
         Case(noisy, "ClipR, stride 10", stride, kinds=NOISE),
         Case("dropout", "ClipR, stride 10", stride, kinds=DROPOUT),

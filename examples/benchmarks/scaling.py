@@ -141,6 +141,7 @@ def plot(results: list[tuple[Point, float, float | None]], options: Any) -> None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     sweeps = list(dict.fromkeys(point.sweep for point, _, _ in results))
     figure, axes = pyplot.subplots(2, len(sweeps), figsize=(4.2 * len(sweeps), 6.4), squeeze=False)
@@ -150,7 +151,8 @@ def plot(results: list[tuple[Point, float, float | None]], options: Any) -> None
             own = [r for r in rows if r[0].line == line]
             xs = [point.x for point, _, _ in own]
             axes[0][column].plot(xs, [ratio for _, ratio, _ in own], "o-", label=line)
-            memory = [(p.x, m) for p, _, m in own if m is not None]
+            # Below a hundredth of θ is what cannot be measured.
+            memory = [(p.x, max(m, 0.01)) for p, _, m in own if m is not None]
             axes[1][column].plot(*zip(*memory, strict=True), "o-", label=line) if memory else None
         for row, label in enumerate(
             ("time / Trainer without callback", "added memory / size of θ")
@@ -161,12 +163,14 @@ def plot(results: list[tuple[Point, float, float | None]], options: Any) -> None
             ax.grid(alpha=0.3)
             if column == 0:
                 ax.set_ylabel(label)
-        axes[0][column].set_yscale("log", base=2)
-        axes[0][column].yaxis.set_major_formatter("{x:g}")
+        for row in (0, 1):
+            axes[row][column].set_yscale("log", base=2)
+            axes[row][column].yaxis.set_major_locator(LogLocator(base=2, numticks=8))
+            axes[row][column].yaxis.set_major_formatter("{x:g}")
         axes[0][column].axhline(1.0, color="black", linewidth=0.8)
-        axes[1][column].set_yscale("symlog", base=2, linthresh=1.0)
-        axes[1][column].yaxis.set_major_formatter("{x:g}")
-        axes[0][column].legend(fontsize=7)
+        axes[0][column].legend(
+            fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False
+        )
     figure.tight_layout()
     figure.savefig(options.output, dpi=110)
     print(f"\nwrote {options.output.name}")

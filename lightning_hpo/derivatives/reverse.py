@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,8 +88,9 @@ def _pull_back(
     directions = [direction for _, direction in live]
     if m > 1:
         try:
-            chunks = [
-                torch.autograd.grad(
+            products: list[Tensor | None] = [None] * len(targets)
+            for start in range(0, m, _CHUNK):
+                chunk = torch.autograd.grad(
                     gradients,
                     targets,
                     [d[start : start + _CHUNK] for d in directions],
@@ -97,9 +98,8 @@ def _pull_back(
                     allow_unused=True,
                     is_grads_batched=True,
                 )
-                for start in range(0, m, _CHUNK)
-            ]
-            return _fill([_joined(_cat, parts) for parts in zip(*chunks, strict=True)], targets, m)
+                products = [_put(*pair, start, m) for pair in zip(products, chunk, strict=True)]
+            return _fill(products, targets, m)
         except RuntimeError as error:
             # Some operators cannot be vectorized; one pass per direction always can.
             if isinstance(error, torch.OutOfMemoryError):
@@ -114,20 +114,23 @@ def _pull_back(
         )
         for j in range(m)
     ]
-    return _fill([_joined(stacked, parts) for parts in zip(*rows, strict=True)], targets, m)
+    return _fill([_stacked(parts) for parts in zip(*rows, strict=True)], targets, m)
 
 
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenates chunks; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _put(product: Tensor | None, chunk: Tensor | None, start: int, m: int) -> Tensor | None:
+    """Puts some of m directions in their place; all of them at once are not copied."""
+    if chunk is None or len(chunk) == m:
+        return chunk
+    if product is None:
+        product = chunk.new_empty((m, *chunk.shape[1:]))
+    product[start : start + len(chunk)] = chunk
+    return product
 
 
-def _joined(
-    join: Callable[[list[Tensor]], Tensor], parts: Sequence[Tensor | None]
-) -> Tensor | None:
-    """Joins what is known of one target; None where it plays no part."""
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Stacks what is known of one target; None where it plays no part."""
     present = [part for part in parts if part is not None]
-    return join(present) if present else None
+    return stacked(present) if present else None
 
 
 def _fill(products: Sequence[Tensor | None], targets: Sequence[Tensor], m: int) -> list[Tensor]:
