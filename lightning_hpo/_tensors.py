@@ -71,7 +71,8 @@ def separate(tensors: Sequence[Tensor]) -> list[Tensor]:
     for t in tensors:
         storage = t.untyped_storage()
         is_part = t.numel() * t.element_size() != storage.nbytes()
-        if t.numel() and (is_part or storage.data_ptr() in seen):
+        is_expanded = any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
+        if t.numel() and (is_part or is_expanded or storage.data_ptr() in seen):
             t = t.clone(memory_format=torch.contiguous_format)
         seen.add(t.untyped_storage().data_ptr())
         result.append(t)

@@ -222,7 +222,6 @@ class OnlineHPOCallback(pl.Callback):
         )
         self._hyper_optimizer = HyperOptimizer(self._hyperparameters, self._optimizer_factory)
         self._module = pl_module
-        self._hooked = compatibility.may_change_gradients(trainer, pl_module, self)
         self._unclipped: list[Tensor | None] | None = None
         self._stepped = False
         self._observing = False
@@ -296,7 +295,7 @@ class OnlineHPOCallback(pl.Callback):
         if self._restored is not None:
             self._restore(self._restored)
             self._restored = None
-        if trainer.accumulate_grad_batches == 1 and not self._problem.is_one_sided:
+        if trainer.accumulate_grad_batches == 1:
             self._expect(gradients[: len(self._problem.theta)])
         self._ready = True
 
@@ -374,6 +373,9 @@ class OnlineHPOCallback(pl.Callback):
         accumulated = trainer.accumulate_grad_batches
         if batch_idx % accumulated == 0:
             self.estimator.discard()  # what is left of a step that overflowed
+        problem = self._problem
+        if problem.reuses_gradient and compatibility.may_change_gradients(trainer, module, self):
+            problem.reuses_gradient = False  # a hook has come since
         if self._problem.is_one_sided and accumulated == 1 and self._is_check_due():
             objective = self._problem.objective
             self._expect(
@@ -389,12 +391,15 @@ class OnlineHPOCallback(pl.Callback):
     ) -> None:
         """Keeps the gradient before it is clipped: the derivative of clipping needs it."""
         expected = self._expected
-        self._check_gradient()
+        self._check_gradient(trainer)
         if not self._observing:
             return
         theta = self._problem.theta
-        # Where there is a replay's gradient, it fits the displaced ones in any case.
-        self.estimator.network_gradient(expected or [p.grad for p in theta])
+        # A replay's gradient fits the displaced ones in any case.
+        gradients = [p.grad for p in theta]
+        if expected is not None and not self._problem.reuses_gradient:
+            gradients = expected
+        self.estimator.network_gradient(gradients)
         if self._problem.clipping is None:
             return
         self._unclipped = [
@@ -407,14 +412,12 @@ class OnlineHPOCallback(pl.Callback):
         """Keeps the gradient of a replay, to compare that of the step with it."""
         if gradients is not None:
             # Ranks may differ in which parameters they use, but not in what they average.
-            gradients = [
-                torch.zeros_like(local(p)) if g is None else g
-                for p, g in zip(self._problem.theta, gradients, strict=True)
-            ]
-            self._problem.average_(gradients)
-        self._expected = gradients
+            pairs = zip(self._problem.theta, gradients, strict=True)
+            filled = separate([torch.zeros_like(local(p)) if g is None else g for p, g in pairs])
+            self._problem.average_(filled)
+            self._expected = [*filled]
 
-    def _check_gradient(self) -> None:
+    def _check_gradient(self, trainer: pl.Trainer) -> None:
         """Compares a gradient with that of its replay, and warns where they differ much."""
         expected, self._expected = self._expected, None
         if expected is None:
@@ -426,13 +429,19 @@ class OnlineHPOCallback(pl.Callback):
         ]
         if not pairs:
             return
-        self._compared_at = self._steps + 1
+        is_first = self._compared_at == 0
+        if is_first or self._is_check_due():
+            self._compared_at = self._steps + 1  # not after a resume, which changes nothing
         difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
         scale = torch.stack([b.norm() for _, b in pairs]).norm()
         error = float(difference / scale)
         # A difference is divided by √ε, in which more than rounding would be seen.
         epsilon = min(torch.finfo(g.dtype).eps for g, _ in pairs)
-        self._problem.reuses_gradient = error <= 8 * epsilon and not self._hooked
+        self._problem.reuses_gradient = (
+            error <= 8 * epsilon
+            and (is_first or self._problem.reuses_gradient)
+            and not compatibility.may_change_gradients(trainer, self._module, self)
+        )
         if error > 0.05:
             warnings.warn(
                 "OnlineHPOCallback: the gradient differs from that of a replay of its "
@@ -601,6 +610,7 @@ class OnlineHPOCallback(pl.Callback):
             "gradient": {
                 "reused": self._problem.reuses_gradient,
                 "compared_at": self._compared_at,
+                "derivatives": self._problem.derivatives,
             },
             "options": {n: {"value": v} for n, v in fixed_options(self._module).items()}
             | {
@@ -645,8 +655,10 @@ class OnlineHPOCallback(pl.Callback):
             self._hyper_optimizer.load_state_dict(state["optimizer"]["state"])
         if not differences.keys() & {"hyperparameters", "estimator"}:
             self.estimator.load_state_dict(state["estimator"]["state"])
-            self._problem.reuses_gradient = state["gradient"]["reused"] and not self._hooked
+            self._problem.reuses_gradient = state["gradient"]["reused"]
             self._compared_at = state["gradient"]["compared_at"]
+            if self.derivatives == "auto" and state["gradient"]["derivatives"] != "reverse":
+                self._problem.derivatives = state["gradient"]["derivatives"]  # it had fallen back
         if self._options is not None:
             for name, h in self._options.hyperparameters.items():
                 raw = state["options"].get(name, {"raw": h.raw})["raw"]

@@ -365,7 +365,10 @@ def may_change_gradients(
     """Whether some hook may change the gradient between the backward pass and this callback."""
     others = [c for c in trainer.callbacks if c is not callback]  # type: ignore[attr-defined]
     return (
-        any(is_overridden(hook, module) for hook in ("backward", "on_after_backward"))
+        any(
+            is_overridden(hook, module)
+            for hook in ("backward", "on_after_backward", "optimizer_zero_grad")
+        )
         or any(
             is_overridden(hook, other, parent=pl.Callback)
             for other in others

@@ -79,6 +79,7 @@ class TwoHeads(Sharded):
         super().__init__("sgd", **options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
+            self.bias = torch.nn.Parameter(torch.randn(2, 3))  # its gradient is an expanded one
             self.heads = torch.nn.ModuleList(
                 [
                     torch.nn.Linear(4, 3),
@@ -92,7 +93,8 @@ class TwoHeads(Sharded):
     def loss(self, batch):
         x, y = batch
         heads = [self.heads[self.global_rank]] if self.training else self.heads
-        return torch.nn.functional.cross_entropy(self.net(x) + sum(h(x) for h in heads), y)
+        out = self.net(x) + sum(h(x) for h in heads) + self.bias.sum(0)
+        return torch.nn.functional.cross_entropy(out, y)
 
 
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_hpo._tensors import is_on_host, rows, stacked_zeros
+from lightning_hpo._tensors import is_on_host, rows, separate, stacked_zeros
 from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.distributed import is_sharded, local, sum_over_shards
 
@@ -55,9 +55,12 @@ def with_differences(
     smooth_e = [e[k] for k in smooth] if e is not None and smooth else None
     wants_lam = lambda_part and bool(smooth)
     if (u is not None or smooth_e is not None) and (theta_part or wants_lam):
-        parts = product(rest, theta, smooth_lam, u, smooth_e, theta_part, wants_lam)
-        theta_result = parts[0] or theta_result
-        for k, part in zip(smooth, parts[1], strict=bool(parts[1])):
+        theta_parts, lam_parts = product(
+            rest, theta, smooth_lam, u, smooth_e, theta_part, wants_lam
+        )
+        parts = separate([*theta_parts, *lam_parts])  # they are added to below
+        theta_result = parts[: len(theta_parts)] or theta_result
+        for k, part in zip(smooth, parts[len(theta_parts) :], strict=bool(lam_parts)):
             lam_result[k] = part
 
     for k, step in stepped.items():

@@ -27,6 +27,7 @@ def joint_hvp(
     theta_part: bool,
     lambda_part: bool,
     rounding: float | None = None,
+    reach: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Differences gradients at ±δ; see :func:`lightning_hpo.derivatives.joint_hvp`.
 
@@ -45,16 +46,17 @@ def joint_hvp(
     # A backward pass through sharded parameters reaches all of them anyway.
     reached = [*theta, *lam] if sharded else targets
     products: list[Tensor] = []
+    resolution = max(torch.finfo(t.dtype).eps for t in (*theta, *lam))
+    epsilon = math.pow(max(resolution, rounding or 0.0), 1 / 3)
     for block, directions, in_slices in ((theta, u, sharded), (lam, e, False)):
         if directions is None:
             continue
-        epsilon = math.pow(max(torch.finfo(block[0].dtype).eps, rounding or 0.0), 1 / 3)
         size = epsilon * (1.0 + _norm(block, in_slices))
         for j in range(m):
             direction = [d[j] for d in directions]
             norm = _norm(direction, in_slices)
             if block is lam:
-                size = _size_along(lam, direction, epsilon)
+                size = _size_along(lam, direction, epsilon, reach)
             if not 0.0 < _if_known(norm) < math.inf:
                 if norm != 0.0:
                     nan = [
@@ -122,18 +124,22 @@ def one_sided_differences(
     return products or stacked_zeros(theta, m), torch.stack(weights)
 
 
-def _size_along(lam: Sequence[Tensor], direction: Sequence[Tensor], epsilon: float) -> Tensor:
-    """Chooses how far λ is moved: by ε (1 + ‖x‖) with x the entries that move, and not too far.
+def _size_along(
+    lam: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    epsilon: float,
+    reach: Sequence[Tensor] | None,
+) -> Tensor:
+    """Chooses how far λ is moved: by ε (1 + ‖x‖) with x the entries that move, within reach.
 
-    Raw λ are mostly logarithms, of which 0.1 is a large part whatever their value. Rounding under
-    autocast, for which ε is large, is the same on both sides where λ does not pass through it.
+    Rounding under autocast, for which ε is large, is the same on both sides where λ does not pass
+    through it.
     """
-    moving = [
-        torch.where(d.to(x, non_blocking=True) != 0, x.detach(), 0.0)
-        for x, d in zip(lam, direction, strict=True)
-    ]
-    norm = _norm(moving, False)
-    return torch.minimum(epsilon * (1.0 + norm), 0.1 + 0.01 * norm)
+    moves = [d.to(x, non_blocking=True) != 0 for x, d in zip(lam, direction, strict=True)]
+    size = epsilon * (1.0 + _norm([x.detach() * m for x, m in zip(lam, moves, strict=True)], False))
+    for r, m in zip(reach or (), moves, strict=reach is not None):
+        size = torch.minimum(size, torch.where(m, r.to(size), math.inf).min())
+    return size.clamp(min=0.2 * epsilon)  # λ of less than that may still have an effect
 
 
 def _norm(tensors: Sequence[Tensor], in_slices: bool) -> Tensor:

@@ -34,7 +34,7 @@ def gradient(loss: Tensor, targets: Sequence[Tensor]) -> list[Tensor | None]:
         if is_sharded(active)
         else torch.autograd.grad(loss, active, allow_unused=True)
     )
-    if any(g is not None and g.is_sparse for g in gradients):
+    if any(g is not None and g.layout != torch.strided for g in gradients):
         raise TypeError(
             "OnlineHPOCallback: a parameter has a sparse gradient, expected dense ones; use "
             "nn.Embedding(sparse=False)"

@@ -48,6 +48,7 @@ def joint_hvp(
     lambda_part: bool = True,
     difference_steps: Sequence[float | None] | None = None,
     rounding: float | None = None,
+    reach: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     r"""Multiplies the Hessian of the loss over the joint vector (θ, λ) with m directions.
 
@@ -74,6 +75,7 @@ def joint_hvp(
             of them, wanted only where ``e`` and the λ part meet, costs four losses per pair.
         rounding: The relative rounding error of the loss, where that is larger than θ's dtype says
             (under autocast). ``finite_difference`` takes wider steps then.
+        reach: How far ``finite_difference`` may move each element of ``lam``; None: any distance.
 
     Returns:
         The θ part and the λ part, each a list with the shapes of ``u`` and ``e``; a part that is
@@ -103,7 +105,9 @@ def joint_hvp(
         raise ValueError("joint_hvp: needs a direction (u or e) and a part that is wanted")
     product = BACKENDS[backend]
     if backend == "finite_difference":
-        product = partial(finite_difference.joint_hvp, rounding=rounding)
+        if reach is not None and difference_steps is not None:
+            reach = [r for r, s in zip(reach, difference_steps, strict=True) if s is None]
+        product = partial(finite_difference.joint_hvp, rounding=rounding, reach=reach)
     if difference_steps is None or all(step is None for step in difference_steps):
         return product(loss, theta, lam, u, e, theta_part, lambda_part)
     return with_differences(

@@ -55,7 +55,7 @@ class OptimizerOptions:
         self._optimizer = optimizer
         self._dynamics = GenericDynamics(optimizer)
         self._saved: list[dict[str, Any]] = []
-        self._read: dict[str, tuple[int, Tensor]] = {}
+        self._read: dict[str, tuple[tuple[int, int], Tensor]] = {}
         groups = optimizer.param_groups
         self._is_scale = scheduled or len({float(group["lr"]) for group in groups}) > 1
         self._by_option: dict[str, Hyperparameter] = {}
@@ -121,10 +121,11 @@ class OptimizerOptions:
     def _raw(self, option: str) -> Tensor:
         """Returns raw λ on the CPU; waits for a device only where λ has been written to."""
         raw = self._by_option[option].raw
-        version, known = self._read.get(option, (-1, raw))
-        if version != raw._version:
+        written = raw._version, raw.data_ptr()
+        before, known = self._read.get(option, (None, raw))
+        if before != written:
             known = raw.detach().cpu().clone()
-            self._read[option] = raw._version, known
+            self._read[option] = written, known
         return known
 
     def restore_(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -161,6 +162,7 @@ class Problem:
                         lambda_part=wants_lambda,
                         difference_steps=self._difference_steps(),
                         rounding=self.objective.rounding,
+                        reach=self._reach() if not exact else None,
                     )
 
             if self.sharded and self.derivatives == "auto":
@@ -245,6 +247,17 @@ class Problem:
     def _in_loss(self) -> list[int]:
         """Lists the λ that the training loss itself depends on."""
         return [i for i, name in enumerate(self.hyperparameters) if name in self.in_loss]
+
+    def _reach(self) -> list[Tensor]:
+        """How far differences may move raw λ: until the value has changed by about a tenth."""
+        result = []
+        for name, h in self.hyperparameters.items():
+            if name in self.in_loss:
+                value, rate, _ = h.constraint.derivatives(h.raw.detach())
+                distance = 0.1 * (value / rate).abs()
+                is_known = torch.isfinite(distance) & (distance > 0)
+                result.append(torch.where(is_known, distance, math.inf))
+        return result
 
     def _difference_steps(self) -> list[float | None]:
         return [h.difference_step for n, h in self.hyperparameters.items() if n in self.in_loss]

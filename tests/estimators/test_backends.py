@@ -24,7 +24,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_hpo.callback as callback_module
-from lightning_hpo import T1T2, ClipR, Hyperparameter, L2Mixin, UnrollK, named_hyperparameters
+from lightning_hpo import (
+    T1T2,
+    ClipR,
+    DropoutMixin,
+    Hyperparameter,
+    Interval,
+    L2Mixin,
+    UnrollK,
+    named_hyperparameters,
+)
 from lightning_hpo.derivatives import finite_difference
 
 
@@ -210,8 +219,8 @@ def test_differences_reuse_the_gradient_of_the_step(optimizer, inside_loss, clip
     assert len(counts) == (4 * 6 if inside_loss else 0) + 5 * 2
 
 
-class Hooked(Mlp):
-    """Its hook changes gradients by little, from some step on."""
+class Changes(Mlp):
+    """Something changes gradients by little, from some step on."""
 
     start = 0
 
@@ -220,35 +229,54 @@ class Hooked(Mlp):
             for p in self.parameters():
                 p.grad *= 1 + 1e-4
 
+
+class Hooked(Changes):
     def on_after_backward(self):
         self.change()
 
 
-class OwnBackward(Hooked):
-    def on_after_backward(self):
-        pass
-
+class OwnBackward(Changes):
     def backward(self, *args, **kwargs):
         super().backward(*args, **kwargs)
         self.change()
 
 
-class HookedParameters(Hooked):
-    def on_after_backward(self):
-        pass
-
+class HookedParameters(Changes):
     def configure_optimizers(self):
+        self.hook()
+        return super().configure_optimizers()
+
+    def hook(self):
         for p in self.parameters():
             p.register_post_accumulate_grad_hook(self.change_one)
-        return super().configure_optimizers()
 
     def change_one(self, p):
         if self.trainer.global_step >= self.start:
             p.grad *= 1 + 1e-4
 
 
+class HookedLate(HookedParameters):
+    """Comes with the second epoch."""
+
+    def configure_optimizers(self):
+        return Mlp.configure_optimizers(self)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.hook()
+
+
+class KeepsGradients(Changes):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad *= 1e-4 if self.trainer.global_step > self.start else 0
+
+
 @pytest.mark.parametrize("start", [0, 4])
-@pytest.mark.parametrize("kind", [Hooked, OwnBackward, HookedParameters])
+@pytest.mark.parametrize(
+    "kind", [Hooked, OwnBackward, HookedParameters, HookedLate, KeepsGradients]
+)
 def test_a_gradient_that_hooks_may_change_is_not_reused(kind, start, monkeypatch):
     """A difference would see 1e-4 of the gradient divided by √ε; central ones do not."""
     counts = count_gradients(monkeypatch)
@@ -260,7 +288,8 @@ def test_a_gradient_that_hooks_may_change_is_not_reused(kind, start, monkeypatch
     truth = observe(ClipR(5.0, decay=0.5), model, steps=10)
     error = relative_error(last_hypergradient(found), last_hypergradient(truth))
     assert error < 1e-6
-    assert len(counts) == 2 * 2 * 9
+    # Two directions, none at the first step; the one that comes late is seen at step 6 (of 10).
+    assert len(counts) == (2 * (4 + 2 * 5) if kind is HookedLate else 2 * 2 * 9)
 
 
 class Scaled(Mlp):
@@ -348,11 +377,14 @@ def test_a_batch_without_a_step_leaves_nothing_behind(first, monkeypatch):
 
 @pytest.mark.parametrize("inside_loss", [False, True])
 @pytest.mark.parametrize("init", [1e-4, 1e-6])
-def test_differences_along_small_strengths(init, inside_loss):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_differences_along_small_strengths(dtype, init, inside_loss):
     """In float32, a strength that does little inside the loss is not lost to rounding."""
     runs = []
     for derivatives in ("finite_difference", "reverse"):
         model = Mlp("sgd", inside_loss=inside_loss, init=init, granularity="model").float()
+        for h in named_hyperparameters(model).values():
+            h.to(dtype)
         loaders = {
             name: DataLoader(TensorDataset(x.float(), y), batch_size=size)
             for name, (x, y), size in (("train", TRAIN, 8), ("valid", VALID, 20))
@@ -366,10 +398,35 @@ def test_differences_along_small_strengths(init, inside_loss):
 # ---------------------------------------------------------------------- gradients that share memory
 
 
+class Temperature(Mlp):
+    """A value on its own scale, near the end of its interval."""
+
+    def __init__(self, init):
+        super().__init__("sgd")
+        self.temperature = Hyperparameter(init, Interval(init / 2, 5.0))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(0.1 * self.net(x) / self.temperature(), y)
+
+
+@pytest.mark.parametrize("init", [0.02, 0.1, 1.0])
+def test_differences_along_small_values(init):
+    runs = []
+    for derivatives in ("finite_difference", "reverse"):
+        loaders = {
+            name: DataLoader(TensorDataset(x.float(), y), batch_size=size)
+            for name, (x, y), size in (("train", TRAIN, 8), ("valid", VALID, 20))
+        }
+        model = Temperature(init).float()
+        runs.append(last_hypergradient(observe(T1T2(), model, derivatives=derivatives, **loaders)))
+    assert relative_error(*runs) < 0.02
+
+
 class Assembled(L2Mixin, pl.LightningModule):
     """Autograd returns overlapping parts of one tensor as the gradients of three parameters."""
 
-    def __init__(self, raw=None):
+    def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
         self.whole, self.first, self.second = (
@@ -380,12 +437,12 @@ class Assembled(L2Mixin, pl.LightningModule):
             self.lin = nn.Linear(4, 3)
         self.scale = Hyperparameter(0.5)
         self.register_l2(0.05, parameters=["whole", "first", "second"])
-        for h, value in zip(named_hyperparameters(self).values(), raw or (), strict=False):
-            h.raw.fill_(value)
+
+    join = staticmethod(torch.cat)
 
     def loss(self, batch):
         x, y = batch
-        z = torch.cat([self.first, self.second]) + self.whole
+        z = self.join([self.first, self.second]) + self.whole
         return F.cross_entropy(self.lin(x).tanh() + self.scale() * z.tanh(), y)
 
     def training_step(self, batch, batch_idx):
@@ -393,24 +450,37 @@ class Assembled(L2Mixin, pl.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         x, y = batch
-        z = torch.cat([self.first, self.second]) + self.whole
+        z = self.join([self.first, self.second]) + self.whole
         return F.cross_entropy(self.lin(x).tanh() + 0.5 * z.tanh(), y)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def assembled_truth(steps):
+class Expanded(Assembled):
+    """The gradient of a sum is an expanded part of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Parameter(torch.stack([self.second.detach()] * 2) / 2)
+        self.first = nn.Parameter(self.first.detach()[None].expand(3, 1).clone() / 3)
+
+    @staticmethod
+    def join(parts):
+        return torch.cat([part.sum(0) for part in parts])
+
+
+def assembled_truth(kind, steps):
     """Central differences of whole trainings."""
-    start = [h.raw.item() for h in named_hyperparameters(Assembled()).values()]
+    start = [h.raw.item() for h in named_hyperparameters(kind()).values()]
     result = []
     for i in range(len(start)):
         ends = []
         for sign in (1, -1):
-            fit(
-                model := Assembled([r + sign * 1e-5 * (i == j) for j, r in enumerate(start)]),
-                steps=steps,
-            )
+            model = kind()
+            for j, h in enumerate(named_hyperparameters(model).values()):
+                h.raw.fill_(start[j] + sign * 1e-5 * (i == j))
+            fit(model, steps=steps)
             with torch.no_grad():
                 ends.append(model.validation_step(VALID, 0).item())
         result.append((ends[0] - ends[1]) / 2e-5)
@@ -418,6 +488,7 @@ def assembled_truth(steps):
 
 
 @pytest.mark.parametrize("derivatives", ["reverse", "forward", "finite_difference"])
+@pytest.mark.parametrize("kind", [Assembled, Expanded])
 @pytest.mark.parametrize(
     ("make", "steps"),
     [
@@ -428,6 +499,25 @@ def assembled_truth(steps):
     ],
     ids=["T1T2", "reverse", "forward", "RTHO"],
 )
-def test_gradients_that_overlap_in_memory(make, steps, derivatives):
-    callback = observe(make(), Assembled(), derivatives=derivatives, steps=steps)
-    assert relative_error(last_hypergradient(callback), assembled_truth(steps)) < 1e-5
+def test_gradients_that_overlap_in_memory(make, steps, kind, derivatives):
+    callback = observe(make(), kind(), derivatives=derivatives, steps=steps)
+    assert relative_error(last_hypergradient(callback), assembled_truth(kind, steps)) < 1e-5
+
+
+class DroppedOut(DropoutMixin, Assembled):
+    """λ that are differenced, beside overlapping gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Sequential(nn.Dropout(0.3), self.lin)
+        self.register_dropout()
+
+
+def test_gradients_that_overlap_beside_differences():
+    runs = []
+    for mode, d in (("forward", "reverse"), ("reverse", "reverse"), ("forward", "forward")):
+        torch.manual_seed(0)
+        callback = observe(UnrollK(3, mode), DroppedOut(), derivatives=d, steps=3)
+        runs.append(last_hypergradient(callback))
+    for run in runs[1:]:
+        assert relative_error(run, runs[0]) < 1e-9
