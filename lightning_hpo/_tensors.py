@@ -33,6 +33,13 @@ def widened(value: Any) -> Any:
     return value
 
 
+def filled(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the tensors, with zeros like others, or their slices, in the place of None."""
+    return [
+        torch.zeros_like(local(z)) if t is None else t for t, z in zip(tensors, like, strict=True)
+    ]
+
+
 def rows(stack: Tensor) -> Tensor:
     """Returns a stack of m tensors as a matrix of m rows, which may be empty."""
     return stack.reshape(len(stack), math.prod(stack.shape[1:]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo import compatibility
-from lightning_hpo._tensors import separate, widened
+from lightning_hpo._tensors import filled, separate, widened
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.distributed import gather, is_sharded, local, together
 from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics
@@ -376,14 +376,12 @@ class OnlineHPOCallback(pl.Callback):
         problem = self._problem
         if problem.reuses_gradient and compatibility.may_change_gradients(trainer, module, self):
             problem.reuses_gradient = False  # a hook has come since
-        if self._problem.is_one_sided and accumulated == 1 and self._is_check_due():
-            objective = self._problem.objective
-            self._expect(
-                objective.gradient(objective.moment(batch, batch_idx), self._problem.theta)
-            )
+        objective = problem.objective
+        if problem.is_one_sided and accumulated == 1 and self._is_check_due():
+            self._expect(objective.gradient(objective.moment(batch, batch_idx), problem.theta))
         replay = self.estimator.replay
         if replay != "never":
-            moment = self._problem.objective.moment(batch, batch_idx, keep=replay == "later")
+            moment = objective.moment(batch, batch_idx, keep=replay == "later")
             self.estimator.before_batch(moment, 1 / accumulated)
 
     def on_before_optimizer_step(
@@ -412,10 +410,9 @@ class OnlineHPOCallback(pl.Callback):
         """Keeps the gradient of a replay, to compare that of the step with it."""
         if gradients is not None:
             # Ranks may differ in which parameters they use, but not in what they average.
-            pairs = zip(self._problem.theta, gradients, strict=True)
-            filled = separate([torch.zeros_like(local(p)) if g is None else g for p, g in pairs])
-            self._problem.average_(filled)
-            self._expected = [*filled]
+            complete = separate(filled(gradients, self._problem.theta))
+            self._problem.average_(complete)
+            self._expected = [*complete]
 
     def _check_gradient(self, trainer: pl.Trainer) -> None:
         """Compares a gradient with that of its replay, and warns where they differ much."""
@@ -541,12 +538,7 @@ class OnlineHPOCallback(pl.Callback):
         """Returns g_V = ∇θ L_V at the parameters in place; zeros where L_V does not depend on θ."""
         theta = self._problem.theta
         gradients = self._validation.gradient(batch, self._stream.consumed, theta)
-        return separate(
-            [
-                widened(torch.zeros_like(local(p)) if g is None else g)
-                for p, g in zip(theta, gradients, strict=True)
-            ]
-        )
+        return separate([widened(g) for g in filled(gradients, theta)])
 
     def _skip(self) -> None:
         if self.skipped == 0:

@@ -185,7 +185,8 @@ class TrainingObjective:
                 with self._trainer.precision_plugin.train_step_context():
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
                     value = _training_loss(step(*arguments))
-                return value if value is None or self.scale == 1 else value * self.scale
+                scale = self.scale  # asks the gradient scaler, which may wait for a device
+                return value if value is None or scale == 1 else value * scale
 
             yield loss
 

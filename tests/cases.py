@@ -123,6 +123,18 @@ class Mlp(L2Mixin, pl.LightningModule):
         }
 
 
+class FineTuned(Mlp):
+    """What BackboneFinetuning expects: the optimizer starts without the backbone."""
+
+    def __init__(self) -> None:
+        super().__init__("momentum", granularity="model")
+        self.backbone = self.net[0]
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+
+
 class MemoryLogger(Logger):
     """Keeps what is logged, in order."""
 

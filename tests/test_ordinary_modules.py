@@ -9,6 +9,7 @@ import torch
 from cases import (
     STEPS,
     VALID,
+    FineTuned,
     MemoryLogger,
     Mlp,
     fit,
@@ -272,18 +273,9 @@ def test_nothing_is_held_after_the_training():
 def test_parameters_that_join_later(make):
     """Backbone fine-tuning gives the optimizer a parameter group at a later epoch."""
 
-    class Tuned(Mlp):
-        def __init__(self):
-            super().__init__("momentum", granularity="model")
-            self.backbone = self.net[0]
-
-        def configure_optimizers(self):
-            trained = [p for p in self.parameters() if p.requires_grad]
-            return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
-
     callback = OnlineHPOCallback(make(), optimizer=frozen)
     unfreeze = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
-    fit(Tuned(), [unfreeze, callback], steps=20)
+    fit(FineTuned(), [unfreeze, callback], steps=20)
     assert all(torch.isfinite(record.hypergradients["l2"]) for record in callback.history)
     assert callback.history[-1].step == 20
 

@@ -11,7 +11,17 @@ from dataclasses import asdict
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import STEPS, VALID, Mlp, fit, make_trainer, train_loader, valid_loader, weights
+from cases import (
+    STEPS,
+    VALID,
+    FineTuned,
+    Mlp,
+    fit,
+    make_trainer,
+    train_loader,
+    valid_loader,
+    weights,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
@@ -427,18 +437,9 @@ def test_another_optimizer_of_lambda_is_refused(tmp_path):
 def test_fine_tuning_goes_on(make, tmp_path):
     """The optimizer gets the parameters of the backbone only in the resumed part."""
 
-    class Tuned(Mlp):
-        def __init__(self):
-            super().__init__("momentum", granularity="model")
-            self.backbone = self.net[0]
-
-        def configure_optimizers(self):
-            trained = [p for p in self.parameters() if p.requires_grad]
-            return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
-
     def run(epochs, path=None):
         unfreeze = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
-        return train(make, epochs, path, model=Tuned(), others=[unfreeze])
+        return train(make, epochs, path, model=FineTuned(), others=[unfreeze])
 
     whole = run(3)
     *_, trainer = run(1)

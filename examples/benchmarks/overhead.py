@@ -161,7 +161,11 @@ class Bench:
     def stepper(self, case: Case, *, is_tuned: bool) -> Stepper:
         """Starts a training."""
         module = make_module(self.architecture, case.kinds, is_tuned=is_tuned)
-        train = self.trainer(module, case if is_tuned else None)
+        return self.start(module, case if is_tuned else None)
+
+    def start(self, module: LitPlain, case: Case | None = None) -> Stepper:
+        """Starts the training of a module, with the callback where there is a case."""
+        train = self.trainer(module, case)
         return Stepper(train, self.data(), self.options.device, self.options.threads)
 
     def time(self, case: Case, block: int = 10) -> Timing:
@@ -298,13 +302,9 @@ def print_penalties(options: Any) -> None:
     for label, kinds in {"in the gradient": TIED, "inside the loss": IN_LOSS}.items():
 
         def start(kinds: Any = kinds) -> tuple[Stepper, Stepper]:
-            modules = [
-                make_module(bench.architecture, kinds, is_tuned=is_penalty)
-                for is_penalty in (False, True)
-            ]
             plain, penalized = (
-                Stepper(bench.trainer(m, None), bench.data(), options.device, options.threads)
-                for m in modules
+                bench.start(make_module(bench.architecture, kinds, is_tuned=is_penalty))
+                for is_penalty in (False, True)
             )
             return plain, penalized
 
@@ -336,9 +336,7 @@ def print_idle_steps(options: Any) -> None:
 
             def start(case: Case = case, kinds: Any = kinds) -> tuple[Stepper, Stepper]:
                 module = make_module(architecture, kinds or {}, is_tuned=kinds is not None)
-                train = bench.trainer(module, None)
-                plain = Stepper(train, bench.data(), options.device, options.threads)
-                return plain, bench.stepper(case, is_tuned=True)
+                return bench.start(module), bench.stepper(case, is_tuned=True)
 
             timing = compare(start, block, warmup=50, **bench.repeats)
             extra = median(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_hpo._tensors import holding, is_on_host, separate, stacked_zeros, widened
+from lightning_hpo._tensors import filled, holding, is_on_host, separate, stacked_zeros, widened
 from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.distributed import is_sharded, local, norm_over_shards
 
@@ -51,7 +51,8 @@ def joint_hvp(
     for block, directions, in_slices in ((theta, u, sharded), (lam, e, False)):
         if directions is None:
             continue
-        size = epsilon * (1.0 + _norm(block, in_slices))
+        if block is theta:
+            size = epsilon * (1.0 + _norm(theta, sharded))
         for j in range(m):
             direction = [d[j] for d in directions]
             norm = _norm(direction, in_slices)
@@ -59,10 +60,7 @@ def joint_hvp(
                 size = _size_along(lam, direction, epsilon, reach)
             if not 0.0 < _if_known(norm) < math.inf:
                 if norm != 0.0:
-                    nan = [
-                        torch.full_like(z, math.nan)
-                        for z in _filled([None] * len(targets), targets)
-                    ]
+                    nan = [z[0].fill_(math.nan) for z in stacked_zeros(targets, 1)]
                     products = _plus(products, nan, j, m)
                 continue
             ahead, behind = (
@@ -120,7 +118,7 @@ def one_sided_differences(
             continue  # a weight that is not finite makes the product NaN
         moved = _moved(theta, direction, _step(size, norm))
         gradients = _displaced_gradient(loss, theta, lam, theta, moved, weights[j])
-        products = _plus(products, _filled(gradients, theta), j, m)
+        products = _plus(products, separate(filled(gradients, theta)), j, m)
     return products or stacked_zeros(theta, m), torch.stack(weights)
 
 
@@ -189,7 +187,7 @@ def _differences(
     targets: Sequence[Tensor],
 ) -> list[Tensor]:
     """Returns (ahead − behind) times a factor, in float32 or better; uses up both."""
-    result = separate(_filled(ahead, targets))
+    result = separate([widened(a) for a in filled(ahead, targets)])
     present = [(r, widened(b)) for r, b in zip(result, behind, strict=True) if b is not None]
     if present:
         torch._foreach_sub_([r for r, _ in present], [b for _, b in present])
@@ -197,18 +195,10 @@ def _differences(
     return result
 
 
-def _filled(gradients: Sequence[Tensor | None], targets: Sequence[Tensor]) -> list[Tensor]:
-    """Returns gradients in float32 or better, zeros where there is none."""
-    return [
-        widened(torch.zeros_like(local(t)) if g is None else g)
-        for g, t in zip(gradients, targets, strict=True)
-    ]
-
-
 def _plus(products: list[Tensor], terms: list[Tensor], j: int, m: int) -> list[Tensor]:
-    """Adds terms to the j-th of m products, where there are any yet."""
+    """Adds terms, which it may keep, to the j-th of m products, where there are any yet."""
     if m == 1 and not products:
-        return [t.unsqueeze(0) for t in separate(terms)]  # no pass over them
+        return [t.unsqueeze(0) for t in terms]  # no pass over them
     products = products or stacked_zeros(terms, m)
     torch._foreach_add_([p[j] for p in products], terms)
     return products

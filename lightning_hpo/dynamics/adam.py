@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, filled, pick, put
+from lightning_hpo._tensors import filled
+from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, pick, put
 
 _MEAN = "exp_avg"
 _SQUARE = "exp_avg_sq"

@@ -176,8 +176,3 @@ def put(tensors: list[Any], index: list[int], values: list[Tensor]) -> None:
     """Stores values at the given positions."""
     for i, value in zip(index, values, strict=True):
         tensors[i] = value
-
-
-def filled(tensors: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
-    """Returns the tensors, with zeros in the place of those that are missing."""
-    return [torch.zeros_like(z) if t is None else t for t, z in zip(tensors, like, strict=True)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, filled, pick, put
+from lightning_hpo._tensors import filled
+from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, pick, put
 
 _BUFFER = "momentum_buffer"
 

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_hpo._tensors import holding, separate, stacked_zeros
+from lightning_hpo._tensors import filled, holding, separate, stacked_zeros
 from lightning_hpo.derivatives import (
     Loss,
     is_missing_derivative,
@@ -175,8 +175,8 @@ class Problem:
         separated = separate([*products[0], *products[1]])
         theta_result = _spread(separated[:split], active, self.theta, m) if theta_part else []
         lam_result = _spread(separated[split:], in_loss, raws, m) if lambda_part else []
-        if self.objective.scale != 1:
-            torch._foreach_div_([*theta_result, *lam_result], self.objective.scale)
+        if (scale := self.objective.scale) != 1:
+            torch._foreach_div_([*theta_result, *lam_result], scale)
         if sync:
             self.average_(theta_result, lam_result)
         return theta_result, lam_result
@@ -209,7 +209,7 @@ class Problem:
                 [u[i] for i in active],
                 u_norms,
             )
-        result = _spread(separate(products), active, self.theta, len(weights))
+        result = _spread(products, active, self.theta, len(weights))
         self.average_(result)
         if self.in_loss:
             torch._foreach_add_(result, self.network_hvp(moment, None, e, lambda_part=False)[0])
@@ -318,9 +318,7 @@ class Problem:
         gradients = []
         for exact in (False, True):
             parts = self.objective.gradient(moment, own, exact=exact) or [None] * len(own)
-            gradients.append(
-                [torch.zeros_like(p) if g is None else g for p, g in zip(own, parts, strict=True)]
-            )
+            gradients.append(filled(parts, own))
         norms = torch.stack(
             [
                 torch.stack([t.norm().double() for t in tensors]).norm()
