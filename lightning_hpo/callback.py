@@ -18,7 +18,7 @@ from lightning_hpo._tensors import filled, separate, widened
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.distributed import gather, is_sharded, local, together
 from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics
-from lightning_hpo.estimators import ClipR, Estimator, Problem
+from lightning_hpo.estimators import ClipR, Estimator, Problem, ValidationGradient
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.monitoring import History, HistoryRecord, log_record, make_record
@@ -306,7 +306,7 @@ class OnlineHPOCallback(pl.Callback):
         problem = self._problem
         theta = problem.theta
         batch_t2 = to_device(trainer, self._stream.peek(), self._dataloader_idx)
-        self._validation_gradient(batch_t2)
+        self._validation.gradient(batch_t2, self._stream.consumed, theta)
 
         objective = problem.objective
         moment = objective.moment(batch, batch_idx)
@@ -379,29 +379,21 @@ class OnlineHPOCallback(pl.Callback):
         objective = problem.objective
         if problem.is_one_sided and accumulated == 1 and self._is_check_due():
             self._expect(objective.gradient(objective.moment(batch, batch_idx), problem.theta))
-        replay = self.estimator.replay
-        if replay != "never":
-            moment = objective.moment(batch, batch_idx, keep=replay == "later")
+        if self.estimator.replays:
+            window = self.estimator.keeps_steps and (self.estimator.window or 1) > 1
+            moment = objective.moment(batch, batch_idx, keep=True, share=window)
             self.estimator.before_batch(moment, 1 / accumulated)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Keeps the gradient before it is clipped: the derivative of clipping needs it."""
-        expected = self._expected
         self._check_gradient(trainer)
-        if not self._observing:
-            return
-        theta = self._problem.theta
-        # A replay's gradient fits the displaced ones in any case.
-        gradients = [p.grad for p in theta]
-        if expected is not None and not self._problem.reuses_gradient:
-            gradients = expected
-        self.estimator.network_gradient(gradients)
-        if self._problem.clipping is None:
+        if not self._observing or self._problem.clipping is None:
             return
         self._unclipped = [
-            None if p.grad is None else widened(local(p.grad.detach()).clone()) for p in theta
+            None if p.grad is None else widened(local(p.grad.detach()).clone())
+            for p in self._problem.theta
         ]
         # The module adds its penalties after this hook.
         self._problem.add_penalty_gradients_(self._unclipped)
@@ -512,10 +504,11 @@ class OnlineHPOCallback(pl.Callback):
 
     def _update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         batch = to_device(trainer, self._stream.next(), self._dataloader_idx)
-        g_v = self._validation_gradient(batch)
-        self._problem.average_(g_v)
+        validation = ValidationGradient(
+            self._problem, self._validation, batch, self._stream.consumed
+        )
         with torch.no_grad():
-            hypergradients = self.estimator.hypergradient(g_v)
+            hypergradients = self.estimator.hypergradient(validation)
             if hypergradients is not None:
                 scale = self._lr if self.scale_lr_with_model else 1.0
                 if not self._hyper_optimizer.step(hypergradients, scale):
@@ -533,12 +526,6 @@ class OnlineHPOCallback(pl.Callback):
         )
         self.history.append(record)
         log_record(trainer, module, record, trainer.global_step)
-
-    def _validation_gradient(self, batch: Any) -> list[Tensor]:
-        """Returns g_V = ∇θ L_V at the parameters in place; zeros where L_V does not depend on θ."""
-        theta = self._problem.theta
-        gradients = self._validation.gradient(batch, self._stream.consumed, theta)
-        return separate([widened(g) for g in filled(gradients, theta)])
 
     def _skip(self) -> None:
         if self.skipped == 0:

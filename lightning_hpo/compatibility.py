@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
-from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep
+from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep, is_elementwise
 from lightning_hpo.estimators import Estimator
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.regularizers import IndexedDataset, Penalty, PenaltyMixin
@@ -31,21 +31,6 @@ _REFUSED_OPTIMIZERS = {
     "SparseAdam": "works on sparse gradients",
     "Adafactor": "reads norms as Python numbers, through which no derivative passes",
 }
-
-# Those whose step treats every element alike: they may be followed slice by slice.
-_ELEMENTWISE = (
-    "SGD",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "NAdam",
-    "RAdam",
-    "RMSprop",
-    "Adagrad",
-    "Adadelta",
-    "ASGD",
-    "Rprop",
-)
 
 
 def check_trainer(
@@ -149,12 +134,7 @@ def check_sharding(
             "sees only its shard of the weights. Register it without inside_loss, and remove "
             "self.penalty() from the loss: θ and λ are the same"
         )
-    step = type(optimizer).step
-    if not any(
-        getattr(step, "__qualname__", "") == f"{name}.step"
-        and getattr(step, "__module__", "").startswith("torch.optim")
-        for name in _ELEMENTWISE
-    ):
+    if not is_elementwise(type(optimizer)):
         findings.append(
             f"The step of {type(optimizer).__name__} may mix the elements of a parameter, so it "
             "cannot be followed where parameters are sharded. Use SGD, Adam, AdamW or another "

@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_hpo.derivatives import Loss, gradient
+from lightning_hpo.derivatives import Loss, gradient, gradient_products
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.kernels import (
     differentiable_checkpoints,
@@ -96,14 +96,18 @@ class TrainingObjective:
         """
         return _loss_scale(self._trainer)
 
-    def moment(self, batch: Any, batch_idx: int, *, keep: bool = False) -> Moment:
+    def moment(
+        self, batch: Any, batch_idx: int, *, keep: bool = False, share: bool = False
+    ) -> Moment:
         """Records the present as the start of a ``training_step``.
 
         Args:
             batch: The batch, on the device.
             batch_idx: Its index in the epoch.
             keep: Whether the replay happens later; costs a copy of the batch, the random state, the
-                buffers and the modules' own attributes, large ones only where they have changed.
+                buffers and the modules' own attributes.
+            share: Whether large tensors that have not changed since the last moment that was kept
+                are shared with it. The host then waits for the device to compare them.
         """
         moment = Moment(
             batch=batch,
@@ -114,11 +118,12 @@ class TrainingObjective:
         )
         if keep:
             moment.batch = copy_batch(batch)
-            previous = self._previous
+            previous = self._previous if share else None
             moment.state = capture_state(self._module, previous.state if previous else None)
             if previous is not None:
                 moment.rng.share_with(previous.rng)
-            self._previous = moment
+            if share:
+                self._previous = moment
         return moment
 
     def pack(self, moment: Moment) -> dict[str, Any] | None:
@@ -304,6 +309,27 @@ class ValidationObjective:
             MisconfigurationException: If there is no loss, it is not a scalar, or it does not
                 depend on the parameters.
         """
+        with self._at(batch, batch_idx) as (loss, scale):
+            return _unscaled(gradient(loss, theta), scale)
+
+    def gradient_products(
+        self,
+        batch: Any,
+        batch_idx: int,
+        theta: Sequence[Tensor],
+        stacks: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Multiplies the gradient with directions, as :func:`gradient_products` does.
+
+        Raises:
+            MisconfigurationException: As for :meth:`gradient`.
+        """
+        with self._at(batch, batch_idx) as (loss, scale):
+            return _unscaled(gradient_products(loss, theta, stacks), scale)
+
+    @contextmanager
+    def _at(self, batch: Any, batch_idx: int) -> Iterator[tuple[Tensor, float]]:
+        """Gives L_V times the factor of the gradient scaler, and that factor."""
         module = self._module
         logged: dict[str, Any] = {}
 
@@ -328,7 +354,7 @@ class ValidationObjective:
             loss = _check_validation_loss(output, origin)
             # As in training: without its factor, gradients in float16 would vanish.
             scale = _loss_scale(self._trainer)
-            return _unscaled(gradient(loss * scale, theta), scale)
+            yield loss * scale, scale
 
     def _evaluate(self, batch: Any, batch_idx: int, logged: dict[str, Any]) -> tuple[Any, str]:
         """Returns the loss, and where it comes from."""

@@ -83,9 +83,10 @@ def test_everything_is_put_back_wherever_a_replay_raises(make, derivatives, poin
     if point == "double backward" and derivatives == "finite_difference":
         return  # there is none
     pl.seed_everything(5)
-    witness = Witness()
+    estimator = make()
+    witness = Witness(estimator)
     model = type("Model", (Failing,), {"point": point, "at": at, "count": 0})()
-    callback = OnlineHPOCallback(make(), optimizer=frozen, derivatives=derivatives)
+    callback = OnlineHPOCallback(estimator, optimizer=frozen, derivatives=derivatives)
     with pytest.raises(KeyError, match="the user's own"):
         fit(model, [witness, callback], logger=MemoryLogger(), num_sanity_val_steps=2)
     assert_put_back(witness.before, witness.after)

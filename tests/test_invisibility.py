@@ -271,7 +271,16 @@ def test_a_replay_draws_what_its_step_drew(make, derivatives):
 
 
 class Witness(pl.Callback):
-    """Looks at the module before each step, and again when the training has failed."""
+    """Looks at the module before each replay, and again when the training has failed."""
+
+    def __init__(self, estimator):
+        before_step = estimator.before_step
+
+        def watched(step):
+            self.before = self.snapshot(*self.watched)
+            before_step(step)
+
+        estimator.before_step = watched
 
     def snapshot(self, trainer, module):
         return SimpleNamespace(
@@ -289,6 +298,7 @@ class Witness(pl.Callback):
         )
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.watched = trainer, module
         self.before = self.snapshot(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -314,7 +324,7 @@ def assert_put_back(before, after):
         assert getattr(after, name) == getattr(before, name), name
 
 
-def fails_in(method, at, **callback_options):
+def fails_in(method, at, estimator, **callback_options):
     """Raises in the ``at``-th shielded call of a step, after it has left traces everywhere."""
 
     class Failing(Eventful):
@@ -335,8 +345,8 @@ def fails_in(method, at, **callback_options):
                     raise KeyError("the user's own")
 
     pl.seed_everything(5)
-    witness = Witness()
-    callback = OnlineHPOCallback(optimizer=frozen, **callback_options)
+    witness = Witness(estimator)
+    callback = OnlineHPOCallback(estimator, optimizer=frozen, **callback_options)
     model = Failing()
     with pytest.raises(KeyError, match="the user's own"):
         fit(model, [witness, callback], logger=MemoryLogger(), num_sanity_val_steps=2)

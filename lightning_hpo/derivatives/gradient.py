@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lightning_hpo._tensors import rows
 from lightning_hpo.distributed import is_sharded, local
 
 
@@ -34,13 +36,63 @@ def gradient(loss: Tensor, targets: Sequence[Tensor]) -> list[Tensor | None]:
         if is_sharded(active)
         else torch.autograd.grad(loss, active, allow_unused=True)
     )
-    if any(g is not None and g.layout != torch.strided for g in gradients):
+    for g in gradients:
+        _check_dense(g)
+    found = {id(t): g for t, g in zip(active, gradients, strict=True)}
+    return [found.get(id(t)) for t in targets]
+
+
+def gradient_products(
+    loss: Tensor, targets: Sequence[Tensor], stacks: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Multiplies the gradient of a scalar loss with m directions, target by target.
+
+    Each part of the gradient is freed as soon as it has been multiplied: the whole never exists
+    (except where targets are sharded). Costs one backward pass, and uses up the graph.
+
+    Args:
+        loss: A scalar.
+        targets: Leaf tensors, as for :func:`gradient`.
+        stacks: Directions y, ``(m, *t.shape)`` for each target t; None where none is wanted.
+
+    Returns:
+        ⟨∂L/∂t, y⟩ over the local slices, ``(m,)`` for each target t; None where there is no
+        direction or no gradient.
+
+    Raises:
+        TypeError: If a gradient is sparse.
+    """
+    products: list[Tensor | None] = [None] * len(targets)
+
+    def multiply(i: int, g: Tensor) -> Tensor:
+        _check_dense(g)
+        y = stacks[i]
+        if y is not None:
+            products[i] = rows(y) @ g.flatten().to(y.dtype)
+        return g.new_zeros(()).expand_as(g)  # what autograd holds on to in the place of g
+
+    if is_sharded(targets):
+        for i, g in enumerate(gradient(loss, targets)):
+            if g is not None:
+                multiply(i, g)
+        return products
+    handles = [
+        t.register_hook(partial(multiply, i)) for i, t in enumerate(targets) if t.requires_grad
+    ]
+    try:
+        gradient(loss, targets)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return products
+
+
+def _check_dense(g: Tensor | None) -> None:
+    if g is not None and g.layout != torch.strided:
         raise TypeError(
             "OnlineHPOCallback: a parameter has a sparse gradient, expected dense ones; use "
             "nn.Embedding(sparse=False)"
         )
-    found = {id(t): g for t, g in zip(active, gradients, strict=True)}
-    return [found.get(id(t)) for t in targets]
 
 
 def _by_backward(loss: Tensor, targets: Sequence[Tensor]) -> list[Tensor | None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_hpo.derivatives import finite_difference, forward, reverse
 from lightning_hpo.derivatives.difference import with_differences
+from lightning_hpo.derivatives.reverse import GradientGraph
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], "Tensor | None"]
 """L_T as a pure function of (θ, λ); None where the step has no loss (a skipped batch)."""
@@ -49,6 +50,7 @@ def joint_hvp(
     difference_steps: Sequence[float | None] | None = None,
     rounding: float | None = None,
     reach: Sequence[Tensor] | None = None,
+    graph: GradientGraph | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     r"""Multiplies the Hessian of the loss over the joint vector (θ, λ) with m directions.
 
@@ -76,6 +78,8 @@ def joint_hvp(
         rounding: The relative rounding error of the loss, where that is larger than θ's dtype says
             (under autocast). ``finite_difference`` takes wider steps then.
         reach: How far ``finite_difference`` may move each element of ``lam``; None: any distance.
+        graph: What ``reverse`` keeps for further calls with the same loss, θ, λ and kinds of
+            directions, and spares them; not kept where there are ``difference_steps``.
 
     Returns:
         The θ part and the λ part, each a list with the shapes of ``u`` and ``e``; a part that is
@@ -103,16 +107,18 @@ def joint_hvp(
     e = e if e is None or len(e) else None
     if (u is None and e is None) or not (theta_part or lambda_part):
         raise ValueError("joint_hvp: needs a direction (u or e) and a part that is wanted")
+    steps = difference_steps or [None] * len(lam)
+    is_smooth = all(step is None for step in steps)
     product = BACKENDS[backend]
     if backend == "finite_difference":
-        if reach is not None and difference_steps is not None:
-            reach = [r for r, s in zip(reach, difference_steps, strict=True) if s is None]
+        if reach is not None:
+            reach = [r for r, step in zip(reach, steps, strict=True) if step is None]
         product = partial(finite_difference.joint_hvp, rounding=rounding, reach=reach)
-    if difference_steps is None or all(step is None for step in difference_steps):
+    elif backend == "reverse" and is_smooth:  # else other evaluations come in between
+        product = partial(reverse.joint_hvp, graph=graph)
+    if is_smooth:
         return product(loss, theta, lam, u, e, theta_part, lambda_part)
-    return with_differences(
-        product, loss, theta, lam, u, e, theta_part, lambda_part, difference_steps
-    )
+    return with_differences(product, loss, theta, lam, u, e, theta_part, lambda_part, steps)
 
 
 def is_missing_derivative(error: RuntimeError) -> bool:

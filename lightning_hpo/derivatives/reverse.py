@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_hpo._tensors import stacked, stacked_zeros
 
 if TYPE_CHECKING:
     from lightning_hpo.derivatives.joint_hvp import Loss
 
-# Directions that one vectorized backward carries at a time: bounds its memory.
-_CHUNK = 64
+
+@dataclass
+class GradientGraph:
+    """How ∇L comes about, kept for more products with the same loss at the same (θ, λ).
+
+    The values of ∇L are not kept: products do not need them.
+
+    Attributes:
+        edges: One per source (θ where u is given, then λ where e is given); None where it plays no
+            part. None as a whole before the first product.
+        is_kept: Whether more products will follow; the last one frees the graph as it goes.
+    """
+
+    edges: list[GradientEdge | None] | None = None
+    is_kept: bool = False
 
 
 def joint_hvp(
@@ -25,30 +40,37 @@ def joint_hvp(
     e: Sequence[Tensor] | None,
     theta_part: bool,
     lambda_part: bool,
+    graph: GradientGraph | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Differentiates ⟨∇θL, u⟩ + ⟨∇λL, e⟩; see :func:`lightning_hpo.derivatives.joint_hvp`.
 
-    One graph of the gradient serves all directions.
+    One graph of the gradient serves all directions, and further calls that are given it.
     """
     sources = [*(theta if u is not None else ()), *(lam if e is not None else ())]
     directions = [*(u or ()), *(e or ())]
     targets = [*(theta if theta_part else ()), *(lam if lambda_part else ())]
     m = directions[0].shape[0]
+    graph = graph or GradientGraph()
     with torch.enable_grad():
-        value = loss(theta, lam)
-        if value is None:
-            products = stacked_zeros(targets, m)
-        else:
-            _check_double_backward(value)
-            gradients = torch.autograd.grad(value, sources, create_graph=True, allow_unused=True)
-            live = [
-                (gradient, direction.to(gradient, non_blocking=True))
-                for gradient, direction in zip(gradients, directions, strict=True)
-                if gradient is not None and gradient.requires_grad
-            ]
-            products = _pull_back(live, targets, m)
+        if graph.edges is None:
+            graph.edges = _gradient_edges(loss(theta, lam), sources)
+        live = [
+            (edge, direction.to(source, non_blocking=True))
+            for edge, source, direction in zip(graph.edges, sources, directions, strict=True)
+            if edge is not None
+        ]
+        products = _pull_back(live, targets, m, is_kept=graph.is_kept)
     split = len(theta) if theta_part else 0
     return products[:split], products[split:]
+
+
+def _gradient_edges(value: Tensor | None, sources: Sequence[Tensor]) -> list[GradientEdge | None]:
+    """Takes the gradient with its graph; returns where each part of it is in the graph."""
+    if value is None:
+        return [None] * len(sources)
+    _check_double_backward(value)
+    gradients = torch.autograd.grad(value, sources, create_graph=True, allow_unused=True)
+    return [get_gradient_edge(g) if g is not None and g.requires_grad else None for g in gradients]
 
 
 def _check_double_backward(value: Tensor) -> None:
@@ -79,26 +101,27 @@ def _check_double_backward(value: Tensor) -> None:
 
 
 def _pull_back(
-    live: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Tensor], m: int
+    live: Sequence[tuple[GradientEdge, Tensor]],
+    targets: Sequence[Tensor],
+    m: int,
+    *,
+    is_kept: bool,
 ) -> list[Tensor]:
     """Returns Σ directionᵀ ∂gradient/∂target, stacked over the m directions."""
     if not live:
         return stacked_zeros(targets, m)
-    gradients = [gradient for gradient, _ in live]
+    gradients = [edge for edge, _ in live]
     directions = [direction for _, direction in live]
     if m > 1:
         try:
-            products: list[Tensor | None] = [None] * len(targets)
-            for start in range(0, m, _CHUNK):
-                chunk = torch.autograd.grad(
-                    gradients,
-                    targets,
-                    [d[start : start + _CHUNK] for d in directions],
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=True,
-                )
-                products = [_put(*pair, start, m) for pair in zip(products, chunk, strict=True)]
+            products = torch.autograd.grad(
+                gradients,
+                targets,
+                directions,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
             return _fill(products, targets, m)
         except RuntimeError as error:
             # Some operators cannot be vectorized; one pass per direction always can.
@@ -109,22 +132,12 @@ def _pull_back(
             gradients,
             targets,
             [d[j] for d in directions],
-            retain_graph=j + 1 < m,
+            retain_graph=is_kept or j + 1 < m,
             allow_unused=True,
         )
         for j in range(m)
     ]
     return _fill([_stacked(parts) for parts in zip(*rows, strict=True)], targets, m)
-
-
-def _put(product: Tensor | None, chunk: Tensor | None, start: int, m: int) -> Tensor | None:
-    """Puts some of m directions in their place; all of them at once are not copied."""
-    if chunk is None or len(chunk) == m:
-        return chunk
-    if product is None:
-        product = chunk.new_empty((m, *chunk.shape[1:]))
-    product[start : start + len(chunk)] = chunk
-    return product
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:

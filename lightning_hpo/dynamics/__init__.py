@@ -5,7 +5,7 @@ import torch
 from lightning_hpo.dynamics.adam import AdamDynamics
 from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State
 from lightning_hpo.dynamics.clipping import GradientClipping
-from lightning_hpo.dynamics.generic import GenericDynamics
+from lightning_hpo.dynamics.generic import GenericDynamics, is_elementwise
 from lightning_hpo.dynamics.options import OptimizerOptions, add_to_tangent_, pull_back
 from lightning_hpo.dynamics.sgd import SGDDynamics
 
@@ -36,6 +36,7 @@ __all__ = [
     "SGDDynamics",
     "State",
     "add_to_tangent_",
+    "is_elementwise",
     "make_dynamics",
     "pull_back",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ name of a state tensor of the optimizer, in the same layout.
 """
 
 THETA = "theta"
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -52,6 +54,19 @@ class OptimizerStep:
     def lr(self) -> float:
         """The learning rate of the first parameter group."""
         return float(self.options[0]["lr"])
+
+    def restricted(self, index: list[int]) -> OptimizerStep:
+        """Returns the step of some parameters alone; positions count among these."""
+        place = {i: k for k, i in enumerate(index)}
+        return OptimizerStep(
+            options=self.options,
+            groups=[[place[i] for i in positions if i in place] for positions in self.groups],
+            theta=pick(self.theta, index),
+            gradients=pick(self.gradients, index),
+            state=pick(self.state, index),
+            unclipped=None if self.unclipped is None else pick(self.unclipped, index),
+            frozen=[place[i] for i in self.frozen if i in place],
+        )
 
     def parts(
         self, key: Callable[[int], Hashable] = lambda i: None
@@ -85,6 +100,9 @@ class Dynamics(ABC):
 
     nonlinear = True
     """Whether the derivative of Φ depends on the values of g and of the state."""
+
+    is_elementwise = True
+    """Whether each element moves by its own gradient and state alone: ∂Φ/∂g is then diagonal."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -167,9 +185,9 @@ class Dynamics(ABC):
         """
 
 
-def pick(tensors: list[Tensor], index: list[int]) -> list[Tensor]:
-    """Returns the tensors at the given positions."""
-    return [tensors[i] for i in index]
+def pick(values: list[T], index: list[int]) -> list[T]:
+    """Returns the values at the given positions."""
+    return [values[i] for i in index]
 
 
 def put(tensors: list[Any], index: list[int], values: list[Tensor]) -> None:

@@ -18,6 +18,21 @@ from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State
 # State entries that count steps or follow a schedule: no function of θ or g.
 _SCHEDULES = frozenset({"step", "eta", "mu", "mu_product"})
 
+# Those whose step treats every element alike.
+_ELEMENTWISE = (
+    "SGD",
+    "Adam",
+    "AdamW",
+    "NAdam",
+    "RAdam",
+    "Adamax",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "ASGD",
+    "Rprop",
+)
+
 # Implementation switches: the plain per-tensor formulas are the ones to differentiate.
 _SWITCHES = ("foreach", "fused", "capturable", "differentiable")
 
@@ -32,6 +47,10 @@ class GenericDynamics(Dynamics):
 
     Cost per product: about one un-fused step, and one copy of θ, g and the state.
     """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer)
+        self.is_elementwise = is_elementwise(type(optimizer))
 
     def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:
         """See :meth:`Dynamics.jvp_`; the m tangents run one after the other."""
@@ -277,6 +296,16 @@ class _Differentiable(TorchFunctionMode):
             # SGD detaches the first momentum buffer, which cuts dθ/dλ off from that step.
             return args[0]
         return func(*args, **kwargs)
+
+
+def is_elementwise(kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether the step of an optimizer class is one of torch.optim that mixes no elements."""
+    step = kind.step
+    return any(
+        getattr(step, "__qualname__", "") == f"{name}.step"
+        and getattr(step, "__module__", "").startswith("torch.optim")
+        for name in _ELEMENTWISE
+    )
 
 
 def _sqrt(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -12,13 +13,18 @@ from lightning_hpo._tensors import add_scaled_, rows
 from lightning_hpo.distributed import (
     average_,
     gather_stacks,
+    local,
     norm_over_shards,
     sum_over_shards,
     take_slices,
 )
 from lightning_hpo.dynamics import THETA, OptimizerStep, State
-from lightning_hpo.estimators.base import Problem
+from lightning_hpo.estimators.base import Network, Problem, ValidationGradient
 from lightning_hpo.objectives import Moment
+
+# As many directions are carried through a step at a time as have this many elements together, or
+# one: their products are all that is needed besides the tangents themselves.
+_ELEMENTS = 2**20
 
 
 class Tangents:
@@ -27,12 +33,15 @@ class Tangents:
         ṡ_{t+1} = ∂Φ/∂s ṡ_t + ∂Φ/∂g (H y_t + B)
 
     Online-HPO paper, eq. 7, with the user's optimizer in the place of plain gradient descent.
-    Memory: (1 + number of optimizer state tensors) |θ| per scalar λ, and from the batch to the step
-    one more for H y + B.
+    Memory: (1 + number of optimizer state tensors) |θ| per scalar λ, and while a step is under way
+    one H y + B, and with finite differences the displaced θ.
+
+    Where gradients are accumulated, and not all directions are carried at a time, each replays the
+    micro-batches anew.
 
     Args:
         problem: The problem.
-        sync: Whether H y + B is averaged over the ranks at every micro-batch, which is exact. With
+        sync: Whether H y + B is averaged over the ranks at every step, which is exact. With
             False each rank follows the tangents of its own data, and ⟨g_V, y⟩ is averaged instead.
     """
 
@@ -40,8 +49,6 @@ class Tangents:
         self._problem = problem
         self._sync = sync
         self._unit = problem.unit_directions()
-        self._gradient: list[Tensor] | None = None
-        self._weights: Tensor | None = None
         self._norms: Tensor | None = None
         self._frozen: set[int] = set()
         self.reset()
@@ -55,52 +62,108 @@ class Tangents:
 
     def discard(self) -> None:
         """Forgets the micro-batches of a step that did not happen."""
-        self._gradient = self._weights = None
+        self._moments: list[tuple[Moment, float]] = []
 
     def before_batch(self, moment: Moment, weight: float) -> None:
-        """Adds the micro-batch's H y + B to the tangent of the gradient."""
-        self._follow()
-        problem = self._problem
-        y = None if self._is_zero else self.state[THETA]
-        self._weights = None
-        if self._sync and problem.is_one_sided and y is not None:
-            norms = self.norms()
-            products, self._weights = problem.one_sided_hvp(moment, y, self._unit, norms)
-        else:
-            products, _ = problem.network_hvp(
-                moment, y, self._unit, lambda_part=False, sync=self._sync
-            )
-        if weight != 1.0:
-            torch._foreach_mul_(products, weight)
-        if self._gradient is None:
-            self._gradient = products
-        else:
-            torch._foreach_add_(self._gradient, products)
-
-    def network_gradient(self, gradients: list[Tensor | None]) -> None:
-        """Completes one-sided differences by the gradient at (θ, λ) itself."""
-        if self._weights is None or self._gradient is None:
-            return
-        pairs = [(t, g) for t, g in zip(self._gradient, gradients, strict=True) if g is not None]
-        for j, weight in enumerate(self._weights):
-            add_scaled_([t[j] for t, _ in pairs], [g for _, g in pairs], -weight)
-        self._weights = None
+        """Keeps a micro-batch for its replay."""
+        self._moments.append((moment, weight))
 
     def before_step(self, step: OptimizerStep) -> None:
         """Moves the tangents along with θ."""
         self._follow()
         problem = self._problem
-        gradient = self._gradient
-        if gradient is None or self._weights is not None:  # one-sided, and never completed
-            gradient, _ = problem.zeros(problem.count, lambda_part=False)
-        problem.add_penalty_hvp_((gradient, []), step, self.state[THETA], unit=True)
-        if problem.clipping is not None and step.unclipped is not None:
-            problem.clipping.product_(step.unclipped, gradient)
-        problem.dynamics.jvp_(step, self.state, gradient)
+        is_one_sided = self._sync and problem.is_one_sided and not self._is_zero
+        norms = self.norms() if is_one_sided else None
+        m = problem.count
+        size = max(1, _ELEMENTS // max(1, sum(local(p).numel() for p in problem.theta)))
+        chunks = [range(start, min(start + size, m)) for start in range(0, m, size)]
+        with ExitStack() as stack:
+            # The replay of a single micro-batch serves all directions.
+            network = (
+                stack.enter_context(problem.network(self._moments[0][0]))
+                if len(self._moments) == 1
+                else None
+            )
+            for units in chunks:
+                gradient, weights = self._gradient(units, norms, network)
+                self._advance(step, units, gradient, weights)
         problem.add_option_tangents_(step, self.state, self._unit)
         self._is_zero = False
         self._norms = None
         self.discard()
+
+    def _gradient(
+        self, units: range, norms: Tensor | None, network: Network | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Returns the network's H y + B in some directions, over all micro-batches.
+
+        Args:
+            units: The directions.
+            norms: ‖y‖, where differences are to be one-sided.
+            network: The replay of the only micro-batch, if there is but one.
+
+        Returns:
+            One tensor per parameter, and the weights of the gradient that remains to be subtracted
+            from one-sided differences.
+        """
+        part = slice(units.start, units.stop)
+        y = None if self._is_zero else [t[part] for t in self.state[THETA]]
+        e = [t[part] for t in self._unit]
+        total: list[Tensor] | None = None
+        weights = None
+        for moment, factor in self._moments:
+            with self._problem.network(moment) if network is None else nullcontext(network) as at:
+                if norms is not None and y is not None:
+                    products, weights = at.one_sided(y, e, norms[part])
+                else:
+                    is_last = network is None or units.stop == self._problem.count
+                    products, _ = at.hvp(y, e, lambda_part=False, sync=self._sync, is_last=is_last)
+            if factor != 1.0:
+                torch._foreach_mul_(products, factor)
+            if total is None:
+                total = products
+            else:
+                torch._foreach_add_(total, products)
+        if total is None:
+            total, _ = self._problem.zeros(len(units), lambda_part=False)
+        return total, weights
+
+    def _advance(
+        self, step: OptimizerStep, units: range, gradient: list[Tensor], weights: Tensor | None
+    ) -> None:
+        """Carries some tangents through the step; completes and uses up their gradient."""
+        problem = self._problem
+        is_whole = len(units) == problem.count
+        state = self.state
+        if not is_whole:
+            part = slice(units.start, units.stop)
+            state = {name: [t[part] for t in tensors] for name, tensors in self.state.items()}
+        if weights is not None:
+            # The step's own gradient holds that of the penalties, which they give back.
+            own = step.gradients if step.unclipped is None else step.unclipped
+            pairs = [(t, g) for t, g in zip(gradient, own, strict=True) if g is not None]
+            for j, weight in enumerate(weights):
+                add_scaled_([t[j] for t, _ in pairs], [g for _, g in pairs], -weight)
+        problem.add_penalty_hvp_(
+            (gradient, []), step, state[THETA], units=units, gradient_weights=weights
+        )
+        if problem.clipping is not None and step.unclipped is not None:
+            problem.clipping.product_(step.unclipped, gradient)
+        problem.dynamics.jvp_(step, state, gradient)
+        if not is_whole:
+            self._put(state, units)
+
+    def _put(self, state: State, units: range) -> None:
+        """Puts some tangents in their places among all, where they have not moved in place."""
+        m = self._problem.count
+        for name, tensors in state.items():
+            whole = self.state.setdefault(name, [t.new_zeros((m, 0)) for t in tensors])
+            for i, t in enumerate(tensors):
+                if whole[i].shape[1:] != t.shape[1:]:
+                    whole[i] = t.new_zeros((m, *t.shape[1:]))
+                place = whole[i][units.start : units.stop]
+                if place.data_ptr() != t.data_ptr():
+                    place.copy_(t)
 
     def _follow(self) -> None:
         """Gives zero tangents to parameters that have joined the training, or left it."""
@@ -150,16 +213,18 @@ class Tangents:
                     t[broken] = 0
             self._norms = None
 
-    def hypergradient(self, g_v: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def hypergradient(self, validation: ValidationGradient) -> tuple[list[Tensor], Tensor]:
         """Returns ⟨g_V, y⟩ for each λ (online-HPO paper, eq. 5), and ‖y‖.
 
         The product is NaN where ‖y‖ has overflowed.
         """
-        products = [
-            rows(y) @ g.flatten().to(y.dtype) for y, g in zip(self.state[THETA], g_v, strict=True)
-        ]
-        total = sum_over_shards(torch.stack(products).sum(0), self._problem.sharded)
-        if not self._sync:
+        y = self.state[THETA]
+        if self._sync:
+            total = torch.stack(validation.products(y)).sum(0)
+        else:
+            pairs = zip(y, validation.tensors(), strict=True)
+            parts = [rows(stack) @ g.flatten().to(stack.dtype) for stack, g in pairs]
+            total = sum_over_shards(torch.stack(parts).sum(0), self._problem.sharded)
             average_([total])
         norms = self.norms()
         total = torch.where(torch.isfinite(norms), total, math.nan)

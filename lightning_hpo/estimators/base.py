@@ -6,16 +6,17 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_hpo._tensors import filled, holding, separate, stacked_zeros
+from lightning_hpo._tensors import filled, holding, separate, stacked_zeros, widened
 from lightning_hpo.derivatives import (
+    GradientGraph,
     Loss,
     is_missing_derivative,
     joint_hvp,
@@ -32,7 +33,7 @@ from lightning_hpo.dynamics import (
     pull_back,
 )
 from lightning_hpo.hyperparameters import Hyperparameter
-from lightning_hpo.objectives import Moment, TrainingObjective
+from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import Penalty
 
 Products = tuple[list[Tensor], list[Tensor]]
@@ -112,6 +113,20 @@ class Problem:
             stacked_zeros(raws, m) if lambda_part else [],
         )
 
+    @contextmanager
+    def network(self, moment: Moment, step: OptimizerStep | None = None) -> Iterator[Network]:
+        """Gives products with the joint Hessian of the loss of one micro-batch.
+
+        Within the context further directions spare the replay, where the backend allows it.
+
+        Args:
+            moment: The micro-batch.
+            step: The step whose values of θ to differentiate at, over the parameters that took part
+                in it. Default: the values in place, over those that require grad.
+        """
+        with ExitStack() as stack:
+            yield Network(self, moment, step, stack)
+
     def network_hvp(
         self,
         moment: Moment,
@@ -121,99 +136,10 @@ class Problem:
         step: OptimizerStep | None = None,
         theta_part: bool = True,
         lambda_part: bool = True,
-        sync: bool = True,
     ) -> Products:
-        """Multiplies the joint Hessian of the loss of one micro-batch, averaged over the ranks.
-
-        Args:
-            moment: The micro-batch.
-            u: Directions in θ, ``(m, *p.shape)`` each, or None for zeros.
-            e: Directions in raw λ, or None for zeros.
-            step: The step whose values of θ to differentiate at, over the parameters that took part
-                in it. Default: the values in place, over those that require grad.
-            theta_part: Whether H u + B e is wanted.
-            lambda_part: Whether Bᵀ u + C e is wanted.
-            sync: Whether to average over the ranks; with False each has the product of its own
-                micro-batch. (With sharded parameters the θ part is always the average.)
-
-        Returns:
-            Both parts, over all θ and all λ, zeros included; an unwanted part is empty.
-        """
-        m = (u or e or [])[0].shape[0]
-        active = self._active(step)
-        in_loss = self._in_loss()
-        e = [e[i] for i in in_loss] if e is not None and in_loss else None
-        u = [u[i] for i in active] if u is not None and active else None
-        wants_lambda = lambda_part and bool(in_loss)
-        products: Products = ([], [])
-        if (u is not None or e is not None) and (theta_part or wants_lambda):
-
-            def multiply(backend: str) -> Products:
-                exact = backend != "finite_difference"
-                with self._loss(moment, active, step, exact=exact) as (loss, theta, lam):
-                    return joint_hvp(
-                        loss,
-                        theta,
-                        lam,
-                        u,
-                        e,
-                        backend=backend,
-                        theta_part=theta_part,
-                        lambda_part=wants_lambda,
-                        difference_steps=self._difference_steps(),
-                        rounding=self.objective.rounding,
-                        reach=self._reach() if not exact else None,
-                    )
-
-            if self.sharded and self.derivatives == "auto":
-                self._fall_back("the parameters are sharded")
-            if self.derivatives != "finite_difference" and not self._compared:
-                self._compare_kernels(moment, [self.theta[i] for i in active])
-            products = self._settled(multiply)
-        raws = [h.raw for h in self.hyperparameters.values()]
-        split = len(products[0])
-        separated = separate([*products[0], *products[1]])
-        theta_result = _spread(separated[:split], active, self.theta, m) if theta_part else []
-        lam_result = _spread(separated[split:], in_loss, raws, m) if lambda_part else []
-        if (scale := self.objective.scale) != 1:
-            torch._foreach_div_([*theta_result, *lam_result], scale)
-        if sync:
-            self.average_(theta_result, lam_result)
-        return theta_result, lam_result
-
-    def one_sided_hvp(
-        self, moment: Moment, u: list[Tensor], e: list[Tensor], u_norms: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """Returns the displaced gradients of one-sided differences; half the price of central ones.
-
-        H u + B e is what is left when the weights times the gradient itself, which the training
-        computes anyway, have been subtracted. B e comes from central differences all the same: a λ
-        inside the loss often does little, and would be lost to rounding.
-
-        Args:
-            moment: The micro-batch, at the present θ.
-            u: Directions in θ, ``(m, *p.shape)`` each.
-            e: Directions in raw λ.
-            u_norms: ‖u‖ of each direction ``(m,)``.
-
-        Returns:
-            One tensor ``(m, *p.shape)`` per parameter, averaged over the ranks, and the weights
-            ``(m,)``, the same for all micro-batches of a step.
-        """
-        active = self._active(None)
-        with self._loss(moment, active, None, exact=False) as (loss, theta, lam):
-            products, weights = one_sided_differences(
-                loss,
-                theta,
-                lam,
-                [u[i] for i in active],
-                u_norms,
-            )
-        result = _spread(products, active, self.theta, len(weights))
-        self.average_(result)
-        if self.in_loss:
-            torch._foreach_add_(result, self.network_hvp(moment, None, e, lambda_part=False)[0])
-        return result, weights
+        """Makes one product; see :meth:`network` and :meth:`Network.hvp`."""
+        with self.network(moment, step) as network:
+            return network.hvp(u, e, theta_part=theta_part, lambda_part=lambda_part)
 
     def average_(self, theta: Sequence[Tensor | None], lam: Sequence[Tensor] = ()) -> None:
         """Averages parts of a gradient over the ranks, in place.
@@ -224,7 +150,7 @@ class Problem:
 
     @property
     def is_one_sided(self) -> bool:
-        """Whether :meth:`one_sided_hvp` may take the place of :meth:`network_hvp` now."""
+        """Whether one-sided differences may take the place of central ones now."""
         return (
             self.reuses_gradient
             and self.derivatives == "finite_difference"
@@ -283,6 +209,13 @@ class Problem:
 
             yield loss, theta, [leaves[i] for i in in_loss]
 
+    def _settle_before(self, moment: Moment, active: list[int]) -> None:
+        """Settles what ``auto`` stands for, as far as that is known before the first product."""
+        if self.sharded and self.derivatives == "auto":
+            self._fall_back("the parameters are sharded")
+        if self.derivatives != "finite_difference" and not self._compared:
+            self._compare_kernels(moment, [self.theta[i] for i in active])
+
     def _settled(self, multiply: Callable[[str], Products]) -> Products:
         """Calls ``multiply(backend)``; settles at the first call what ``auto`` stands for."""
         backend = "reverse" if self.derivatives == "auto" else self.derivatives
@@ -315,16 +248,15 @@ class Problem:
         They do not where they draw other random numbers: inductor's dropout is not that of eager
         mode. ``auto`` then takes finite differences, which run on the kernels of the training.
         """
-        gradients = []
-        for exact in (False, True):
-            parts = self.objective.gradient(moment, own, exact=exact) or [None] * len(own)
-            gradients.append(filled(parts, own))
-        norms = torch.stack(
-            [
-                torch.stack([t.norm().double() for t in tensors]).norm()
-                for tensors in (torch._foreach_sub(*gradients), gradients[0])
-            ]
+        first, second = (
+            filled(self.objective.gradient(moment, own, exact=exact) or [None] * len(own), own)
+            for exact in (False, True)
         )
+        parts = [
+            torch.stack([(a - b).norm(), b.norm()]).double()
+            for a, b in zip(second, first, strict=True)
+        ]
+        norms = torch.stack(parts).norm(dim=0)
         average_([norms])  # all ranks must come to the same decision
         difference, scale = norms.tolist()
         self._compared = scale > 0
@@ -352,7 +284,8 @@ class Problem:
         step: OptimizerStep,
         u: list[Tensor] | None,
         *,
-        unit: bool = False,
+        units: range | None = None,
+        gradient_weights: Tensor | None = None,
     ) -> None:
         """Adds the products of the penalties that act in the gradient; no pass over the network.
 
@@ -362,26 +295,19 @@ class Problem:
             products: Both parts, added to in place; an empty part is not wanted.
             step: The step in which the penalties acted, with θ as it was then.
             u: Directions in θ, or None for zeros.
-            unit: Whether the directions are the unit vectors of λ space; else they are zero there.
+            units: Which unit vectors of λ space the directions are; None: they are zero there.
+            gradient_weights: ``(m,)``: how many times the gradient of the penalties is added
+                besides, in each direction; None: not at all.
         """
         theta_result, lam_result = products
         totals: list[tuple[int, Tensor]] = []
-        positions = {id(p): i for i, p in enumerate(self.theta)}
         lam_index = {id(h): i for i, h in enumerate(self.hyperparameters.values())}
         sizes = [h.raw.numel() for h in self.hyperparameters.values()]
-        for penalty in self.penalties:
-            index = [
-                i
-                for w in penalty.weights
-                if (i := positions.get(id(w))) is not None and step.gradients[i] is not None
-            ]
-            if not index:
-                continue
+        for penalty, index in self.penalties_in(step):
             k = lam_index.get(id(penalty.hyperparameter))  # None: it is frozen
             e = None
-            if unit and k is not None:
-                e = [0.0] * self.count
-                e[sum(sizes[:k])] = 1.0
+            if units is not None and k is not None:
+                e = [float(j == sum(sizes[:k])) for j in units]
             lambda_part = None
             if lam_result and k is not None:
                 lambda_part = lam_result[k].new_zeros(len(lam_result[k]))
@@ -392,11 +318,24 @@ class Problem:
                 e,
                 [theta_result[i] for i in index] if theta_result else None,
                 lambda_part,
+                gradient_weights,
             )
         if totals:
             complete = sum_over_shards(torch.stack([part for _, part in totals]), self.sharded)
             for (k, _), part in zip(totals, complete, strict=True):
                 lam_result[k] += part.reshape(lam_result[k].shape)
+
+    def penalties_in(self, step: OptimizerStep) -> Iterator[tuple[Penalty, list[int]]]:
+        """Yields the penalties that acted in a step, and the positions of their weights."""
+        positions = {id(p): i for i, p in enumerate(self.theta)}
+        for penalty in self.penalties:
+            index = [
+                i
+                for w in penalty.weights
+                if (i := positions.get(id(w))) is not None and step.gradients[i] is not None
+            ]
+            if index:
+                yield penalty, index
 
     def add_penalty_gradients_(
         self, gradients: list[Tensor | None], theta: list[Tensor] | None = None
@@ -449,6 +388,201 @@ class Problem:
             for name, entries in self.options.derivatives(step).items():
                 for i, derivative in enumerate(entries):
                     yield names.index(name), i, derivative
+
+
+class ValidationGradient:
+    """g_V = ∇θ L_V on one held-out batch, taken when it is asked for.
+
+    Args:
+        problem: The problem.
+        objective: L_V.
+        batch: The batch, on the device.
+        batch_idx: Its index.
+    """
+
+    def __init__(
+        self, problem: Problem, objective: ValidationObjective, batch: Any, batch_idx: int
+    ) -> None:
+        self._problem = problem
+        self._objective = objective
+        self._batch = batch
+        self._batch_idx = batch_idx
+
+    def tensors(self) -> list[Tensor]:
+        """Returns g_V, averaged over the ranks; zeros where L_V does not depend on a parameter.
+
+        One tensor per parameter, in float32 or better, which may be used as work space.
+        """
+        theta = self._problem.theta
+        gradients = self._objective.gradient(self._batch, self._batch_idx, theta)
+        result = separate([widened(g) for g in filled(gradients, theta)])
+        self._problem.average_(result)
+        return result
+
+    def products(self, stacks: Sequence[Tensor | None]) -> list[Tensor]:
+        """Returns ⟨g_V, y⟩ for each parameter, averaged over the ranks.
+
+        Each part of g_V is freed once it has been multiplied: the whole never exists.
+
+        Args:
+            stacks: Directions y, ``(m, *p.shape)`` for each parameter p, the same on all ranks;
+                None where none is wanted. m may differ between parameters.
+
+        Returns:
+            One tensor ``(m,)`` for each parameter, ``(0,)`` where there is no direction.
+        """
+        problem = self._problem
+        found = self._objective.gradient_products(
+            self._batch, self._batch_idx, problem.theta, stacks
+        )
+        sizes = [0 if y is None else len(y) for y in stacks]
+        parts = [
+            torch.zeros(size, device=p.device) if dots is None else dots
+            for dots, size, p in zip(found, sizes, problem.theta, strict=True)
+        ]
+        total = sum_over_shards(torch.cat(parts), problem.sharded)
+        if not problem.sharded:
+            average_([total])
+        return list(total.split(sizes))
+
+
+class Network:
+    """Products with the joint Hessian of the loss of one micro-batch; see :meth:`Problem.network`.
+
+    Args:
+        problem: The problem.
+        moment: The micro-batch.
+        step: The step whose values of θ to differentiate at; None: those in place.
+        stack: Holds what an evaluation of the loss needs, for as long as there are products.
+    """
+
+    def __init__(
+        self, problem: Problem, moment: Moment, step: OptimizerStep | None, stack: ExitStack
+    ) -> None:
+        self._problem = problem
+        self._moment = moment
+        self._step = step
+        self._stack = stack
+        self._active = problem._active(step)
+        self._in_loss = problem._in_loss()
+        self._is_exact: bool | None = None
+
+    def _open(self, *, exact: bool) -> tuple[Loss, list[Tensor], list[Tensor]]:
+        """Returns the loss and what it depends on, on kernels that have the derivatives needed."""
+        if self._is_exact is not exact:
+            self._close()
+            self._opened = self._stack.enter_context(
+                self._problem._loss(self._moment, self._active, self._step, exact=exact)
+            )
+            self._graph = GradientGraph()
+            self._is_exact = exact
+        return self._opened
+
+    def _close(self) -> None:
+        """Puts the module back as it was before the replay."""
+        self._stack.close()
+        self._is_exact = None
+
+    def hvp(
+        self,
+        u: list[Tensor] | None,
+        e: list[Tensor] | None,
+        *,
+        theta_part: bool = True,
+        lambda_part: bool = True,
+        sync: bool = True,
+        is_last: bool = True,
+    ) -> Products:
+        """Multiplies with m directions.
+
+        Args:
+            u: Directions in θ, ``(m, *p.shape)`` each, or None for zeros.
+            e: Directions in raw λ, or None for zeros.
+            theta_part: Whether H u + B e is wanted.
+            lambda_part: Whether Bᵀ u + C e is wanted.
+            sync: Whether to average over the ranks; with False each has the product of its own
+                micro-batch. (With sharded parameters the θ part is always the average.)
+            is_last: Whether no product follows within the context. Those before it must have had
+                the same kinds of directions.
+
+        Returns:
+            Both parts, over all θ and all λ, zeros included; an unwanted part is empty.
+        """
+        problem = self._problem
+        m = (u or e or [])[0].shape[0]
+        e = [e[i] for i in self._in_loss] if e is not None and self._in_loss else None
+        u = [u[i] for i in self._active] if u is not None and self._active else None
+        wants_lambda = lambda_part and bool(self._in_loss)
+        products: Products = ([], [])
+        if (u is not None or e is not None) and (theta_part or wants_lambda):
+
+            def multiply(backend: str) -> Products:
+                exact = backend != "finite_difference"
+                loss, theta, lam = self._open(exact=exact)
+                self._graph.is_kept = not is_last
+                return joint_hvp(
+                    loss,
+                    theta,
+                    lam,
+                    u,
+                    e,
+                    backend=backend,
+                    theta_part=theta_part,
+                    lambda_part=wants_lambda,
+                    difference_steps=problem._difference_steps(),
+                    rounding=problem.objective.rounding,
+                    reach=problem._reach() if not exact else None,
+                    graph=self._graph,
+                )
+
+            if self._is_exact is None:
+                problem._settle_before(self._moment, self._active)
+            products = problem._settled(multiply)
+            if is_last or problem.derivatives != "reverse":
+                self._close()
+        raws = [h.raw for h in problem.hyperparameters.values()]
+        split = len(products[0])
+        separated = separate([*products[0], *products[1]])
+        theta_result, lam_result = [], []
+        if theta_part:
+            theta_result = _spread(separated[:split], self._active, problem.theta, m)
+        if lambda_part:
+            lam_result = _spread(separated[split:], self._in_loss, raws, m)
+        if (scale := problem.objective.scale) != 1:
+            torch._foreach_div_([*theta_result, *lam_result], scale)
+        if sync:
+            problem.average_(theta_result, lam_result)
+        return theta_result, lam_result
+
+    def one_sided(
+        self, u: list[Tensor], e: list[Tensor], u_norms: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Returns the displaced gradients of one-sided differences; half the price of central ones.
+
+        H u + B e is what is left when the weights times the gradient itself, which the training
+        computes anyway, have been subtracted. B e comes from central differences all the same: a λ
+        inside the loss often does little, and would be lost to rounding.
+
+        Args:
+            u: Directions in θ, ``(m, *p.shape)`` each.
+            e: Directions in raw λ.
+            u_norms: ‖u‖ of each direction ``(m,)``.
+
+        Returns:
+            One tensor ``(m, *p.shape)`` per parameter, averaged over the ranks, and the weights
+            ``(m,)``, the same for all micro-batches of a step.
+        """
+        problem = self._problem
+        loss, theta, lam = self._open(exact=False)
+        products, weights = one_sided_differences(
+            loss, theta, lam, [u[i] for i in self._active], u_norms
+        )
+        self._close()
+        result = _spread(products, self._active, problem.theta, len(weights))
+        problem.average_(result)
+        if problem.in_loss:
+            torch._foreach_add_(result, self.hvp(None, e, lambda_part=False)[0])
+        return result, weights
 
 
 def _spread(
@@ -522,18 +656,11 @@ class Estimator(ABC):
 
     @abstractmethod
     def before_batch(self, moment: Moment, weight: float) -> None:
-        """Sees a micro-batch before it is trained on.
+        """Keeps a micro-batch before it is trained on, for its replay.
 
         Args:
             moment: The micro-batch.
             weight: The factor of its loss: 1 over the number of accumulated batches.
-        """
-
-    def network_gradient(self, gradients: list[Tensor | None]) -> None:  # noqa: B027
-        """Sees the gradient of the loss before penalties and clipping; called before that step.
-
-        Args:
-            gradients: One per parameter; to be read only.
         """
 
     @abstractmethod
@@ -541,11 +668,11 @@ class Estimator(ABC):
         """Sees the final gradient before θ moves."""
 
     @abstractmethod
-    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
+    def hypergradient(self, validation: ValidationGradient) -> list[Tensor] | None:
         """Returns the estimate of dL_V/dλ and starts the next window.
 
         Args:
-            g_v: ∇θ L_V at θ_{t+1}, one tensor per parameter; may be used as work space.
+            validation: ∇θ L_V at θ_{t+1}; not yet taken.
 
         Returns:
             One tensor per hyperparameter, with respect to raw λ and shaped like it; None where the
@@ -558,12 +685,9 @@ class Estimator(ABC):
         return type(self).__name__
 
     @property
-    def replay(self) -> Literal["never", "now", "later"]:
-        """When ``training_step`` is replayed: never, in :meth:`before_batch`, or after the step.
-
-        :meth:`before_batch` is not called where the answer is ``"never"``.
-        """
-        return "now"
+    def replays(self) -> bool:
+        """Whether ``training_step`` is replayed; else :meth:`before_batch` is not called."""
+        return True
 
     @property
     def keeps_steps(self) -> bool:
@@ -575,7 +699,9 @@ class Estimator(ABC):
 
     def release(self) -> None:
         """Lets go of the training: only the constructor's arguments and the outcome stay."""
-        for name in ("problem", "_window", "_mechanism", "_tangents", "_moments", "_step"):
+        for name in ("problem", "_window", "_effect", "_mechanism", "_tangents"):
+            vars(self).pop(name, None)
+        for name in ("_moments", "_step"):
             vars(self).pop(name, None)
 
     def after_update(self) -> None:  # noqa: B027

@@ -6,13 +6,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import is_on_host
 from lightning_hpo.dynamics import OptimizerStep
 from lightning_hpo.estimators._forward import Tangents
-from lightning_hpo.estimators.base import Estimator, Problem
+from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
 from lightning_hpo.objectives import Moment
 
 
@@ -29,8 +28,8 @@ class ClipR(Estimator):
     clipped tangent keeps its old direction, and with it the sign of the hypergradient.
 
     Cost per step: one product with the joint Hessian per scalar λ; per update, one validation
-    gradient. Memory: (1 + number of optimizer state tensors) |θ| per scalar λ, and one more |θ| per
-    scalar λ while a step is under way.
+    gradient. Memory: (1 + number of optimizer state tensors) |θ| per scalar λ, and one or two |θ|
+    more, whatever the number of λ, while a step is under way.
 
     Args:
         radius: r, in the units of θ per unit of raw λ; ``inf`` is RTHO (Franceschi et al. 2017).
@@ -80,19 +79,15 @@ class ClipR(Estimator):
         """Starts a training from y = 0."""
         super().setup(problem)
         self._tangents = Tangents(problem, self.sync_tangents)
-        self._fresh_step = False
 
     def before_batch(self, moment: Moment, weight: float) -> None:
-        """Forgets by γ per step, and multiplies with the joint Hessian."""
-        self._forget()
+        """Keeps the micro-batch."""
         self._tangents.before_batch(moment, weight)
 
-    def network_gradient(self, gradients: list[Tensor | None]) -> None:
-        """Completes one-sided differences."""
-        self._tangents.network_gradient(gradients)
-
     def before_step(self, step: OptimizerStep) -> None:
-        """Advances the tangents and clips them."""
+        """Lets the tangents forget by γ per step, advances them and clips them."""
+        if self.decay != 1.0:
+            self._tangents.scale_(self.decay**self.stride)
         if self.stride > 1:
             longer = [{**o, "lr": float(o["lr"]) * self.stride} for o in step.options]
             step = replace(step, options=longer)
@@ -102,15 +97,14 @@ class ClipR(Estimator):
             # Where looking would make the host wait for a device, the product by one is cheaper.
             if not is_on_host(norms) or bool((norms > self.radius).any()):
                 self._tangents.scale_(self.radius / norms.clamp(min=self.radius))
-        self._fresh_step = True
 
     def discard(self) -> None:
         """Forgets the micro-batches of a step that did not happen."""
         self._tangents.discard()
 
-    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
+    def hypergradient(self, validation: ValidationGradient) -> list[Tensor]:
         """Returns ⟨g_V, y⟩, with respect to raw λ; a tangent that has overflowed starts anew."""
-        result, self._norms = self._tangents.hypergradient(g_v)
+        result, self._norms = self._tangents.hypergradient(validation)
         self._tangents.forget_non_finite(self._norms)
         return result
 
@@ -120,15 +114,8 @@ class ClipR(Estimator):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the tangents."""
-        return {**self._tangents.state_dict(), "fresh_step": self._fresh_step}
+        return self._tangents.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the tangents."""
         self._tangents.load_state_dict(state)
-        self._fresh_step = bool(state["fresh_step"])
-
-    def _forget(self) -> None:
-        if self._fresh_step and self.decay != 1.0:
-            with torch.no_grad():
-                self._tangents.scale_(self.decay**self.stride)
-        self._fresh_step = False

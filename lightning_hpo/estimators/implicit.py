@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hpo.distributed import sum_over_shards
 from lightning_hpo.dynamics import OptimizerStep
-from lightning_hpo.estimators.base import Estimator, Problem
+from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
 from lightning_hpo.objectives import Moment
 
 Solver = Literal["cg", "neumann"]
@@ -89,11 +89,6 @@ class Implicit(Estimator):
         self._moments: list[tuple[Moment, float]] = []
         self._step: OptimizerStep | None = None
 
-    @property
-    def replay(self) -> Literal["later"]:
-        """After the step."""
-        return "later"
-
     def before_batch(self, moment: Moment, weight: float) -> None:
         """Keeps the micro-batch."""
         self._moments.append((moment, weight))
@@ -106,9 +101,10 @@ class Implicit(Estimator):
         """Forgets the micro-batches of a step that did not happen."""
         self._moments = []
 
-    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor]:
+    def hypergradient(self, validation: ValidationGradient) -> list[Tensor]:
         """Returns −Bᵀ v, with respect to raw λ."""
         assert self._step is not None
+        g_v = validation.tensors()
         solve = self._cg if self.solver == "cg" else self._neumann
         v, self.outcome = solve([g.unsqueeze(0) for g in g_v], self._step.lr)
         _, total = self._product(v, theta_part=False)

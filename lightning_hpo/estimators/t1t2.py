@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
-from lightning_hpo.dynamics import OptimizerStep
+from lightning_hpo._tensors import stacked
+from lightning_hpo.dynamics import THETA, OptimizerStep
 from lightning_hpo.estimators._reverse import Window
-from lightning_hpo.estimators.base import Estimator, Problem
+from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
 from lightning_hpo.objectives import Moment
+
+# Parameters are taken through the step until they have this many elements together.
+_ELEMENTS = 2**20
 
 
 class T1T2(Estimator):
@@ -22,8 +27,12 @@ class T1T2(Estimator):
     where the Hessian of L_T is a multiple of the identity.
 
     Cost per update: one validation gradient, and the product Bᵀα, which is free for penalties that
-    act in the gradient. It does not depend on the number of λ. Memory: one copy of θ, and for
-    an optimizer such as Adam, whose step is nonlinear, one of its gradient and state.
+    act in the gradient. It does not depend on the number of λ.
+
+    Memory: where all λ are strengths of such penalties, |θ| (once per penalty on the same weight).
+    g_V is then multiplied by ∂Φ/∂g B as it arrives, and never exists as a whole. Else, or with an
+    optimizer that mixes elements, with clipping by norm or tuned optimizer options: |θ|, that of
+    g_V, and for an optimizer such as Adam, whose step is nonlinear, one of its gradient and state.
 
     Args:
         scale_by_lr: With False, α = −g_V: the variant Unroll1-gTgV of the online-HPO paper (§4 a),
@@ -47,29 +56,122 @@ class T1T2(Estimator):
         if not self.scale_by_lr:
             problem.refuse_options("T1T2(scale_by_lr=False)", "it leaves the optimizer's step out")
         self._window = Window(problem)
+        self._effect: _Effect | None = None
 
     @property
-    def replay(self) -> Literal["never", "later"]:
-        """Later, where some λ acts inside the training loss; else never."""
-        return "later" if self.problem.in_loss else "never"
+    def _is_direct(self) -> bool:
+        """Whether each element of θ_{t+1} depends on λ through its own penalties alone."""
+        problem = self.problem
+        if problem.in_loss or problem.options is not None:
+            return False
+        if not self.scale_by_lr:
+            return True
+        by_norm = problem.clipping is not None and not problem.clipping.by_value
+        return problem.dynamics.is_elementwise and not by_norm
+
+    @property
+    def replays(self) -> bool:
+        """Where some λ acts inside the training loss."""
+        return bool(self.problem.in_loss)
 
     @property
     def keeps_steps(self) -> bool:
-        """The step is differentiated after it has happened."""
-        return True
+        """Unless its derivative is taken at once, the step is differentiated after it."""
+        return not self._is_direct
 
     def before_batch(self, moment: Moment, weight: float) -> None:
         """Keeps the micro-batch."""
         self._window.before_batch(moment, weight)
 
     def before_step(self, step: OptimizerStep) -> None:
-        """Keeps the step."""
-        self._window.before_step(step)
+        """Keeps the step, or its derivative."""
+        if self._is_direct:
+            self._effect = _Effect(self.problem, step, through_step=self.scale_by_lr)
+        else:
+            self._window.before_step(step)
 
     def discard(self) -> None:
         """Forgets the micro-batches of a step that did not happen."""
         self._window.discard()
 
-    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
+    def hypergradient(self, validation: ValidationGradient) -> list[Tensor] | None:
         """Returns Bᵀα, with respect to raw λ."""
+        if self._effect is not None:
+            effect, self._effect = self._effect, None
+            return effect.hypergradient(validation)
+        g_v = validation.tensors()
         return (self._window.hypergradient if self.scale_by_lr else self._window.one_step)(g_v)
+
+
+class _Effect:
+    """∂θ_{t+1}/∂λ through the penalties that act in the gradient.
+
+    Of each penalty only the part over its own weights is kept: the rest is zero where Φ and
+    clipping are elementwise.
+
+    Args:
+        problem: The problem.
+        step: The step; it is not kept.
+        through_step: Whether ∂Φ/∂g and clipping are applied; else their place is taken by −1.
+    """
+
+    def __init__(self, problem: Problem, step: OptimizerStep, *, through_step: bool) -> None:
+        self._problem = problem
+        parts: list[list[Tensor]] = [[] for _ in step.theta]
+        self._owners: list[list[str]] = [[] for _ in step.theta]
+        names = {id(h): name for name, h in problem.hyperparameters.items()}
+        for penalty, index in problem.penalties_in(step):
+            name = names.get(id(penalty.hyperparameter))
+            if name is None:
+                continue  # it is frozen
+            _, rate, _ = penalty.hyperparameter.constraint.derivatives(penalty.raw)
+            gradients = penalty.gradient([step.theta[i] for i in index])
+            factor = rate.reshape(()).to(gradients[0].dtype)
+            products = torch._foreach_mul(gradients, factor if through_step else -factor)
+            for i, product in zip(index, products, strict=True):
+                parts[i].append(product)
+                self._owners[i].append(name)
+        self._stacks = [stacked(rows) if rows else None for rows in parts]
+        del parts
+        if through_step:
+            for index in self._blocks():
+                self._pass(step.restricted(index), index)
+
+    def _blocks(self) -> Iterator[list[int]]:
+        """Yields positions of parameters on which equally many penalties act, some at a time."""
+        pending: dict[int, list[int]] = {}
+        for i, stack in enumerate(self._stacks):
+            if stack is None:
+                continue
+            block = pending.setdefault(len(stack), [])
+            block.append(i)
+            if sum(self._at(k).numel() for k in block) >= _ELEMENTS:
+                yield pending.pop(len(stack))
+        yield from pending.values()
+
+    def _at(self, i: int) -> Tensor:
+        stack = self._stacks[i]
+        assert stack is not None
+        return stack
+
+    def _pass(self, step: OptimizerStep, index: list[int]) -> None:
+        """Multiplies by ∂Φ/∂g and ∂ĝ/∂g of clipping; being diagonal, they are symmetric."""
+        problem = self._problem
+        part = [self._at(i) for i in index]
+        if problem.clipping is not None and step.unclipped is not None:
+            problem.clipping.product_(step.unclipped, part)
+        moved = problem.dynamics.vjp_(step, {THETA: part}, state_part=False)
+        for i, stack in zip(index, moved, strict=True):
+            self._stacks[i] = stack
+
+    def hypergradient(self, validation: ValidationGradient) -> list[Tensor]:
+        """Returns ⟨g_V, ∂θ_{t+1}/∂λ⟩, with respect to raw λ."""
+        raws = {name: h.raw for name, h in self._problem.hyperparameters.items()}
+        totals = {name: torch.zeros_like(raw) for name, raw in raws.items()}
+        # Parameters that have joined since are not yet affected.
+        joined = len(self._problem.theta) - len(self._stacks)
+        products = validation.products([*self._stacks, *[None] * joined])
+        for names, dots in zip(self._owners, products, strict=False):
+            for name, dot in zip(names, dots, strict=True):
+                totals[name] += dot.reshape(totals[name].shape)
+        return list(totals.values())

@@ -13,7 +13,7 @@ from lightning_hpo.distributed import local
 from lightning_hpo.dynamics import OptimizerStep
 from lightning_hpo.estimators._forward import Tangents
 from lightning_hpo.estimators._reverse import Window
-from lightning_hpo.estimators.base import Estimator, Problem
+from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
 from lightning_hpo.objectives import Moment
 
 Mode = Literal["auto", "forward", "reverse"]
@@ -119,25 +119,15 @@ class UnrollK(Estimator):
         return f"UnrollK({self.k}, {mode!r})"
 
     @property
-    def replay(self) -> Literal["now", "later"]:
-        """Now in forward mode, later in reverse mode."""
-        return "now" if isinstance(self._mechanism, Tangents) else "later"
-
-    @property
     def keeps_steps(self) -> bool:
         """In reverse mode, steps are differentiated at the end of the window."""
         return isinstance(self._mechanism, Window)
 
     def before_batch(self, moment: Moment, weight: float) -> None:
-        """Advances or keeps the micro-batch."""
+        """Keeps the micro-batch."""
         if self.restart and self._start is None:
             self._start = Snapshot(self.problem)
         self._mechanism.before_batch(moment, weight)
-
-    def network_gradient(self, gradients: list[Tensor | None]) -> None:
-        """Completes one-sided differences in forward mode."""
-        if isinstance(self._mechanism, Tangents):
-            self._mechanism.network_gradient(gradients)
 
     def before_step(self, step: OptimizerStep) -> None:
         """Advances or keeps the step."""
@@ -147,18 +137,18 @@ class UnrollK(Estimator):
         """Forgets the micro-batches of a step that did not happen."""
         self._mechanism.discard()
 
-    def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
+    def hypergradient(self, validation: ValidationGradient) -> list[Tensor] | None:
         """Returns the derivative over the window, with respect to raw λ.
 
         None at the end of a reverse window whose first steps a checkpoint could not hold.
         """
         result: list[Tensor] | None
         if isinstance(self._mechanism, Tangents):
-            result, norms = self._mechanism.hypergradient(g_v)
+            result, norms = self._mechanism.hypergradient(validation)
             self._norms = self.problem.from_stack(norms)
             self._mechanism.reset()
         else:
-            result = self._mechanism.hypergradient(g_v)
+            result = self._mechanism.hypergradient(validation.tensors())
         if self._is_cut:
             self._is_cut = False
             return None

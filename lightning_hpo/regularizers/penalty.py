@@ -89,10 +89,11 @@ class Penalty(ABC):
         e: Sequence[float] | None,
         theta_result: list[Tensor] | None,
         lambda_result: Tensor | None,
+        gradient_weights: Tensor | None = None,
     ) -> None:
         r"""Adds the products of the Hessian of λ(raw) R(w) over (w, raw) with m directions.
 
-            θ part: λ ∇²R u + λ' e ∇R        λ part: λ' ⟨∇R, u⟩ + λ'' R e
+            θ part: λ ∇²R u + (λ' e + λ a) ∇R        λ part: λ' ⟨∇R, u⟩ + λ'' R e
 
         with λ' and λ'' the derivatives of the constraint with respect to raw. One pass over w for
         each term; nothing of the size of w is allocated for L2.
@@ -103,6 +104,7 @@ class Penalty(ABC):
             e: m numbers; None stands for zeros.
             theta_result: One tensor ``(m, *w.shape)`` per weight, added to; None: not wanted.
             lambda_result: ``(m,)``, added to; None: not wanted.
+            gradient_weights: a ``(m,)``, by which the gradient λ ∇R itself is added; None: 0.
         """
         value, first, second = (
             t.reshape(()) for t in self.hyperparameter.constraint.derivatives(self.raw)
@@ -112,9 +114,15 @@ class Penalty(ABC):
             product = None if u is None else self.hvp(weights, u)
             if product is not None:
                 add_scaled_(theta_result, product, value)
-            for j, rate in enumerate(e or ()):
-                if rate:
-                    add_scaled_([t[j] for t in theta_result], gradient, first * rate)
+            for j in range(len(theta_result[0])):
+                rate = 0.0 if e is None else e[j]
+                if gradient_weights is not None:
+                    factor = first * rate + value * gradient_weights[j]
+                elif rate:
+                    factor = first * rate
+                else:
+                    continue
+                add_scaled_([t[j] for t in theta_result], gradient, factor)
         if lambda_result is not None:
             if u is not None:
                 dots = [rows(d) @ g.flatten() for d, g in zip(u, gradient, strict=True)]
