@@ -85,8 +85,7 @@ class Tangents:
                 else None
             )
             for units in chunks:
-                gradient, weights = self._gradient(units, norms, network)
-                self._advance(step, units, gradient, weights)
+                self._advance(step, units, *self._gradient(units, norms, network))
         problem.add_option_tangents_(step, self.state, self._unit)
         self._is_zero = False
         self._norms = None
