@@ -387,16 +387,26 @@ class OnlineHPOCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Keeps the gradient before it is clipped: the derivative of clipping needs it."""
+        """Keeps the gradient before it is clipped: the derivative of clipping needs it.
+
+        So do one-sided differences where the gradient may change for other reasons as well.
+        """
         self._check_gradient(trainer)
-        if not self._observing or self._problem.clipping is None:
+        problem = self._problem
+        if not self._observing or not (
+            problem.clipping is not None
+            or (
+                problem.is_one_sided
+                and compatibility.may_change_gradients_later(pl_module, optimizer)
+            )
+        ):
             return
         self._unclipped = [
             None if p.grad is None else widened(local(p.grad.detach()).clone())
-            for p in self._problem.theta
+            for p in problem.theta
         ]
         # The module adds its penalties after this hook.
-        self._problem.add_penalty_gradients_(self._unclipped)
+        problem.add_penalty_gradients_(self._unclipped)
 
     def _expect(self, gradients: list[Tensor | None] | None) -> None:
         """Keeps the gradient of a replay, to compare that of the step with it."""

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
@@ -31,6 +32,10 @@ _REFUSED_OPTIMIZERS = {
     "SparseAdam": "works on sparse gradients",
     "Adafactor": "reads norms as Python numbers, through which no derivative passes",
 }
+
+
+# Hooks of a module that see the gradient after the callback has.
+_LATE_HOOKS = ("on_before_optimizer_step", "optimizer_step")
 
 
 def check_trainer(
@@ -355,6 +360,25 @@ def may_change_gradients(
             for hook in ("on_after_backward", "on_before_optimizer_step")
         )
         or any(p._post_accumulate_grad_hooks for p in module.parameters())
+    )
+
+
+def may_change_gradients_later(
+    module: pl.LightningModule, optimizer: torch.optim.Optimizer
+) -> bool:
+    """Whether some hook may change the gradient between this callback and the optimizer's step.
+
+    Penalties do, and so does the Trainer's clipping, but both are known.
+    """
+    known = {
+        vars(kind).get(hook) for kind in (PenaltyMixin, pl.LightningModule) for hook in _LATE_HOOKS
+    }
+    return (
+        any(
+            hook in vars(module) or getattr(type(module), hook) not in known for hook in _LATE_HOOKS
+        )
+        or len(optimizer._optimizer_step_pre_hooks) > 1  # one is that of the callback
+        or bool(_global_optimizer_pre_hooks)
     )
 
 

@@ -38,7 +38,8 @@ class OptimizerStep:
         gradients: The gradient that the optimizer receives (after unscaling and clipping); None for
             a parameter that takes no part in this step.
         state: The optimizer's state of each parameter before this step.
-        unclipped: The gradient before clipping; None where the Trainer clips nothing.
+        unclipped: The gradient before clipping, and before hooks of the user's that may change it;
+            None where it is the same, or is not needed.
         frozen: The positions of parameters that did not require grad.
     """
 

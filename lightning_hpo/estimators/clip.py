@@ -39,7 +39,7 @@ class ClipR(Estimator):
             linear system: it diverges (up to the clipping) where nη times the largest curvature
             exceeds 2, though training itself is stable.
         sync_tangents: On several ranks, whether their products H y + B are averaged at every step,
-            in one collective of m |θ| numbers. That is exact. With False each rank follows the
+            |θ| numbers per scalar λ. That is exact. With False each rank follows the
             tangents of its own shard of the data, and only ⟨g_V, y⟩ is averaged, at the updates: λ
             stay equal on all ranks, but the mean of products is not the product of the means, and
             it differs wherever the shards do. Norms are then of the rank's own tangents, and a

@@ -1,0 +1,119 @@
+"""What the callback holds in memory, in units of θ: every tensor that lives is counted."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_hpo import T1T2, ClipR, L2Mixin, OnlineHPOCallback, UnrollK
+from lightning_hpo.estimators import _forward, t1t2
+from tests.cases import fit, frozen
+
+WIDTH = 100
+LAYERS = 8
+
+
+class Deep(L2Mixin, pl.LightningModule):
+    """Weights weigh far more than activations, and no layer holds more than an eighth of them."""
+
+    def __init__(self, optimizer, *, count=1, **options):
+        super().__init__()
+        hidden = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
+        between = [part for layer in hidden for part in (layer, nn.Tanh())]
+        self.net = nn.Sequential(nn.Linear(4, WIDTH), *between, nn.Linear(WIDTH, 3))
+        self.optimizer = optimizer
+        for i in range(count):
+            self.register_l2(1e-3, name=f"l2_{i}", **options)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        return loss + self.penalty() if self.loss_penalties else loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters())
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that live, after every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.numel() >= WIDTH:
+                storage = t.untyped_storage()
+                if storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage._weak_ref(), storage.nbytes()
+        for key, (reference, _) in list(self.live.items()):
+            if torch.UntypedStorage._expired(reference):
+                torch.UntypedStorage._free_weak_ref(reference)
+                del self.live[key]
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+def peak(model, estimator=None, **options):
+    """Returns the peak of a short training beyond the parameters, in units of θ."""
+    callback = (
+        []
+        if estimator is None
+        else [OnlineHPOCallback(estimator, optimizer=frozen, every_n_steps=2, **options)]
+    )
+    with LiveBytes() as live:
+        fit(model, callback, steps=6, num_sanity_val_steps=0, limit_val_batches=0)
+    return live.peak / sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+LAYER = 1.1 / LAYERS
+"""A layer's share of θ, a bit of activations included."""
+
+
+@pytest.mark.parametrize("make", [momentum, adam])
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+def test_t1t2_on_penalties_adds_one_theta(make, granularity, monkeypatch):
+    monkeypatch.setattr(t1t2, "_ELEMENTS", WIDTH**2)
+    plain = peak(Deep(make))
+    model = Deep(make, granularity=granularity)
+    # Besides its own, a few tensors of the size of a layer come and go.
+    assert 0.9 < peak(model, T1T2()) - plain < 1 + 5 * LAYER
+    assert peak(Deep(make, inside_loss=True), T1T2()) - plain > 2
+
+
+@pytest.mark.parametrize("make, states", [(momentum, 1), (adam, 2)])
+@pytest.mark.parametrize("derivatives", ["reverse", "forward", "finite_difference"])
+@pytest.mark.parametrize("estimator", [ClipR, lambda: UnrollK(2, "forward")])
+def test_a_tangent_adds_theta_and_the_state(make, states, derivatives, estimator, monkeypatch):
+    """What is needed besides does not depend on the number of λ."""
+    monkeypatch.setattr(_forward, "_ELEMENTS", 1)
+    two, five = (
+        peak(Deep(make, count=count), estimator(), derivatives=derivatives) for count in (2, 5)
+    )
+    assert (five - two) / 3 == pytest.approx(1 + states, abs=0.02)
+
+
+@pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
+def test_one_tangent(derivatives):
+    """A product, and with differences the displaced θ, live while the step is under way."""
+    added = peak(Deep(momentum), ClipR(), derivatives=derivatives) - peak(Deep(momentum))
+    limit = {"reverse": 3, "finite_difference": 4}[derivatives]
+    assert 2 < added < limit + 5 * LAYER
