@@ -22,7 +22,7 @@ from lightning_hpo.estimators import ClipR, Estimator, Problem, ValidationGradie
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.monitoring import History, HistoryRecord, log_record, make_record
-from lightning_hpo.objectives import TrainingObjective, ValidationObjective
+from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import PenaltyMixin
 from lightning_hpo.rng import RandomState, ResumedRandomState
 from lightning_hpo.values import fixed_options, remember_options
@@ -286,30 +286,32 @@ class OnlineHPOCallback(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Makes the checks that need data, then starts the estimator."""
+        moment = self._problem.objective.moment(batch, batch_idx)
         # The forward pass of sharded parameters is itself a collective.
         with nullcontext() if self._problem.sharded else together():
-            gradients = self._try_losses(trainer, module, batch, batch_idx)
+            gradients = self._try_losses(trainer, module, moment)
         if gradients is None:
             return  # a skipped batch shows nothing; look again at the next
         self.estimator.setup(self._problem)
         if self._restored is not None:
             self._restore(self._restored)
             self._restored = None
+        if self.estimator.replays:
+            self._problem.settle(moment, gradients)
         if trainer.accumulate_grad_batches == 1:
-            self._expect(gradients[: len(self._problem.theta)])
+            self._expect(gradients)
         self._ready = True
 
     def _try_losses(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, module: pl.LightningModule, moment: Moment
     ) -> list[Tensor | None] | None:
-        """Takes the gradient of both losses once; returns that of the training loss."""
+        """Takes the gradient of both losses once; returns that of the training loss over θ."""
         problem = self._problem
         theta = problem.theta
         batch_t2 = to_device(trainer, self._stream.peek(), self._dataloader_idx)
         self._validation.gradient(batch_t2, self._stream.consumed, theta)
 
         objective = problem.objective
-        moment = objective.moment(batch, batch_idx)
         gradients = objective.gradient(moment, theta, objective.leaves())
         if gradients is None:
             return None
@@ -328,7 +330,7 @@ class OnlineHPOCallback(pl.Callback):
                 theta,
             )
         )
-        return gradients
+        return gradients[: len(theta)]
 
     # ---------------------------------------------------------------------------------- every step
 

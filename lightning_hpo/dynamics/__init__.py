@@ -3,7 +3,7 @@
 import torch
 
 from lightning_hpo.dynamics.adam import AdamDynamics
-from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State
+from lightning_hpo.dynamics.base import THETA, Block, Dynamics, OptimizerStep, State
 from lightning_hpo.dynamics.clipping import GradientClipping
 from lightning_hpo.dynamics.generic import GenericDynamics, is_elementwise
 from lightning_hpo.dynamics.options import OptimizerOptions, add_to_tangent_, pull_back
@@ -28,6 +28,7 @@ def make_dynamics(optimizer: torch.optim.Optimizer) -> Dynamics:
 __all__ = [
     "THETA",
     "AdamDynamics",
+    "Block",
     "Dynamics",
     "GenericDynamics",
     "GradientClipping",

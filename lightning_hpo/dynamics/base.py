@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_hpo._tensors import stacked_zeros, widened
+from lightning_hpo._tensors import is_on_host, stacked_zeros, widened
 from lightning_hpo.distributed import local
 
 State = dict[str, list[Tensor]]
@@ -22,7 +22,14 @@ name of a state tensor of the optimizer, in the same layout.
 
 THETA = "theta"
 
-T = TypeVar("T")
+# State entries that count steps or follow a schedule: no function of θ or g.
+_SCHEDULES = frozenset({"step", "eta", "mu", "mu_product"})
+
+Block = list[tuple[int, slice]]
+"""Positions of parameters, and which of their elements (flattened) are meant."""
+
+BLOCK = 2**18
+"""About how many elements a block has: few enough to stay in the cache of a CPU."""
 
 
 @dataclass
@@ -56,16 +63,50 @@ class OptimizerStep:
         """The learning rate of the first parameter group."""
         return float(self.options[0]["lr"])
 
-    def restricted(self, index: list[int]) -> OptimizerStep:
-        """Returns the step of some parameters alone; positions count among these."""
-        place = {i: k for k, i in enumerate(index)}
+    def blocks(self, index: Iterable[int]) -> Iterator[Block]:
+        """Splits parameters, and large ones themselves, into blocks of limited size.
+
+        Derivatives of an elementwise Φ need many temporary tensors, which are then small.
+        """
+        # Elsewhere launching an operation costs more than the memory that it takes.
+        limit = BLOCK if is_on_host(self.theta[0]) else 16 * BLOCK
+        block: Block = []
+        size = 0
+        for i in index:
+            n = self.theta[i].numel()
+            for start in range(0, max(n, 1), limit):  # sharded parameters may be empty
+                part = slice(start, min(start + limit, n))
+                block.append((i, part))
+                size += part.stop - part.start
+                if size >= limit:
+                    yield block
+                    block, size = [], 0
+        if block:
+            yield block
+
+    def restricted(self, block: Block) -> OptimizerStep:
+        """Returns the step of some elements of flattened parameters; positions count among these.
+
+        Each parameter may be in the block once.
+        """
+        place = {i: k for k, (i, _) in enumerate(block)}
+
+        def cut(tensors: Sequence[Tensor | None]) -> list[Any]:
+            return [None if (t := tensors[i]) is None else t.flatten()[part] for i, part in block]
+
+        def cut_state(i: int, part: slice) -> dict[str, Any]:
+            return {
+                name: value.flatten()[part] if is_function_of_theta(name, value) else value
+                for name, value in self.state[i].items()
+            }
+
         return OptimizerStep(
             options=self.options,
             groups=[[place[i] for i in positions if i in place] for positions in self.groups],
-            theta=pick(self.theta, index),
-            gradients=pick(self.gradients, index),
-            state=pick(self.state, index),
-            unclipped=None if self.unclipped is None else pick(self.unclipped, index),
+            theta=cut(self.theta),
+            gradients=cut(self.gradients),
+            state=[cut_state(i, part) for i, part in block],
+            unclipped=None if self.unclipped is None else cut(self.unclipped),
             frozen=[place[i] for i in self.frozen if i in place],
         )
 
@@ -186,9 +227,14 @@ class Dynamics(ABC):
         """
 
 
-def pick(values: list[T], index: list[int]) -> list[T]:
-    """Returns the values at the given positions."""
-    return [values[i] for i in index]
+def is_function_of_theta(name: str, value: Any) -> bool:
+    """Whether an entry of the optimizer's state depends on θ or g."""
+    return isinstance(value, Tensor) and value.is_floating_point() and name not in _SCHEDULES
+
+
+def pick(tensors: list[Tensor], index: list[int]) -> list[Tensor]:
+    """Returns the tensors at the given positions."""
+    return [tensors[i] for i in index]
 
 
 def put(tensors: list[Any], index: list[int], values: list[Tensor]) -> None:

@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State
-
-# State entries that count steps or follow a schedule: no function of θ or g.
-_SCHEDULES = frozenset({"step", "eta", "mu", "mu_product"})
+from lightning_hpo.dynamics.base import (
+    THETA,
+    Dynamics,
+    OptimizerStep,
+    State,
+    is_function_of_theta,
+)
 
 # Those whose step treats every element alike.
 _ELEMENTWISE = (
@@ -247,7 +250,7 @@ class GenericDynamics(Dynamics):
             p.grad = gradient(i, g)
             params[i] = p
             for name, value in step.state[i].items():
-                if _is_function_of_theta(name, value):
+                if is_function_of_theta(name, value):
                     value = state(i, name, value)
                 elif isinstance(value, Tensor):
                     value = value.clone()  # the step counts it up in place
@@ -266,7 +269,7 @@ class GenericDynamics(Dynamics):
             if result is not None:
                 result[0][i], result[1][i] = p, dict(shadow.state[p])
             for name, value in shadow.state[p].items():
-                if _is_function_of_theta(name, value):
+                if is_function_of_theta(name, value):
                     moved.setdefault(name, {})[i] = value
         return moved
 
@@ -318,10 +321,6 @@ def _tangent(value: Tensor) -> Tensor:
     primal, tangent = forward_ad.unpack_dual(value)
     result: Tensor = torch.zeros_like(primal) if tangent is None else tangent.to(primal.dtype)
     return result.detach().clone()
-
-
-def _is_function_of_theta(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and name not in _SCHEDULES
 
 
 def _unwrapped_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from lightning_hpo.distributed import (
     sum_over_shards,
     take_slices,
 )
-from lightning_hpo.dynamics import THETA, OptimizerStep, State
+from lightning_hpo.dynamics import THETA, Block, OptimizerStep, State
 from lightning_hpo.estimators.base import Network, Problem, ValidationGradient
 from lightning_hpo.objectives import Moment
 
@@ -49,20 +49,23 @@ class Tangents:
         self._problem = problem
         self._sync = sync
         self._unit = problem.unit_directions()
+        self.state: State = problem.dynamics.zeros(problem.count)
+        self._is_zero = True
         self._norms: Tensor | None = None
         self._frozen: set[int] = set()
-        self.reset()
+        self._moments: list[tuple[Moment, float]] = []
 
     def reset(self) -> None:
         """Sets all tangents to zero: earlier steps are forgotten."""
-        self.state: State = self._problem.dynamics.zeros(self._problem.count)
+        for tensors in self.state.values():
+            torch._foreach_zero_(tensors)
         self._is_zero = True
         self._norms = None
         self.discard()
 
     def discard(self) -> None:
         """Forgets the micro-batches of a step that did not happen."""
-        self._moments: list[tuple[Moment, float]] = []
+        self._moments = []
 
     def before_batch(self, moment: Moment, weight: float) -> None:
         """Keeps a micro-batch for its replay."""
@@ -132,37 +135,61 @@ class Tangents:
     ) -> None:
         """Carries some tangents through the step; completes and uses up their gradient."""
         problem = self._problem
-        is_whole = len(units) == problem.count
-        state = self.state
-        if not is_whole:
-            part = slice(units.start, units.stop)
-            state = {name: [t[part] for t in tensors] for name, tensors in self.state.items()}
+        part = slice(units.start, units.stop)
         if weights is not None:
             # The step's own gradient holds that of the penalties, which they give back.
             own = step.gradients if step.unclipped is None else step.unclipped
             pairs = [(t, g) for t, g in zip(gradient, own, strict=True) if g is not None]
             for j, weight in enumerate(weights):
                 add_scaled_([t[j] for t, _ in pairs], [g for _, g in pairs], -weight)
-        problem.add_penalty_hvp_(
-            (gradient, []), step, state[THETA], units=units, gradient_weights=weights
-        )
+        y = [t[part] for t in self.state[THETA]]
+        problem.add_penalty_hvp_((gradient, []), step, y, units=units, gradient_weights=weights)
         if problem.clipping is not None and step.unclipped is not None:
             problem.clipping.product_(step.unclipped, gradient)
-        problem.dynamics.jvp_(step, state, gradient)
-        if not is_whole:
-            self._put(state, units)
+        dynamics = problem.dynamics
+        if dynamics.nonlinear and dynamics.is_elementwise:
+            for block in step.blocks(range(len(y))):
+                self._move_block(step, part, block, gradient)
+        elif len(units) == problem.count:
+            dynamics.jvp_(step, self.state, gradient)
+        else:
+            state = {name: [t[part] for t in tensors] for name, tensors in self.state.items()}
+            dynamics.jvp_(step, state, gradient)
+            for name, tensors in state.items():
+                for i, t in enumerate(tensors):
+                    _put(t, self._whole(name, i, t.shape[1:])[part])
 
-    def _put(self, state: State, units: range) -> None:
-        """Puts some tangents in their places among all, where they have not moved in place."""
-        m = self._problem.count
+    def _move_block(
+        self, step: OptimizerStep, part: slice, block: Block, gradient: list[Tensor]
+    ) -> None:
+        """Carries some elements of some tangents through an elementwise step."""
+        state = {
+            name: [
+                rows(self._whole(name, i, tensors[i].shape[1:]))[part, elements]
+                for i, elements in block
+            ]
+            for name, tensors in self.state.items()
+        }
+        h = [rows(gradient[i])[:, elements] for i, elements in block]
+        self._problem.dynamics.jvp_(step.restricted(block), state, h)
         for name, tensors in state.items():
-            whole = self.state.setdefault(name, [t.new_zeros((m, 0)) for t in tensors])
-            for i, t in enumerate(tensors):
-                if whole[i].shape[1:] != t.shape[1:]:
-                    whole[i] = t.new_zeros((m, *t.shape[1:]))
-                place = whole[i][units.start : units.stop]
-                if place.data_ptr() != t.data_ptr():
-                    place.copy_(t)
+            for (i, elements), t in zip(block, tensors, strict=True):
+                like = self.state[THETA][i]
+                exists = t.numel() or not like.numel()  # a slice of θ may be empty
+                whole = self._whole(name, i, like.shape[1:] if exists else t.shape[1:])
+                _put(t, rows(whole)[part, elements])
+
+    def _whole(self, name: str, i: int, shape: torch.Size) -> Tensor:
+        """Returns all tangents of one tensor, as zeros where the step has just created it.
+
+        They are contiguous, so that parts of them are views.
+        """
+        like = self.state[THETA]
+        tensors = self.state.setdefault(name, [t.new_zeros((len(t), 0)) for t in like])
+        if tensors[i].shape[1:] != shape:
+            tensors[i] = tensors[i].new_zeros((len(like[i]), *shape))
+        tensors[i] = tensors[i].contiguous()
+        return tensors[i]
 
     def _follow(self) -> None:
         """Gives zero tangents to parameters that have joined the training, or left it."""
@@ -253,3 +280,9 @@ class Tangents:
         self._is_zero = bool(state["is_zero"])
         norms = state["norms"]
         self._norms = None if norms is None else norms.to(self._problem.theta[0].device)
+
+
+def _put(value: Tensor, place: Tensor) -> None:
+    """Writes a part of the tangents to its place, unless it has been computed there."""
+    if value.data_ptr() != place.data_ptr():
+        place.copy_(value)

@@ -209,12 +209,18 @@ class Problem:
 
             yield loss, theta, [leaves[i] for i in in_loss]
 
-    def _settle_before(self, moment: Moment, active: list[int]) -> None:
-        """Settles what ``auto`` stands for, as far as that is known before the first product."""
+    def settle(self, moment: Moment, gradients: list[Tensor | None] | None = None) -> None:
+        """Settles what ``auto`` stands for, as far as that is known before the first product.
+
+        Args:
+            moment: A micro-batch, at the present θ.
+            gradients: Its gradient, one per parameter, on the kernels of the training. Default:
+                taken here, where it is needed.
+        """
         if self.sharded and self.derivatives == "auto":
             self._fall_back("the parameters are sharded")
         if self.derivatives != "finite_difference" and not self._compared:
-            self._compare_kernels(moment, [self.theta[i] for i in active])
+            self._compare_kernels(moment, gradients)
 
     def _settled(self, multiply: Callable[[str], Products]) -> Products:
         """Calls ``multiply(backend)``; settles at the first call what ``auto`` stands for."""
@@ -242,16 +248,18 @@ class Problem:
         )
         self.derivatives = "finite_difference"
 
-    def _compare_kernels(self, moment: Moment, own: list[Tensor]) -> None:
+    def _compare_kernels(self, moment: Moment, gradients: list[Tensor | None] | None) -> None:
         """Sees whether the kernels that exact backends need give the gradient of the training.
 
         They do not where they draw other random numbers: inductor's dropout is not that of eager
         mode. ``auto`` then takes finite differences, which run on the kernels of the training.
         """
-        first, second = (
-            filled(self.objective.gradient(moment, own, exact=exact) or [None] * len(own), own)
-            for exact in (False, True)
-        )
+        theta = self.theta
+        none: list[Tensor | None] = [None] * len(theta)
+        if gradients is None:
+            gradients = self.objective.gradient(moment, theta) or none
+        first = filled(gradients, theta)
+        second = filled(self.objective.gradient(moment, theta, exact=True) or none, theta)
         parts = [
             torch.stack([(a - b).norm(), b.norm()]).double()
             for a, b in zip(second, first, strict=True)
@@ -536,7 +544,7 @@ class Network:
                 )
 
             if self._is_exact is None:
-                problem._settle_before(self._moment, self._active)
+                problem.settle(self._moment)
             products = problem._settled(multiply)
             if is_last or problem.derivatives != "reverse":
                 self._close()

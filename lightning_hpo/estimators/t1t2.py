@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from lightning_hpo._tensors import stacked
-from lightning_hpo.dynamics import THETA, OptimizerStep
+from lightning_hpo._tensors import rows, stacked
+from lightning_hpo.dynamics import THETA, Block, OptimizerStep
 from lightning_hpo.estimators._reverse import Window
 from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
 from lightning_hpo.objectives import Moment
-
-# Parameters are taken through the step until they have this many elements together.
-_ELEMENTS = 2**20
 
 
 class T1T2(Estimator):
@@ -131,38 +126,27 @@ class _Effect:
             for i, product in zip(index, products, strict=True):
                 parts[i].append(product)
                 self._owners[i].append(name)
-        self._stacks = [stacked(rows) if rows else None for rows in parts]
+        self._stacks = [rows(stacked(p)).contiguous() if p else None for p in parts]
         del parts
         if through_step:
-            for index in self._blocks():
-                self._pass(step.restricted(index), index)
+            by_count: dict[int, list[int]] = {}
+            for i, names_of in enumerate(self._owners):
+                by_count.setdefault(len(names_of), []).append(i)
+            for count, index in by_count.items():
+                for block in step.blocks(index) if count else ():
+                    self._pass(step.restricted(block), block)
 
-    def _blocks(self) -> Iterator[list[int]]:
-        """Yields positions of parameters on which equally many penalties act, some at a time."""
-        pending: dict[int, list[int]] = {}
-        for i, stack in enumerate(self._stacks):
-            if stack is None:
-                continue
-            block = pending.setdefault(len(stack), [])
-            block.append(i)
-            if sum(self._at(k).numel() for k in block) >= _ELEMENTS:
-                yield pending.pop(len(stack))
-        yield from pending.values()
-
-    def _at(self, i: int) -> Tensor:
-        stack = self._stacks[i]
-        assert stack is not None
-        return stack
-
-    def _pass(self, step: OptimizerStep, index: list[int]) -> None:
+    def _pass(self, step: OptimizerStep, block: Block) -> None:
         """Multiplies by ∂Φ/∂g and ∂ĝ/∂g of clipping; being diagonal, they are symmetric."""
         problem = self._problem
-        part = [self._at(i) for i in index]
+        places = [stack[:, part] for i, part in block if (stack := self._stacks[i]) is not None]
+        products = list(places)
         if problem.clipping is not None and step.unclipped is not None:
-            problem.clipping.product_(step.unclipped, part)
-        moved = problem.dynamics.vjp_(step, {THETA: part}, state_part=False)
-        for i, stack in zip(index, moved, strict=True):
-            self._stacks[i] = stack
+            problem.clipping.product_(step.unclipped, products)
+        products = problem.dynamics.vjp_(step, {THETA: products}, state_part=False)
+        for place, product in zip(places, products, strict=True):
+            if place is not product:
+                place.copy_(product)
 
     def hypergradient(self, validation: ValidationGradient) -> list[Tensor]:
         """Returns ⟨g_V, ∂θ_{t+1}/∂λ⟩, with respect to raw λ."""
