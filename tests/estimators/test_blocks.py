@@ -1,0 +1,170 @@
+"""Directions, parameters and the validation gradient taken a few at a time: the same numbers."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_hpo import T1T2, ClipR, L1Mixin, OnlineHPOCallback, UnrollK
+from lightning_hpo.derivatives import gradient_products
+from lightning_hpo.dynamics import base
+from lightning_hpo.estimators import ValidationGradient, _forward
+from tests.cases import OPTIMIZERS, Mlp, fit, flat, frozen, observe
+
+
+class Overlapping(L1Mixin, Mlp):
+    """Two penalties on the same weights, one on biases too, one frozen."""
+
+    def __init__(self, optimizer, **options):
+        super().__init__(optimizer, **options)
+        self.register_l1(0.01, parameters=["net.0.weight", "net.0.bias"])
+        self.register_l2(0.03, name="other", parameters=["net.2.weight"])
+        self.get_submodule("other").frozen = True
+
+
+class Generic(torch.optim.Adam):
+    """Takes the generic path."""
+
+
+class Subclassed(Overlapping):
+    def configure_optimizers(self):
+        return Generic(self.parameters(), lr=0.01)
+
+
+def path(estimator, model, **options):
+    return hypergradients(observe(estimator, model, **options))
+
+
+def hypergradients(callback):
+    return torch.stack([flat(record.hypergradients.values()) for record in callback.history])
+
+
+@pytest.fixture
+def few_at_a_time(monkeypatch):
+    def switch():
+        monkeypatch.setattr(_forward, "_ELEMENTS", 1)
+        monkeypatch.setattr(base, "BLOCK", 3)
+
+    return switch
+
+
+@pytest.mark.parametrize("clip", [None, (0.05, "norm"), (0.01, "value")])
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "generic"])
+@pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_directions_and_elements(derivatives, optimizer, clip, accumulate, few_at_a_time):
+    def run():
+        model = Subclassed("adam") if optimizer == "generic" else Overlapping(optimizer)
+        value, algorithm = clip or (None, None)
+        return path(
+            ClipR(5.0, decay=0.9),
+            model,
+            derivatives=derivatives,
+            steps=5,
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=value,
+            gradient_clip_algorithm=algorithm,
+        )
+
+    together = run()
+    few_at_a_time()
+    torch.testing.assert_close(run(), together, rtol=1e-9, atol=1e-16)
+    assert together.abs().min() > 0
+
+
+@pytest.mark.parametrize("clip", [None, (0.05, "norm"), (0.01, "value")])
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "generic"])
+def test_t1t2_on_penalties_is_one_step_of_unroll(optimizer, clip, few_at_a_time):
+    """T1T2 carries penalties forward; UnrollK(1) pulls g_V back."""
+    few_at_a_time()
+    value, algorithm = clip or (None, None)
+    options = {"gradient_clip_val": value, "gradient_clip_algorithm": algorithm, "steps": 5}
+
+    def model():
+        return Subclassed("adam") if optimizer == "generic" else Overlapping(optimizer)
+
+    found = path(T1T2(), model(), **options)
+    truth = path(UnrollK(1, "reverse"), model(), **options)
+    torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-16)
+    assert (truth != 0).float().mean() > 0.9
+
+
+def test_without_the_optimizer():
+    """Unroll1-gTgV is T1–T2 but for the step of the optimizer."""
+    for optimizer in ("sgd", "momentum"):  # whose first step is −η g
+        model = Overlapping(optimizer, schedule=False)
+        found = path(T1T2(scale_by_lr=False), model, steps=1)
+        rate = OPTIMIZERS[optimizer][1]["lr"]
+        truth = path(T1T2(), Overlapping(optimizer, schedule=False), steps=1)
+        torch.testing.assert_close(found * rate, truth, rtol=1e-12, atol=0)
+        assert truth.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "whole"), [(T1T2, False), (ClipR, False), (lambda: UnrollK(1), True)]
+)
+def test_who_needs_the_whole_validation_gradient(make, whole, monkeypatch):
+    calls = []
+    tensors = ValidationGradient.tensors
+    monkeypatch.setattr(
+        ValidationGradient, "tensors", lambda self: calls.append(self) or tensors(self)
+    )
+    callback = observe(make(), Mlp("momentum"), steps=3)
+    assert len(callback.history) == 3
+    assert len(calls) == (3 if whole else 0)
+
+
+def test_gradient_products():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    unused = nn.Parameter(torch.ones(2))
+    x = torch.randn(5, 3)
+    targets = [*net.parameters(), frozen, unused]
+
+    def loss():
+        return (net(x) * frozen).square().mean() + net[0].weight.pow(3).sum()
+
+    stacks = [torch.randn(m, *t.shape) for m, t in zip((1, 2, 3, 2, 2, 2), targets, strict=True)]
+    stacks[1] = None
+    truth = torch.autograd.grad(loss(), list(net.parameters()))
+    found = gradient_products(loss(), targets, stacks)
+    for i in (0, 2, 3):
+        expected = torch.tensordot(stacks[i], truth[i], dims=truth[i].dim())
+        torch.testing.assert_close(found[i], expected, rtol=1e-12, atol=0)
+    assert found[1] is found[4] is found[5] is None
+    # Nothing stays behind on the parameters.
+    after = torch.autograd.grad(loss(), list(net.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(after, truth, strict=True))
+
+
+def test_hooks_of_the_user_are_seen():
+    """A hook that changes the gradient of a parameter does so here as well."""
+    p = nn.Parameter(torch.ones(3))
+    p.register_hook(lambda g: 2 * g)
+    (found,) = gradient_products(p.sum(), [p], [torch.ones(1, 3)])
+    assert found.item() == 6.0
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    loss = embedding(torch.tensor([1, 2])).sum()
+    with pytest.raises(TypeError, match="sparse gradient, expected dense"):
+        gradient_products(loss, [embedding.weight], [torch.ones(1, 4, 2)])
+
+
+def test_parameters_that_join_between_step_and_update():
+    """They are not yet affected by λ, and do not get in the way."""
+
+    class Joins(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                extra = nn.Parameter(torch.zeros(2))
+                module.register_parameter("extra", extra)
+                trainer.optimizers[0].add_param_group({"params": [extra]})
+
+    runs = []
+    for other in (Joins(), pl.Callback()):
+        callback = OnlineHPOCallback(T1T2(), optimizer=frozen)
+        fit(Mlp("momentum", schedule=False), [other, callback], steps=4)
+        runs.append(hypergradients(callback))
+    assert torch.equal(*runs)
