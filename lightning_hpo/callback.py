@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo import compatibility
-from lightning_hpo._tensors import filled, separate, widened
+from lightning_hpo._tensors import widened
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.distributed import gather, is_sharded, local, together
 from lightning_hpo.dynamics import GradientClipping, OptimizerOptions, make_dynamics
@@ -24,11 +25,9 @@ from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.monitoring import History, HistoryRecord, log_record, make_record
 from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import PenaltyMixin
+from lightning_hpo.replay_check import ReplayCheck
 from lightning_hpo.rng import RandomState, ResumedRandomState
 from lightning_hpo.values import fixed_options, remember_options
-
-# Steps after which the gradient is compared with its replay again.
-_CHECK_EVERY = 100
 
 
 class OnlineHPOCallback(pl.Callback):
@@ -157,14 +156,6 @@ class OnlineHPOCallback(pl.Callback):
             return coming % self.estimator.stride == 0
         return any(self.should_update(coming + i) for i in range(window))
 
-    def _is_check_due(self) -> bool:
-        """Whether the coming step's gradient is compared: now and then, where there is an update.
-
-        Other steps never make the host wait for a device.
-        """
-        coming = self._steps + 1
-        return coming - self._compared_at >= _CHECK_EVERY and self.should_update(coming)
-
     # -------------------------------------------------------------------------------------- set-up
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -228,8 +219,9 @@ class OnlineHPOCallback(pl.Callback):
         self._lr = 0.0
         self._verified = False
         self._penalties_checked = False
-        self._expected: list[Tensor | None] | None = None
-        self._compared_at = 0
+        self._check = ReplayCheck(
+            self._problem, partial(compatibility.may_change_gradients, trainer, pl_module, self)
+        )
         self._ready = False
         if self._restored is None:
             self.history, self.skipped, self._steps = History(), 0, 0
@@ -299,7 +291,7 @@ class OnlineHPOCallback(pl.Callback):
         if self.estimator.replays:
             self._problem.settle(moment, gradients)
         if trainer.accumulate_grad_batches == 1:
-            self._expect(gradients)
+            self._check.expect(gradients)
         self._ready = True
 
     def _try_losses(
@@ -343,7 +335,7 @@ class OnlineHPOCallback(pl.Callback):
         of all callbacks: any of them may draw random numbers or set what the loss depends on.
         """
         self._stepped = False
-        self._expected = None  # of a batch after which the optimizer did not step
+        self._check.forget()
         self._rng.on_batch_start(trainer.strategy.root_device)
         self._observing = not self._ready or self._observes()
         if not self._observing:
@@ -376,11 +368,16 @@ class OnlineHPOCallback(pl.Callback):
         if batch_idx % accumulated == 0:
             self.estimator.discard()  # what is left of a step that overflowed
         problem = self._problem
-        if problem.reuses_gradient and compatibility.may_change_gradients(trainer, module, self):
-            problem.reuses_gradient = False  # a hook has come since
+        self._check.look_at_hooks()
         objective = problem.objective
-        if problem.is_one_sided and accumulated == 1 and self._is_check_due():
-            self._expect(objective.gradient(objective.moment(batch, batch_idx), problem.theta))
+        if (
+            problem.is_one_sided
+            and accumulated == 1
+            and self._check.is_due(self._steps + 1)
+            and self.should_update(self._steps + 1)
+        ):
+            moment = objective.moment(batch, batch_idx)
+            self._check.expect(objective.gradient(moment, problem.theta), is_regular=True)
         if self.estimator.replays:
             window = self.estimator.keeps_steps and (self.estimator.window or 1) > 1
             moment = objective.moment(batch, batch_idx, keep=True, share=window)
@@ -393,7 +390,7 @@ class OnlineHPOCallback(pl.Callback):
 
         So do one-sided differences where the gradient may change for other reasons as well.
         """
-        self._check_gradient(trainer)
+        self._check.compare(self._steps + 1)
         problem = self._problem
         if not self._observing or not (
             problem.clipping is not None
@@ -409,48 +406,6 @@ class OnlineHPOCallback(pl.Callback):
         ]
         # The module adds its penalties after this hook.
         problem.add_penalty_gradients_(self._unclipped)
-
-    def _expect(self, gradients: list[Tensor | None] | None) -> None:
-        """Keeps the gradient of a replay, to compare that of the step with it."""
-        if gradients is not None:
-            # Ranks may differ in which parameters they use, but not in what they average.
-            complete = separate(filled(gradients, self._problem.theta))
-            self._problem.average_(complete)
-            self._expected = [*complete]
-
-    def _check_gradient(self, trainer: pl.Trainer) -> None:
-        """Compares a gradient with that of its replay, and warns where they differ much."""
-        expected, self._expected = self._expected, None
-        if expected is None:
-            return
-        pairs = [
-            (widened(g), widened(local(p.grad)))
-            for p, g in zip(self._problem.theta, expected, strict=False)
-            if g is not None and p.grad is not None
-        ]
-        if not pairs:
-            return
-        is_first = self._compared_at == 0
-        if is_first or self._is_check_due():
-            self._compared_at = self._steps + 1  # not after a resume, which changes nothing
-        difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
-        scale = torch.stack([b.norm() for _, b in pairs]).norm()
-        error = float(difference / scale)
-        # A difference is divided by √ε, in which more than rounding would be seen.
-        epsilon = min(torch.finfo(g.dtype).eps for g, _ in pairs)
-        self._problem.reuses_gradient = (
-            error <= 8 * epsilon
-            and (is_first or self._problem.reuses_gradient)
-            and not compatibility.may_change_gradients(trainer, self._module, self)
-        )
-        if error > 0.05:
-            warnings.warn(
-                "OnlineHPOCallback: the gradient differs from that of a replay of its "
-                f"training_step by {error:.0%}. Either hooks change gradients, "
-                "or the loss depends on something that a replay cannot reproduce; hypergradients "
-                "will not see it",
-                stacklevel=2,
-            )
 
     def _before_optimizer_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -562,9 +517,9 @@ class OnlineHPOCallback(pl.Callback):
             self._final = self.state_dict()
         self._ready = False
         self.estimator.release()
-        for name in ("_problem", "_stream", "_validation", "_hyper_optimizer", "_options"):
+        for name in ("_problem", "_stream", "_validation", "_check", "_hyper_optimizer"):
             vars(self).pop(name, None)
-        for name in ("_module", "_hyperparameters", "_unclipped"):
+        for name in ("_options", "_module", "_hyperparameters", "_unclipped"):
             vars(self).pop(name, None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -600,7 +555,7 @@ class OnlineHPOCallback(pl.Callback):
             "estimator": {"kind": self.estimator.kind, "state": self.estimator.state_dict()},
             "gradient": {
                 "reused": self._problem.reuses_gradient,
-                "compared_at": self._compared_at,
+                "compared_at": self._check.step,
                 "derivatives": self._problem.derivatives,
             },
             "options": {n: {"value": v} for n, v in fixed_options(self._module).items()}
@@ -647,7 +602,7 @@ class OnlineHPOCallback(pl.Callback):
         if not differences.keys() & {"hyperparameters", "estimator"}:
             self.estimator.load_state_dict(state["estimator"]["state"])
             self._problem.reuses_gradient = state["gradient"]["reused"]
-            self._compared_at = state["gradient"]["compared_at"]
+            self._check.step = state["gradient"]["compared_at"]
             if self.derivatives == "auto" and state["gradient"]["derivatives"] != "reverse":
                 self._problem.derivatives = state["gradient"]["derivatives"]  # it had fallen back
         if self._options is not None:

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
 from torch.utils.data import IterableDataset
 
-import lightning_hpo.callback as callback_module
+import lightning_hpo.replay_check as replay_check
 from lightning_hpo import (
     T1T2,
     ClipR,
@@ -161,7 +161,7 @@ class Smooth(Mlp):
 @pytest.mark.parametrize("make", [ESTIMATORS["ClipR"], ESTIMATORS["stride"], ESTIMATORS["forward"]])
 def test_differences_that_reuse_gradients(make, inside_loss, tmp_path, monkeypatch):
     """A resumed training goes on reusing them, and compares them at the same steps."""
-    monkeypatch.setattr(callback_module, "_CHECK_EVERY", 7)
+    monkeypatch.setattr(replay_check, "EVERY", 7)
 
     def run(*args):
         options = {"callback_options": {"derivatives": "finite_difference"}}

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_hpo.callback as callback_module
+import lightning_hpo.replay_check as replay_check
 from lightning_hpo import (
     T1T2,
     ClipR,
@@ -344,7 +344,7 @@ class Scaled(Mlp):
 
 def test_a_gradient_that_differs_is_not_reused(monkeypatch):
     """Unseen by the look at hooks: found at the next comparison, whose step takes central ones."""
-    monkeypatch.setattr(callback_module, "_CHECK_EVERY", 4)
+    monkeypatch.setattr(replay_check, "EVERY", 4)
     counts = count_gradients(monkeypatch)
     found = observe(ClipR(5.0), Scaled("momentum"), derivatives="finite_difference", steps=10)
     truth = observe(ClipR(5.0), Mlp("momentum"), steps=10)
@@ -354,7 +354,7 @@ def test_a_gradient_that_differs_is_not_reused(monkeypatch):
 
 def test_gradients_are_compared_where_few_steps_are_seen(monkeypatch):
     """Only every other step is looked at; the comparison falls on one of them."""
-    monkeypatch.setattr(callback_module, "_CHECK_EVERY", 4)
+    monkeypatch.setattr(replay_check, "EVERY", 4)
     counts = count_gradients(monkeypatch)
     observe(ClipR(5.0, stride=2), Scaled("momentum"), derivatives="finite_difference", steps=10)
     # Two directions, none at step 2. Step 4 reuses the gradient; that of step 6 is compared first.
@@ -404,7 +404,7 @@ class Postpones(Mlp):
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_batch_without_a_step_leaves_nothing_behind(first, monkeypatch):
-    monkeypatch.setattr(callback_module, "_CHECK_EVERY", 3)
+    monkeypatch.setattr(replay_check, "EVERY", 3)
     runs = []
     for derivatives in ("finite_difference", "reverse"):
         model = Postpones("sgd", schedule=False)

@@ -1,0 +1,107 @@
+"""Whether the gradient of a step is that of its replay, on which every estimator relies."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_hpo._tensors import filled, separate, widened
+from lightning_hpo.distributed import local
+from lightning_hpo.estimators import Problem
+
+# Steps after which the gradient is compared again.
+EVERY = 100
+
+
+class ReplayCheck:
+    """Compares the gradient of a step with that of its replay: at the first, then now and then.
+
+    Where both are the same to rounding, and nothing else may change gradients, one-sided
+    differences may use the step's own. Where they differ much there is a warning.
+
+    Args:
+        problem: The problem; its ``reuses_gradient`` is set here.
+        hooks_may_change: Whether hooks may change gradients after the backward pass.
+
+    Attributes:
+        step: The step at which they were compared last; 0: not yet.
+    """
+
+    def __init__(self, problem: Problem, hooks_may_change: Callable[[], bool]) -> None:
+        self.step = 0
+        self._problem = problem
+        self._hooks_may_change = hooks_may_change
+        self._expected: list[Tensor] | None = None
+        self._is_regular = False
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to compare again, at a step after which λ is updated.
+
+        At other steps the host would have to wait for the device.
+        """
+        return step - self.step >= EVERY
+
+    def look_at_hooks(self) -> None:
+        """Gives up the step's own gradient where a hook has come since."""
+        if self._problem.reuses_gradient and self._hooks_may_change():
+            self._problem.reuses_gradient = False
+
+    def expect(self, gradients: list[Tensor | None] | None, *, is_regular: bool = False) -> None:
+        """Keeps the gradient of a replay.
+
+        Args:
+            gradients: One per parameter; None where the step has no loss.
+            is_regular: Whether this is the comparison that was due. One that a resumed training
+                makes at its start does not count: it leaves the others where they would have been.
+        """
+        self._is_regular = is_regular
+        if gradients is not None:
+            # Ranks may differ in which parameters they use, but not in what they average.
+            self._expected = separate(filled(gradients, self._problem.theta))
+            self._problem.average_(self._expected)
+
+    def forget(self) -> None:
+        """Forgets the gradient of a batch after which the optimizer did not step."""
+        self._expected = None
+
+    def compare(self, step: int) -> None:
+        """Compares the gradient in place with what is expected, if anything is.
+
+        Args:
+            step: The step, counted from 1.
+        """
+        expected, self._expected = self._expected, None
+        if expected is None:
+            return
+        problem = self._problem
+        pairs = [
+            (widened(g), widened(local(p.grad)))
+            for p, g in zip(problem.theta, expected, strict=False)
+            if p.grad is not None
+        ]
+        if not pairs:
+            return
+        is_first = self.step == 0
+        if is_first or self._is_regular:
+            self.step = step
+        difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
+        scale = torch.stack([b.norm() for _, b in pairs]).norm()
+        error = float(difference / scale)
+        # A difference is divided by √ε, in which more than rounding would be seen.
+        epsilon = min(torch.finfo(g.dtype).eps for g, _ in pairs)
+        problem.reuses_gradient = (
+            error <= 8 * epsilon
+            and (is_first or problem.reuses_gradient)
+            and not self._hooks_may_change()
+        )
+        if error > 0.05:
+            warnings.warn(
+                "OnlineHPOCallback: the gradient differs from that of a replay of its "
+                f"training_step by {error:.0%}. Either hooks change gradients, "
+                "or the loss depends on something that a replay cannot reproduce; hypergradients "
+                "will not see it",
+                stacklevel=2,
+            )
