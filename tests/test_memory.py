@@ -73,7 +73,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def peak(model, estimator=None, **options):
+def peak(model, estimator=None, clip=None, **options):
     """Returns the peak of a short training beyond the parameters, in units of θ."""
     callback = (
         []
@@ -81,7 +81,14 @@ def peak(model, estimator=None, **options):
         else [OnlineHPOCallback(estimator, optimizer=frozen, every_n_steps=2, **options)]
     )
     with LiveBytes() as live:
-        fit(model, callback, steps=6, num_sanity_val_steps=0, limit_val_batches=0)
+        fit(
+            model,
+            callback,
+            steps=6,
+            gradient_clip_val=clip,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+        )
     return live.peak / sum(p.numel() * p.element_size() for p in model.parameters())
 
 
@@ -98,6 +105,8 @@ def test_t1t2_on_penalties_adds_one_theta(make, granularity, monkeypatch):
     # Besides its own, few tensors of the size of a layer come and go.
     assert 0.9 < peak(model, T1T2()) - plain < 1 + 2 * LAYER
     assert peak(Deep(make, inside_loss=True), T1T2()) - plain > 2
+    clipped = peak(Deep(make, granularity=granularity), T1T2(), clip=0.01)
+    assert 1.9 < clipped - peak(Deep(make), clip=0.01) < 2 + 2 * LAYER
 
 
 @pytest.mark.parametrize(("make", "states"), [(momentum, 1), (adam, 2)])

@@ -57,17 +57,25 @@ class GradientClipping:
             for g, v in pairs:
                 v.mul_(g.abs() <= self.value)
             return
-        norm = self._norm([g for g, _ in pairs])
-        scale = self.value / (norm + 1e-6)
-        if is_on_host(scale) and float(scale) >= 1:
+        scale, share = self.by_norm([g for g, _ in pairs])
+        if is_on_host(scale) and float(scale) == 1:
             return
         dots = sum(rows(v) @ g.to(v.dtype).flatten() for g, v in pairs)
         assert isinstance(dots, Tensor)
-        weights = sum_over_shards(dots, self.sharded) / (norm * (norm + 1e-6))
-        # Nothing is clipped where scale ≥ 1, which a device knows before the host does.
-        weights, scale = torch.where(scale < 1, weights, 0.0), scale.clamp(max=1.0)
+        weights = share * sum_over_shards(dots, self.sharded)
         for g, v in pairs:
             v.sub_(weights.reshape(-1, *[1] * g.dim()) * g).mul_(scale)
+
+    def by_norm(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns s and a of ∂ĝ/∂g = s (I − a g gᵀ); 1 and 0 where nothing is clipped.
+
+        Args:
+            gradients: g before clipping.
+        """
+        norm = self._norm(gradients)
+        scale = self.value / (norm + 1e-6)
+        share = torch.where(scale < 1, 1 / (norm * (norm + 1e-6)), 0.0)
+        return scale.clamp(max=1.0), share
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_hpo._tensors import rows, stacked
+from lightning_hpo._tensors import is_on_host, rows, stacked
+from lightning_hpo.distributed import sum_over_shards
 from lightning_hpo.dynamics import THETA, Block, OptimizerStep
 from lightning_hpo.estimators._reverse import Window
 from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
@@ -24,10 +25,10 @@ class T1T2(Estimator):
     Cost per update: one validation gradient, and the product Bᵀα, which is free for penalties that
     act in the gradient. It does not depend on the number of λ.
 
-    Memory: where all λ are strengths of such penalties, |θ| (once per penalty on the same weight).
-    g_V is then multiplied by ∂Φ/∂g B as it arrives, and never exists as a whole. Else, or with an
-    optimizer that mixes elements, with clipping by norm or tuned optimizer options: |θ|, that of
-    g_V, and for an optimizer such as Adam, whose step is nonlinear, one of its gradient and state.
+    Memory: where all λ are strengths of such penalties, |θ| (once per penalty on the same weight,
+    and once more where clipping by norm acts). g_V is then multiplied by ∂Φ/∂g B as it arrives, and
+    never exists as a whole. Else, or with an optimizer that mixes elements or has tuned options,
+    |θ|, that of g_V, and for a nonlinear step such as Adam's one of its gradient and state.
 
     Args:
         scale_by_lr: With False, α = −g_V: the variant Unroll1-gTgV of the online-HPO paper (§4 a),
@@ -55,14 +56,11 @@ class T1T2(Estimator):
 
     @property
     def _is_direct(self) -> bool:
-        """Whether each element of θ_{t+1} depends on λ through its own penalties alone."""
+        """Whether λ acts through penalties alone, on each element of θ_{t+1} by itself."""
         problem = self.problem
         if problem.in_loss or problem.options is not None:
             return False
-        if not self.scale_by_lr:
-            return True
-        by_norm = problem.clipping is not None and not problem.clipping.by_value
-        return problem.dynamics.is_elementwise and not by_norm
+        return problem.dynamics.is_elementwise or not self.scale_by_lr
 
     @property
     def replays(self) -> bool:
@@ -98,15 +96,21 @@ class T1T2(Estimator):
         return (self._window.hypergradient if self.scale_by_lr else self._window.one_step)(g_v)
 
 
+_GRADIENT = ""
+"""Stands among the names of hyperparameters for the gradient."""
+
+
 class _Effect:
     """∂θ_{t+1}/∂λ through the penalties that act in the gradient.
 
-    Of each penalty only the part over its own weights is kept: the rest is zero where Φ and
-    clipping are elementwise.
+    With an elementwise Φ, of each penalty only the part over its own weights is kept: the rest is
+    zero. Clipping by norm (ĝ, with ∂ĝ/∂g = s (I − a g gᵀ)) adds one vector that serves them all:
+
+        ∂θ_{t+1}/∂λ = s [∂Φ/∂g B − a ⟨g, B⟩ ∂Φ/∂g g]
 
     Args:
         problem: The problem.
-        step: The step; it is not kept.
+        step: The step; it is not kept, and its gradient before clipping is used up.
         through_step: Whether ∂Φ/∂g and clipping are applied; else their place is taken by −1.
     """
 
@@ -122,12 +126,17 @@ class _Effect:
             _, rate, _ = penalty.hyperparameter.constraint.derivatives(penalty.raw)
             gradients = penalty.gradient([step.theta[i] for i in index])
             factor = rate.reshape(()).to(gradients[0].dtype)
-            products = torch._foreach_mul(gradients, factor if through_step else -factor)
-            for i, product in zip(index, products, strict=True):
+            factor = factor if through_step else -factor
+            for i, product in zip(index, torch._foreach_mul(gradients, factor), strict=True):
                 parts[i].append(product)
                 self._owners[i].append(name)
-        self._stacks = [rows(stacked(p)).contiguous() if p else None for p in parts]
-        del parts
+        self._scale: Tensor | None = None
+        if through_step and problem.clipping is not None and not problem.clipping.by_value:
+            self._clip(step, parts)
+        self._stacks: list[Tensor | None] = []
+        for own in parts:
+            self._stacks.append(rows(stacked(own)).contiguous() if own else None)
+            own.clear()  # one parameter at a time is there twice
         if through_step:
             by_count: dict[int, list[int]] = {}
             for i, names_of in enumerate(self._owners):
@@ -136,13 +145,37 @@ class _Effect:
                 for block in step.blocks(index) if count else ():
                     self._pass(step.restricted(block), block)
 
+    def _clip(self, step: OptimizerStep, parts: list[list[Tensor]]) -> None:
+        """Notes what clipping by norm does, and adds g to the vectors, where it acts."""
+        problem = self._problem
+        clipping, gradients = problem.clipping, step.unclipped
+        assert clipping is not None
+        assert gradients is not None
+        scale, share = clipping.by_norm([g for g in gradients if g is not None])
+        if is_on_host(scale) and float(scale) == 1:
+            return
+        dots = dict.fromkeys(problem.hyperparameters, torch.zeros_like(scale))
+        for g, own, names in zip(gradients, parts, self._owners, strict=True):
+            for name, part in zip(names, own, strict=True):
+                assert g is not None
+                dots[name] = dots[name] + torch.dot(part.flatten(), g.flatten())
+        together = sum_over_shards(torch.stack(list(dots.values())), problem.sharded)
+        self._scale = scale
+        self._shares = dict(zip(dots, (share * together).unbind(), strict=True))
+        for g, own, names in zip(gradients, parts, self._owners, strict=True):
+            if g is not None:
+                own.append(g)
+                names.append(_GRADIENT)
+        step.unclipped = None
+
     def _pass(self, step: OptimizerStep, block: Block) -> None:
-        """Multiplies by ∂Φ/∂g and ∂ĝ/∂g of clipping; being diagonal, they are symmetric."""
+        """Multiplies by ∂Φ/∂g, and by ∂ĝ/∂g of clipping by value: diagonal, hence symmetric."""
         problem = self._problem
         places = [stack[:, part] for i, part in block if (stack := self._stacks[i]) is not None]
         products = list(places)
-        if problem.clipping is not None and step.unclipped is not None:
-            problem.clipping.product_(step.unclipped, products)
+        clipping = problem.clipping
+        if clipping is not None and clipping.by_value and step.unclipped is not None:
+            clipping.product_(step.unclipped, products)
         products = problem.dynamics.vjp_(step, {THETA: products}, state_part=False)
         for place, product in zip(places, products, strict=True):
             if place is not product:
@@ -152,10 +185,15 @@ class _Effect:
         """Returns ⟨g_V, ∂θ_{t+1}/∂λ⟩, with respect to raw λ."""
         raws = {name: h.raw for name, h in self._problem.hyperparameters.items()}
         totals = {name: torch.zeros_like(raw) for name, raw in raws.items()}
+        totals[_GRADIENT] = next(iter(raws.values())).new_zeros(())
         # Parameters that have joined since are not yet affected.
         joined = len(self._problem.theta) - len(self._stacks)
         products = validation.products([*self._stacks, *[None] * joined])
         for names, dots in zip(self._owners, products, strict=False):
             for name, dot in zip(names, dots, strict=True):
                 totals[name] += dot.reshape(totals[name].shape)
+        along = totals.pop(_GRADIENT)
+        if self._scale is not None:
+            for name, total in totals.items():
+                total.sub_(self._shares[name] * along).mul_(self._scale)
         return list(totals.values())
