@@ -26,6 +26,15 @@ class AdamDynamics(Dynamics):
     (dead ReLUs, unused embedding rows) get zero tangents instead of 0 · ∞ = NaN.
     """
 
+    def capture(self, *, keep: bool = False) -> OptimizerStep:
+        """Records the step; see :meth:`Dynamics.capture`.
+
+        A fused or capturable optimizer counts its steps on the device, which is waited for once.
+        """
+        step = super().capture(keep=keep)
+        step.counts = _counts(step)
+        return step
+
     def zeros(self, m: int) -> State:
         """Returns zeros for θ, m and v."""
         state = super().zeros(m)
@@ -143,10 +152,9 @@ class _Point(NamedTuple):
 
 
 def _counts(step: OptimizerStep) -> list[float]:
-    """Returns how many steps each parameter has taken.
-
-    A fused or capturable optimizer keeps these numbers on the device, which is waited for once.
-    """
+    """Returns how many steps each parameter has taken."""
+    if step.counts:
+        return step.counts
     known = {i: s["step"] for i, s in enumerate(step.state) if "step" in s}
     counts = [0.0] * len(step.state)  # before its first step a parameter has no state
     if known:

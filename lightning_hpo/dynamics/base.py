@@ -48,6 +48,7 @@ class OptimizerStep:
         unclipped: The gradient before clipping, and before hooks of the user's that may change it;
             None where it is the same, or is not needed.
         frozen: The positions of parameters that did not require grad.
+        counts: How many steps each parameter has taken, for an optimizer that depends on it.
     """
 
     options: list[dict[str, Any]]
@@ -57,6 +58,7 @@ class OptimizerStep:
     state: list[dict[str, Any]]
     unclipped: list[Tensor | None] | None = None
     frozen: list[int] = field(default_factory=list)
+    counts: list[float] = field(default_factory=list)
 
     @property
     def lr(self) -> float:
@@ -108,6 +110,7 @@ class OptimizerStep:
             state=[cut_state(i, part) for i, part in block],
             unclipped=None if self.unclipped is None else cut(self.unclipped),
             frozen=[place[i] for i in self.frozen if i in place],
+            counts=[self.counts[i] for i, _ in block] if self.counts else [],
         )
 
     def parts(

@@ -119,7 +119,7 @@ class Tangents:
                     products, weights = at.one_sided(y, e, norms[part])
                 else:
                     is_last = network is None or units.stop == self._problem.count
-                    products, _ = at.hvp(y, e, lambda_part=False, sync=self._sync, is_last=is_last)
+                    products, _ = at.hvp(y, e, lambda_part=False, sync=False, is_last=is_last)
             if factor != 1.0:
                 torch._foreach_mul_(products, factor)
             if total is None:
@@ -128,6 +128,8 @@ class Tangents:
                 torch._foreach_add_(total, products)
         if total is None:
             total, _ = self._problem.zeros(len(units), lambda_part=False)
+        if self._sync:
+            self._problem.average_(total)
         return total, weights
 
     def _advance(
@@ -137,7 +139,7 @@ class Tangents:
         problem = self._problem
         part = slice(units.start, units.stop)
         if weights is not None:
-            # The step's own gradient holds that of the penalties, which they give back.
+            # The step's own gradient holds that of the penalties too, which they add again below.
             own = step.gradients if step.unclipped is None else step.unclipped
             pairs = [(t, g) for t, g in zip(gradient, own, strict=True) if g is not None]
             for j, weight in enumerate(weights):

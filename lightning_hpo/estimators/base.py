@@ -577,8 +577,8 @@ class Network:
             u_norms: ‖u‖ of each direction ``(m,)``.
 
         Returns:
-            One tensor ``(m, *p.shape)`` per parameter, averaged over the ranks, and the weights
-            ``(m,)``, the same for all micro-batches of a step.
+            One tensor ``(m, *p.shape)`` per parameter, of this rank alone; and the weights
+            ``(m,)``, the same for all micro-batches of a step, and on all ranks where u is.
         """
         problem = self._problem
         loss, theta, lam = self._open(exact=False)
@@ -587,9 +587,8 @@ class Network:
         )
         self._close()
         result = _spread(products, self._active, problem.theta, len(weights))
-        problem.average_(result)
         if problem.in_loss:
-            torch._foreach_add_(result, self.hvp(None, e, lambda_part=False)[0])
+            torch._foreach_add_(result, self.hvp(None, e, lambda_part=False, sync=False)[0])
         return result, weights
 
 
