@@ -67,13 +67,13 @@ def add_scaled_(targets: Sequence[Tensor], values: Sequence[Tensor], factor: Ten
         torch._foreach_addcmul_(list(targets), list(values), [scale] * len(targets))
 
 
-def separate(tensors: Sequence[Tensor]) -> list[Tensor]:
+def separate(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[Tensor]:
     """Returns tensors that can be written to in place; copies those that share memory.
 
-    Autograd may return one tensor as the gradient of several leaves, an expanded one, or parts of
-    one that overlap (the gradients of what was concatenated).
+    Autograd may return one tensor as the gradient of several leaves, an expanded one, parts of one
+    that overlap (the gradients of what was concatenated), or one of ``others`` that it was given.
     """
-    seen: set[int] = set()
+    seen = {t.untyped_storage().data_ptr() for t in others}
     result = []
     for t in tensors:
         storage = t.untyped_storage()
@@ -113,3 +113,16 @@ def holding(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[Non
     finally:
         for t, data in zip(tensors, before, strict=True):
             t.data = data
+
+
+@contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Keeps the user's hooks on leaf tensors from what is no gradient of the training."""
+    kept = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    try:
+        for hooks, _ in kept:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)

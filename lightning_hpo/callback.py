@@ -288,7 +288,7 @@ class OnlineHPOCallback(pl.Callback):
         if self._restored is not None:
             self._restore(self._restored)
             self._restored = None
-        if self.estimator.replays:
+        if self.estimator.replay != "never":
             self._problem.settle(moment, gradients)
         if trainer.accumulate_grad_batches == 1:
             self._check.expect(gradients)
@@ -368,37 +368,37 @@ class OnlineHPOCallback(pl.Callback):
         if batch_idx % accumulated == 0:
             self.estimator.discard()  # what is left of a step that overflowed
         problem = self._problem
+        problem.replays_at_once = accumulated > 1 or compatibility.may_interfere(
+            trainer, module, self
+        )
         self._check.look_at_hooks()
         objective = problem.objective
         if (
             problem.is_one_sided
-            and accumulated == 1
             and self._check.is_due(self._steps + 1)
             and self.should_update(self._steps + 1)
         ):
             moment = objective.moment(batch, batch_idx)
             self._check.expect(objective.gradient(moment, problem.theta), is_regular=True)
-        if self.estimator.replays:
-            window = self.estimator.keeps_steps and (self.estimator.window or 1) > 1
-            moment = objective.moment(batch, batch_idx, keep=True, share=window)
-            self.estimator.before_batch(moment, 1 / accumulated)
+        replay = self.estimator.replay
+        if replay == "never":
+            return
+        if replay == "after_step":
+            is_window = self.estimator.window is not None and self.estimator.window > 1
+            moment = objective.moment(batch, batch_idx, keep="later", share=is_window)
+        elif problem.replays_at_once:
+            moment = objective.moment(batch, batch_idx)
+        else:
+            moment = objective.moment(batch, batch_idx, keep="step")
+        self.estimator.before_batch(moment, 1 / accumulated)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Keeps the gradient before it is clipped: the derivative of clipping needs it.
-
-        So do one-sided differences where the gradient may change for other reasons as well.
-        """
+        """Keeps the gradient before it is clipped: the derivative of clipping needs it."""
         self._check.compare(self._steps + 1)
         problem = self._problem
-        if not self._observing or not (
-            problem.clipping is not None
-            or (
-                problem.is_one_sided
-                and compatibility.may_change_gradients_later(pl_module, optimizer)
-            )
-        ):
+        if not self._observing or problem.clipping is None:
             return
         self._unclipped = [
             None if p.grad is None else widened(local(p.grad.detach()).clone())

@@ -34,8 +34,16 @@ _REFUSED_OPTIMIZERS = {
 }
 
 
-# Hooks of a module that see the gradient after the callback has.
-_LATE_HOOKS = ("on_before_optimizer_step", "optimizer_step")
+# Hooks of modules and callbacks between the start of a batch and the optimizer's step.
+_BETWEEN = (
+    "on_before_zero_grad",
+    "optimizer_zero_grad",
+    "on_before_backward",
+    "backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "optimizer_step",
+)
 
 
 def check_trainer(
@@ -359,23 +367,28 @@ def may_change_gradients(
             for other in others
             for hook in ("on_after_backward", "on_before_optimizer_step")
         )
-        or any(p._post_accumulate_grad_hooks for p in module.parameters())
+        or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters())
     )
 
 
-def may_change_gradients_later(
-    module: pl.LightningModule, optimizer: torch.optim.Optimizer
-) -> bool:
-    """Whether some hook may change the gradient between this callback and the optimizer's step.
+def may_interfere(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback) -> bool:
+    """Whether some hook stands between the start of a batch and the optimizer's step.
 
-    Penalties do, and so does the Trainer's clipping, but both are known.
+    It may change parameters, gradients or what the loss depends on: a step can then be replayed at
+    the start of its batch only.
     """
+    (optimizer,) = trainer.optimizers
     known = {
-        vars(kind).get(hook) for kind in (PenaltyMixin, pl.LightningModule) for hook in _LATE_HOOKS
+        getattr(kind, hook) for kind in (PenaltyMixin, pl.LightningModule) for hook in _BETWEEN
     }
     return (
-        any(
-            hook in vars(module) or getattr(type(module), hook) not in known for hook in _LATE_HOOKS
+        any(hook in vars(module) or getattr(type(module), hook) not in known for hook in _BETWEEN)
+        or any(
+            is_overridden(hook, other, parent=pl.Callback)
+            for other in trainer.callbacks  # type: ignore[attr-defined]
+            if other is not callback
+            for hook in _BETWEEN
+            if hasattr(pl.Callback, hook)
         )
         or len(optimizer._optimizer_step_pre_hooks) > 1  # one is that of the callback
         or bool(_global_optimizer_pre_hooks)

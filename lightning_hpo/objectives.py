@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_hpo._tensors import without_hooks
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.kernels import (
@@ -97,15 +98,21 @@ class TrainingObjective:
         return _loss_scale(self._trainer)
 
     def moment(
-        self, batch: Any, batch_idx: int, *, keep: bool = False, share: bool = False
+        self,
+        batch: Any,
+        batch_idx: int,
+        *,
+        keep: Literal["step", "later"] | None = None,
+        share: bool = False,
     ) -> Moment:
         """Records the present as the start of a ``training_step``.
 
         Args:
             batch: The batch, on the device.
             batch_idx: Its index in the epoch.
-            keep: Whether the replay happens later; costs a copy of the batch, the random state, the
-                buffers and the modules' own attributes.
+            keep: Whether the replay happens later, in the same step or after it. Costs a copy of
+                the batch, the random state, the buffers and the modules' own attributes, and after
+                the step also of frozen parameters.
             share: Whether large tensors that have not changed since the last moment that was kept
                 are shared with it. The host then waits for the device to compare them.
         """
@@ -119,7 +126,9 @@ class TrainingObjective:
         if keep:
             moment.batch = copy_batch(batch)
             previous = self._previous if share else None
-            moment.state = capture_state(self._module, previous.state if previous else None)
+            moment.state = capture_state(
+                self._module, previous.state if previous else None, frozen=keep == "later"
+            )
             if previous is not None:
                 moment.rng.share_with(previous.rng)
             if share:
@@ -354,7 +363,8 @@ class ValidationObjective:
             loss = _check_validation_loss(output, origin)
             # As in training: without its factor, gradients in float16 would vanish.
             scale = _loss_scale(self._trainer)
-            yield loss * scale, scale
+            with without_hooks(module.parameters()):
+                yield loss * scale, scale
 
     def _evaluate(self, batch: Any, batch_idx: int, logged: dict[str, Any]) -> tuple[Any, str]:
         """Returns the loss, and where it comes from."""

@@ -137,18 +137,21 @@ ModuleState = dict[int, tuple[dict[str, "Tensor | None"], dict[str, Any]]]
 """Copies of the buffers and of the plain attributes, by the ``id`` of the module that owns them."""
 
 
-def capture_state(module: nn.Module, previous: ModuleState | None = None) -> ModuleState:
+def capture_state(
+    module: nn.Module, previous: ModuleState | None = None, *, frozen: bool = True
+) -> ModuleState:
     """Copies the buffers, frozen parameters and attributes of a module tree, for a later replay.
 
     Args:
         module: The module.
         previous: What was captured at the moment before. Large tensors that have not changed since
             are shared with it, so that a long window holds them once.
+        frozen: Whether frozen parameters are copied too; they do not change within a step.
     """
     copied: dict[int, Any] = {}
     state: ModuleState = {}
 
-    keeps_frozen = not _has_frozen_backbone(module)
+    keeps_frozen = frozen and not _has_frozen_backbone(module)
 
     def copy_own(value: Any) -> Any:
         return _copied(value, copied)

@@ -64,7 +64,9 @@ def gradient_products(
     """
     products: list[Tensor | None] = [None] * len(targets)
 
-    def multiply(i: int, g: Tensor) -> Tensor:
+    def multiply(i: int, g: Tensor | None) -> Tensor | None:
+        if g is None:  # a backward function that returns None
+            return None
         _check_dense(g)
         y = stacks[i]
         if y is not None:

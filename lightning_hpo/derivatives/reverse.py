@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from lightning_hpo._tensors import stacked, stacked_zeros
+from lightning_hpo._tensors import stacked, stacked_zeros, without_hooks
 
 if TYPE_CHECKING:
     from lightning_hpo.derivatives.joint_hvp import Loss
@@ -59,7 +59,8 @@ def joint_hvp(
             for edge, source, direction in zip(graph.edges, sources, directions, strict=True)
             if edge is not None
         ]
-        products = _pull_back(live, targets, m, is_kept=graph.is_kept)
+        with without_hooks(targets):
+            products = _pull_back(live, targets, m, is_kept=graph.is_kept)
     split = len(theta) if theta_part else 0
     return products[:split], products[split:]
 

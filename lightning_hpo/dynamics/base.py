@@ -45,8 +45,7 @@ class OptimizerStep:
         gradients: The gradient that the optimizer receives (after unscaling and clipping); None for
             a parameter that takes no part in this step.
         state: The optimizer's state of each parameter before this step.
-        unclipped: The gradient before clipping, and before hooks of the user's that may change it;
-            None where it is the same, or is not needed.
+        unclipped: The gradient before clipping; None where the Trainer clips nothing.
         frozen: The positions of parameters that did not require grad.
         counts: How many steps each parameter has taken, for an optimizer that depends on it.
     """
@@ -68,7 +67,8 @@ class OptimizerStep:
     def blocks(self, index: Iterable[int]) -> Iterator[Block]:
         """Splits parameters, and large ones themselves, into blocks of limited size.
 
-        Derivatives of an elementwise Φ need many temporary tensors, which are then small.
+        Derivatives of an elementwise Φ need many temporary tensors, which are then small. A
+        parameter that is not contiguous stays whole: flattening it takes a copy.
         """
         # Elsewhere launching an operation costs more than the memory that it takes.
         limit = BLOCK if is_on_host(self.theta[0]) else 16 * BLOCK
@@ -76,8 +76,9 @@ class OptimizerStep:
         size = 0
         for i in index:
             n = self.theta[i].numel()
-            for start in range(0, max(n, 1), limit):  # sharded parameters may be empty
-                part = slice(start, min(start + limit, n))
+            length = limit if self.theta[i].is_contiguous() else n
+            for start in range(0, max(n, 1), max(length, 1)):  # sharded parameters may be empty
+                part = slice(start, min(start + length, n))
                 block.append((i, part))
                 size += part.stop - part.start
                 if size >= limit:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -33,11 +32,9 @@ class Tangents:
         ṡ_{t+1} = ∂Φ/∂s ṡ_t + ∂Φ/∂g (H y_t + B)
 
     Online-HPO paper, eq. 7, with the user's optimizer in the place of plain gradient descent.
-    Memory: (1 + number of optimizer state tensors) |θ| per scalar λ, and while a step is under way
-    one H y + B, and with finite differences the displaced θ.
-
-    Where gradients are accumulated, and not all directions are carried at a time, each replays the
-    micro-batches anew.
+    Memory: (1 + number of optimizer state tensors) |θ| per scalar λ. H y + B is formed right before
+    the step, for a few directions at a time; where the step must be replayed at its batch, for all
+    of them, which takes |θ| per scalar λ in between.
 
     Args:
         problem: The problem.
@@ -53,7 +50,8 @@ class Tangents:
         self._is_zero = True
         self._norms: Tensor | None = None
         self._frozen: set[int] = set()
-        self._moments: list[tuple[Moment, float]] = []
+        self._moment: Moment | None = None
+        self._gradients: list[Tensor] | None = None
 
     def reset(self) -> None:
         """Sets all tangents to zero: earlier steps are forgotten."""
@@ -65,44 +63,57 @@ class Tangents:
 
     def discard(self) -> None:
         """Forgets the micro-batches of a step that did not happen."""
-        self._moments = []
+        self._moment = self._gradients = None
 
     def before_batch(self, moment: Moment, weight: float) -> None:
-        """Keeps a micro-batch for its replay."""
-        self._moments.append((moment, weight))
+        """Keeps a micro-batch for its replay, or adds its H y + B to that of the step."""
+        problem = self._problem
+        if not problem.replays_at_once:
+            self._moment = moment
+            return
+        self._follow()
+        with problem.network(moment) as network:
+            products, _ = self._gradient(network, range(problem.count))
+        if weight != 1.0:
+            torch._foreach_mul_(products, weight)
+        if self._gradients is None:
+            self._gradients = products
+        else:
+            torch._foreach_add_(self._gradients, products)
 
     def before_step(self, step: OptimizerStep) -> None:
         """Moves the tangents along with θ."""
         self._follow()
         problem = self._problem
-        is_one_sided = self._sync and problem.is_one_sided and not self._is_zero
-        norms = self.norms() if is_one_sided else None
         m = problem.count
-        size = max(1, _ELEMENTS // max(1, sum(local(p).numel() for p in problem.theta)))
-        chunks = [range(start, min(start + size, m)) for start in range(0, m, size)]
-        with ExitStack() as stack:
-            # The replay of a single micro-batch serves all directions.
-            network = (
-                stack.enter_context(problem.network(self._moments[0][0]))
-                if len(self._moments) == 1
-                else None
-            )
-            for units in chunks:
-                self._advance(step, units, *self._gradient(units, norms, network))
+        if self._moment is not None:
+            norms = None
+            if self._sync and problem.is_one_sided and not self._is_zero:
+                norms = self.norms()
+            size = max(1, _ELEMENTS // max(1, sum(local(p).numel() for p in problem.theta)))
+            with problem.network(self._moment) as network:
+                for start in range(0, m, size):
+                    units = range(start, min(start + size, m))
+                    self._advance(step, units, *self._gradient(network, units, norms))
+        else:
+            gradients, self._gradients = self._gradients, None
+            if gradients is None:
+                gradients, _ = problem.zeros(m, lambda_part=False)
+            self._advance(step, range(m), gradients, None)
         problem.add_option_tangents_(step, self.state, self._unit)
         self._is_zero = False
         self._norms = None
         self.discard()
 
     def _gradient(
-        self, units: range, norms: Tensor | None, network: Network | None
+        self, network: Network, units: range, norms: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Returns the network's H y + B in some directions, over all micro-batches.
+        """Returns the network's H y + B in some directions.
 
         Args:
+            network: The micro-batch.
             units: The directions.
             norms: ‖y‖, where differences are to be one-sided.
-            network: The replay of the only micro-batch, if there is but one.
 
         Returns:
             One tensor per parameter, and the weights of the gradient that remains to be subtracted
@@ -111,26 +122,15 @@ class Tangents:
         part = slice(units.start, units.stop)
         y = None if self._is_zero else [t[part] for t in self.state[THETA]]
         e = [t[part] for t in self._unit]
-        total: list[Tensor] | None = None
         weights = None
-        for moment, factor in self._moments:
-            with self._problem.network(moment) if network is None else nullcontext(network) as at:
-                if norms is not None and y is not None:
-                    products, weights = at.one_sided(y, e, norms[part])
-                else:
-                    is_last = network is None or units.stop == self._problem.count
-                    products, _ = at.hvp(y, e, lambda_part=False, sync=False, is_last=is_last)
-            if factor != 1.0:
-                torch._foreach_mul_(products, factor)
-            if total is None:
-                total = products
-            else:
-                torch._foreach_add_(total, products)
-        if total is None:
-            total, _ = self._problem.zeros(len(units), lambda_part=False)
+        if norms is not None and y is not None:
+            products, weights = network.one_sided(y, e, norms[part])
+        else:
+            is_last = units.stop == self._problem.count
+            products, _ = network.hvp(y, e, lambda_part=False, sync=False, is_last=is_last)
         if self._sync:
-            self._problem.average_(total)
-        return total, weights
+            self._problem.average_(products)
+        return products, weights
 
     def _advance(
         self, step: OptimizerStep, units: range, gradient: list[Tensor], weights: Tensor | None
@@ -246,6 +246,7 @@ class Tangents:
 
         The product is NaN where ‖y‖ has overflowed.
         """
+        self._follow()  # parameters that have joined since the step
         y = self.state[THETA]
         if self._sync:
             total = torch.stack(validation.products(y)).sum(0)

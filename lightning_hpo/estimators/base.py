@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -58,6 +58,8 @@ class Problem:
         in_loss: The names of the λ that the training loss itself depends on.
         reuses_gradient: Whether the gradient of the real step has been seen to be that of a replay.
         sharded: Whether the parameters are sharded.
+        replays_at_once: Whether a step that is replayed before it happens must be so at its batch:
+            gradients are accumulated, or hooks may change what it depends on before it happens.
     """
 
     objective: TrainingObjective
@@ -70,6 +72,7 @@ class Problem:
     in_loss: set[str] = field(default_factory=set)
     reuses_gradient: bool = False
     sharded: bool = False
+    replays_at_once: bool = False
     _compared: bool = field(default=False, init=False)
 
     @property
@@ -153,6 +156,7 @@ class Problem:
         """Whether one-sided differences may take the place of central ones now."""
         return (
             self.reuses_gradient
+            and not self.replays_at_once
             and self.derivatives == "finite_difference"
             and not self.sharded
             and self.objective.rounding is None  # √ε would be far too wide
@@ -550,7 +554,7 @@ class Network:
                 self._close()
         raws = [h.raw for h in problem.hyperparameters.values()]
         split = len(products[0])
-        separated = separate([*products[0], *products[1]])
+        separated = separate([*products[0], *products[1]], [*(u or ()), *(e or ())])
         theta_result, lam_result = [], []
         if theta_part:
             theta_result = _spread(separated[:split], self._active, problem.theta, m)
@@ -663,7 +667,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def before_batch(self, moment: Moment, weight: float) -> None:
-        """Keeps a micro-batch before it is trained on, for its replay.
+        """Sees a micro-batch before it is trained on.
 
         Args:
             moment: The micro-batch.
@@ -692,9 +696,13 @@ class Estimator(ABC):
         return type(self).__name__
 
     @property
-    def replays(self) -> bool:
-        """Whether ``training_step`` is replayed; else :meth:`before_batch` is not called."""
-        return True
+    def replay(self) -> Literal["never", "before_step", "after_step"]:
+        """When ``training_step`` is replayed; :meth:`before_batch` is called unless it never is.
+
+        A replay before the step may come as late as in :meth:`before_step`, unless
+        ``problem.replays_at_once``: then it must be in :meth:`before_batch`.
+        """
+        return "after_step"
 
     @property
     def keeps_steps(self) -> bool:

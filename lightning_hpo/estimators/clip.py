@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import is_on_host
@@ -28,8 +29,13 @@ class ClipR(Estimator):
     clipped tangent keeps its old direction, and with it the sign of the hypergradient.
 
     Cost per step: one product with the joint Hessian per scalar λ; per update, one validation
-    gradient. Memory: (1 + number of optimizer state tensors) |θ| per scalar λ, and one or two |θ|
-    more, whatever the number of λ, while a step is under way.
+    gradient.
+
+    Memory: (1 + number of optimizer state tensors) |θ| per scalar λ. While a step is under way, its
+    product besides, whatever the number of λ: about 1.5 |θ|, with differences 2 |θ|, and the
+    gradient before clipping; and what a replay depends on, a copy of the batch and the buffers.
+    Where gradients are accumulated, or a hook of the module or of another callback stands between
+    batch and step and may change either, all products are formed at the batch: |θ| per scalar λ.
 
     Args:
         radius: r, in the units of θ per unit of raw λ; ``inf`` is RTHO (Franceschi et al. 2017).
@@ -79,15 +85,23 @@ class ClipR(Estimator):
         """Starts a training from y = 0."""
         super().setup(problem)
         self._tangents = Tangents(problem, self.sync_tangents)
+        self._fresh_step = False
+
+    @property
+    def replay(self) -> Literal["before_step"]:
+        """Before the step."""
+        return "before_step"
 
     def before_batch(self, moment: Moment, weight: float) -> None:
-        """Keeps the micro-batch."""
+        """Forgets by γ per step; then keeps the micro-batch, or its product."""
+        if self._fresh_step and self.decay != 1.0:
+            with torch.no_grad():
+                self._tangents.scale_(self.decay**self.stride)
+        self._fresh_step = False
         self._tangents.before_batch(moment, weight)
 
     def before_step(self, step: OptimizerStep) -> None:
-        """Lets the tangents forget by γ per step, advances them and clips them."""
-        if self.decay != 1.0:
-            self._tangents.scale_(self.decay**self.stride)
+        """Advances the tangents and clips them."""
         if self.stride > 1:
             longer = [{**o, "lr": float(o["lr"]) * self.stride} for o in step.options]
             step = replace(step, options=longer)
@@ -97,6 +111,7 @@ class ClipR(Estimator):
             # Where looking would make the host wait for a device, the product by one is cheaper.
             if not is_on_host(norms) or bool((norms > self.radius).any()):
                 self._tangents.scale_(self.radius / norms.clamp(min=self.radius))
+        self._fresh_step = True
 
     def discard(self) -> None:
         """Forgets the micro-batches of a step that did not happen."""
@@ -114,8 +129,9 @@ class ClipR(Estimator):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the tangents."""
-        return self._tangents.state_dict()
+        return {**self._tangents.state_dict(), "fresh_step": self._fresh_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the tangents."""
         self._tangents.load_state_dict(state)
+        self._fresh_step = bool(state["fresh_step"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -63,9 +65,9 @@ class T1T2(Estimator):
         return problem.dynamics.is_elementwise or not self.scale_by_lr
 
     @property
-    def replays(self) -> bool:
-        """Where some λ acts inside the training loss."""
-        return bool(self.problem.in_loss)
+    def replay(self) -> Literal["never", "after_step"]:
+        """After the step, where some λ acts inside the training loss; else never."""
+        return "after_step" if self.problem.in_loss else "never"
 
     @property
     def keeps_steps(self) -> bool:
@@ -156,8 +158,9 @@ class _Effect:
             return
         dots = dict.fromkeys(problem.hyperparameters, torch.zeros_like(scale))
         for g, own, names in zip(gradients, parts, self._owners, strict=True):
+            if g is None:
+                continue
             for name, part in zip(names, own, strict=True):
-                assert g is not None
                 dots[name] = dots[name] + torch.dot(part.flatten(), g.flatten())
         together = sum_over_shards(torch.stack(list(dots.values())), problem.sharded)
         self._scale = scale

@@ -119,12 +119,17 @@ class UnrollK(Estimator):
         return f"UnrollK({self.k}, {mode!r})"
 
     @property
+    def replay(self) -> Literal["before_step", "after_step"]:
+        """Before the step in forward mode, after the window in reverse mode."""
+        return "before_step" if isinstance(self._mechanism, Tangents) else "after_step"
+
+    @property
     def keeps_steps(self) -> bool:
         """In reverse mode, steps are differentiated at the end of the window."""
         return isinstance(self._mechanism, Window)
 
     def before_batch(self, moment: Moment, weight: float) -> None:
-        """Keeps the micro-batch."""
+        """Multiplies with the joint Hessian, or keeps the micro-batch."""
         if self.restart and self._start is None:
             self._start = Snapshot(self.problem)
         self._mechanism.before_batch(moment, weight)

@@ -1,15 +1,14 @@
 """Directions, parameters and the validation gradient taken a few at a time: the same numbers."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 
-from lightning_hpo import T1T2, ClipR, L1Mixin, OnlineHPOCallback, UnrollK
+from lightning_hpo import T1T2, ClipR, L1Mixin, UnrollK
 from lightning_hpo.derivatives import gradient_products
 from lightning_hpo.dynamics import base
 from lightning_hpo.estimators import ValidationGradient, _forward
-from tests.cases import OPTIMIZERS, Mlp, fit, flat, frozen, observe
+from tests.cases import OPTIMIZERS, Mlp, flat, observe
 
 
 class Overlapping(L1Mixin, Mlp):
@@ -150,21 +149,3 @@ def test_sparse_gradients_are_refused():
     loss = embedding(torch.tensor([1, 2])).sum()
     with pytest.raises(TypeError, match="sparse gradient, expected dense"):
         gradient_products(loss, [embedding.weight], [torch.ones(1, 4, 2)])
-
-
-def test_parameters_that_join_between_step_and_update():
-    """They are not yet affected by λ, and do not get in the way."""
-
-    class Joins(pl.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            if trainer.global_step == 2:
-                extra = nn.Parameter(torch.zeros(2))
-                module.register_parameter("extra", extra)
-                trainer.optimizers[0].add_param_group({"params": [extra]})
-
-    runs = []
-    for other in (Joins(), pl.Callback()):
-        callback = OnlineHPOCallback(T1T2(), optimizer=frozen)
-        fit(Mlp("momentum", schedule=False), [other, callback], steps=4)
-        runs.append(hypergradients(callback))
-    assert torch.equal(*runs)

@@ -1,0 +1,271 @@
+"""Hooks between the start of a batch and the optimizer's step, and what they change."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_hpo import T1T2, ClipR, L2Mixin, OnlineHPOCallback, UnrollK, named_hyperparameters
+from lightning_hpo.derivatives import gradient_products
+from lightning_hpo.objectives import TrainingObjective
+from tests.cases import (
+    Mlp,
+    fit,
+    frozen,
+    last_hypergradient,
+    observe,
+    relative_error,
+    validation_loss,
+)
+
+FORWARD = pytest.mark.parametrize("make", [lambda: ClipR(math.inf), lambda: UnrollK(10, "forward")])
+BACKENDS = pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
+
+
+def truth(make):
+    """Central differences of the whole training over raw λ."""
+    result = []
+    for i, name in enumerate(named_hyperparameters(make())):
+        losses = []
+        for sign in (1, -1):
+            model = make()
+            named_hyperparameters(model)[name].raw.add_(sign * 1e-4)
+            fit(model)
+            losses.append(validation_loss(model))
+        result.append((losses[0] - losses[1]) / 2e-4)
+        assert i < 2
+    return torch.tensor(result)
+
+
+class WeightNoise(Mlp):
+    """Takes the gradient at θ plus noise, and steps from θ."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        generator = torch.Generator().manual_seed(self.global_step)
+        self.kept = [p.detach().clone() for p in self.parameters()]
+        for p in self.parameters():
+            p.data.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
+
+    def on_before_optimizer_step(self, optimizer):
+        for p, value in zip(self.parameters(), self.kept, strict=True):
+            p.data.copy_(value)
+        super().on_before_optimizer_step(optimizer)
+
+
+class Schedule:
+    def __init__(self):
+        self.factor = 1.0
+
+    def __call__(self):
+        return self.factor
+
+
+class Scheduled(Mlp):
+    """Keeps a schedule outside of the module tree, and moves it on after the forward pass."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.factor = Schedule().__call__
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.factor()
+
+    def on_before_zero_grad(self, optimizer):
+        self.factor.__self__.factor *= 0.9
+
+
+class LateNoise(pl.Callback):
+    """The same as WeightNoise in the hooks of another callback."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        WeightNoise.on_train_batch_start(module, batch, batch_idx)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        for p, value in zip(module.parameters(), module.kept, strict=True):
+            p.data.copy_(value)
+
+
+@FORWARD
+@BACKENDS
+@pytest.mark.parametrize("kind", [WeightNoise, Scheduled])
+def test_what_changes_before_the_step(kind, derivatives, make):
+    found = last_hypergradient(observe(make(), kind("momentum"), derivatives=derivatives))
+    assert relative_error(found, truth(lambda: kind("momentum"))) < 1e-5
+
+
+@BACKENDS
+def test_what_another_callback_changes_before_the_step(derivatives):
+    expected = observe(ClipR(math.inf), WeightNoise("momentum"))
+    callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen, derivatives=derivatives)
+    fit(Mlp("momentum"), [LateNoise(), callback])
+    assert relative_error(last_hypergradient(callback), last_hypergradient(expected)) < 1e-6
+
+
+def test_one_replay_needs_no_frozen_parameters(monkeypatch):
+    """They are not copied for a replay within the step."""
+    kept = []
+    moment = TrainingObjective.moment
+
+    def watched(self, *args, **options):
+        result = moment(self, *args, **options)
+        if result.state is not None:
+            kept.extend(name for buffers, _ in result.state.values() for name in buffers)
+        return result
+
+    monkeypatch.setattr(TrainingObjective, "moment", watched)
+    for estimator, copies in ((ClipR(), False), (UnrollK(3, "reverse"), True)):
+        kept.clear()
+        model = Mlp("momentum")
+        model.net[0].bias.requires_grad_(False)
+        observe(estimator, model)
+        assert ("bias" in kept) is copies
+        assert kept
+
+
+class Clamped(Mlp):
+    """A hook that is not linear sees the gradient itself, not a multiple of it."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        for p in self.parameters():
+            p.register_hook(lambda g: g.clamp(-0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("make", "derivatives"),
+    [
+        (lambda: ClipR(math.inf), "finite_difference"),
+        (lambda: UnrollK(10, "reverse"), "reverse"),
+    ],
+)
+def test_hooks_of_parameters(make, derivatives):
+    """They are a part of the training, and have no business with L_V or second derivatives.
+
+    With them the derivative of the gradient is not symmetric: differences multiply with it, which
+    forward estimators need; double backward with its transpose, which reverse ones need.
+    """
+    found = observe(make(), Clamped("momentum"), derivatives=derivatives)
+    assert relative_error(last_hypergradient(found), truth(lambda: Clamped("momentum"))) < 1e-4
+    plain = truth(lambda: Mlp("momentum"))
+    assert relative_error(plain, last_hypergradient(found)) > 0.1
+
+
+class Quantizer(torch.autograd.Function):
+    """Passes gradients straight through, and none to the scale."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        return torch.round(x / scale) * scale
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+class Quantized(Mlp):
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.scale = nn.Parameter(torch.tensor(1e-3))
+
+    def loss(self, batch):
+        x, y = batch
+        return super().loss((Quantizer.apply(x * 1.0, self.scale), y))
+
+
+@pytest.mark.parametrize(
+    "make", [T1T2, lambda: T1T2(scale_by_lr=False), ClipR, lambda: UnrollK(2, "forward")]
+)
+def test_a_backward_without_a_gradient(make):
+    found = observe(make(), Quantized("momentum"))
+    assert len(found.history) > 0
+    assert last_hypergradient(found).abs().min() > 0
+    p = nn.Parameter(torch.ones(2))
+    loss = Quantizer.apply(torch.ones(3, requires_grad=True), p.sum()).sum()
+    assert gradient_products(loss, [p], [torch.ones(1, 2)]) == [None]
+
+
+class Half(torch.autograd.Function):
+    """½‖w‖², whose backward returns w itself: so does its product with the Hessian."""
+
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return 0.5 * (w * w).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        (w,) = ctx.saved_tensors
+        return w
+
+
+class Decaying(Mlp):
+    def training_step(self, batch, batch_idx):
+        return sum(Half.apply(p) for p in self.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+def test_a_product_that_is_its_direction(optimizer, granularity):
+    def make():
+        return Decaying(optimizer, granularity=granularity)
+
+    found = last_hypergradient(observe(ClipR(math.inf), make(), derivatives="reverse"))
+    assert relative_error(found, truth(make)) < 1e-5
+
+
+class Joins(pl.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 2:
+            extra = nn.Parameter(torch.zeros(2))
+            module.register_parameter("extra", extra)
+            trainer.optimizers[0].add_param_group({"params": [extra]})
+
+
+@pytest.mark.parametrize("make", [T1T2, ClipR, lambda: UnrollK(2, "forward")])
+def test_parameters_that_join_between_step_and_update(make):
+    """They are not yet affected by λ, and do not get in the way."""
+    runs = []
+    for other in (Joins(), pl.Callback()):
+        callback = OnlineHPOCallback(make(), optimizer=frozen)
+        fit(Mlp("momentum", schedule=False), [other, callback], steps=4)
+        runs.append(last_hypergradient(callback))
+    assert torch.equal(*runs)
+
+
+class Transposed(L2Mixin, pl.LightningModule):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(
+            torch.randn(6, 4).T if kind else torch.randn(6, 4).T.contiguous()
+        )
+        self.register_l2(0.05)
+
+    def training_step(self, batch, batch_idx):
+        return (batch[0] @ self.weight).tanh().square().mean()
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("make", [T1T2, ClipR])
+def test_parameters_that_are_not_contiguous(make, monkeypatch):
+    """They stay whole: flattening them block by block would copy them as often."""
+    from lightning_hpo.dynamics import OptimizerStep, base
+
+    monkeypatch.setattr(base, "BLOCK", 3)
+    blocks = []
+    restricted = OptimizerStep.restricted
+    monkeypatch.setattr(
+        OptimizerStep, "restricted", lambda self, b: blocks.append(b) or restricted(self, b)
+    )
+    plain = last_hypergradient(observe(make(), Transposed(False), steps=3))
+    assert len(blocks) == 3 * 8
+    blocks.clear()
+    found = last_hypergradient(observe(make(), Transposed(True), steps=3))
+    assert len(blocks) == 3
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
