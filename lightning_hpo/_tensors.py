@@ -55,6 +55,11 @@ def is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def released(g: Tensor) -> Tensor:
+    """Returns what a hook gives autograd to hold in the place of a gradient: a single zero."""
+    return g.new_zeros(()).expand_as(g)
+
+
 def add_scaled_(targets: Sequence[Tensor], values: Sequence[Tensor], factor: Tensor) -> None:
     """Adds ``factor`` (one number) times values to targets, in place; no device is waited for."""
     if not targets:

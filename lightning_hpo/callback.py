@@ -438,7 +438,7 @@ class OnlineHPOCallback(pl.Callback):
             self._module.check_penalties_applied()
         self._penalties_checked = True
         if self._observing:
-            step = self._problem.dynamics.capture(keep=self.estimator.keeps_steps)
+            step = self._problem.dynamics.capture()
             if not self._verified:
                 self._verified = True
                 compatibility.refuse(compatibility.check_step(self._problem.dynamics, step))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_hpo import T1T2, ClipR, L2Mixin, OnlineHPOCallback, UnrollK
+from lightning_hpo import T1T2, ClipR, Hyperparameter, L2Mixin, OnlineHPOCallback, UnrollK
 from lightning_hpo.dynamics import base
 from lightning_hpo.estimators import _forward
 from tests.cases import fit, frozen
@@ -42,6 +42,16 @@ class Deep(L2Mixin, pl.LightningModule):
         return self.optimizer(self.parameters())
 
 
+class Noisy(Deep):
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.noise = Hyperparameter(0.1)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x + self.noise() * torch.randn_like(x)), y)
+
+
 def momentum(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
@@ -73,12 +83,12 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def peak(model, estimator=None, clip=None, **options):
+def peak(model, estimator=None, clip=None, every=2, **options):
     """Returns the peak of a short training beyond the parameters, in units of θ."""
     callback = (
         []
         if estimator is None
-        else [OnlineHPOCallback(estimator, optimizer=frozen, every_n_steps=2, **options)]
+        else [OnlineHPOCallback(estimator, optimizer=frozen, every_n_steps=every, **options)]
     )
     with LiveBytes() as live:
         fit(
@@ -104,13 +114,38 @@ def test_t1t2_on_penalties_adds_one_theta(make, granularity, monkeypatch):
     model = Deep(make, granularity=granularity)
     # Besides its own, few tensors of the size of a layer come and go.
     assert 0.9 < peak(model, T1T2()) - plain < 1 + 2 * LAYER
-    assert peak(Deep(make, inside_loss=True), T1T2()) - plain > 2
     clipped = peak(Deep(make, granularity=granularity), T1T2(), clip=0.01)
     assert 1.9 < clipped - peak(Deep(make), clip=0.01) < 2 + 2 * LAYER
 
 
+BACKENDS = ["reverse", "forward", "finite_difference"]
+
+
+@pytest.mark.parametrize(("make", "slopes"), [(momentum, 0), (adam, 1)])
+@pytest.mark.parametrize("derivatives", BACKENDS)
+def test_t1t2_inside_the_loss_adds_theta_and_the_validation_gradient(
+    make, slopes, derivatives, monkeypatch
+):
+    """And ∂Φ/∂g, where that is no number; neither ∇L nor a displaced θ besides."""
+    monkeypatch.setattr(base, "BLOCK", WIDTH**2 // 10)
+    plain = peak(Noisy(make))
+    for estimator, step in ((T1T2(), slopes), (T1T2(scale_by_lr=False), 0)):
+        added = peak(Noisy(make), estimator, derivatives=derivatives) - plain
+        assert 1.8 + step < added < 2 + step + 3 * LAYER
+
+
+@pytest.mark.parametrize(("make", "kept"), [(momentum, 1), (adam, 4)])
+@pytest.mark.parametrize("derivatives", BACKENDS)
+def test_a_reverse_window_adds_theta_per_step(make, kept, derivatives):
+    """For a nonlinear optimizer its gradient and its state as well; one graph at a time."""
+    two, three = (
+        peak(Noisy(make), UnrollK(k, "reverse"), every=k, derivatives=derivatives) for k in (2, 3)
+    )
+    assert three - two == pytest.approx(kept, abs=0.1)
+
+
 @pytest.mark.parametrize(("make", "states"), [(momentum, 1), (adam, 2)])
-@pytest.mark.parametrize("derivatives", ["reverse", "forward", "finite_difference"])
+@pytest.mark.parametrize("derivatives", BACKENDS)
 @pytest.mark.parametrize("estimator", [ClipR, lambda: UnrollK(2, "forward")])
 def test_a_tangent_adds_theta_and_the_state(make, states, derivatives, estimator, monkeypatch):
     """What is needed besides does not depend on the number of λ."""

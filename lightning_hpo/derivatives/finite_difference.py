@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_hpo._tensors import filled, holding, is_on_host, separate, stacked_zeros, widened
+from lightning_hpo._tensors import (
+    add_scaled_,
+    filled,
+    holding,
+    is_on_host,
+    separate,
+    stacked_zeros,
+    widened,
+)
 from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.distributed import is_sharded, local, norm_over_shards
 
@@ -28,6 +36,7 @@ def joint_hvp(
     lambda_part: bool,
     rounding: float | None = None,
     reach: Sequence[Tensor] | None = None,
+    theta_is_scratch: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Differences gradients at ±δ; see :func:`lightning_hpo.derivatives.joint_hvp`.
 
@@ -63,14 +72,10 @@ def joint_hvp(
                     nan = [z[0].fill_(math.nan) for z in stacked_zeros(targets, 1)]
                     products = _plus(products, nan, j, m)
                 continue
+            move = _moved_in_place if block is theta and theta_is_scratch else _moved
+            step = _step(size, norm)
             ahead, behind = (
-                _displaced_gradient(
-                    loss,
-                    theta,
-                    lam,
-                    reached,
-                    _moved(block, direction, sign * _step(size, norm)),
-                )
+                _displaced_gradient(loss, theta, lam, reached, move(block, direction, sign * step))
                 for sign in (1.0, -1.0)
             )
             if sharded:
@@ -210,6 +215,23 @@ def _moved(
     """Lets tensors hold x + δ d for a while."""
     values = (local(t.detach()) for t in block)
     return holding(block, (_displaced(x, d, delta) for x, d in zip(values, direction, strict=True)))
+
+
+@contextmanager
+def _moved_in_place(
+    block: Sequence[Tensor], direction: Sequence[Tensor], delta: Tensor
+) -> Iterator[None]:
+    """Lets tensors hold x + δ d for a while, without a copy; x is restored to rounding."""
+    if is_sharded(block) or any(widened(t) is not t for t in block):
+        with _moved(block, direction, delta):
+            yield
+        return
+    values = [t.detach() for t in block]
+    add_scaled_(values, direction, delta)
+    try:
+        yield
+    finally:
+        add_scaled_(values, direction, -delta)
 
 
 def _displaced(value: Tensor, direction: Tensor, delta: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_hpo._tensors import rows
+from lightning_hpo._tensors import released, rows
 from lightning_hpo.distributed import is_sharded, local
 
 
@@ -71,7 +71,7 @@ def gradient_products(
         y = stacks[i]
         if y is not None:
             products[i] = rows(y) @ g.flatten().to(y.dtype)
-        return g.new_zeros(()).expand_as(g)  # what autograd holds on to in the place of g
+        return released(g)
 
     if is_sharded(targets):
         for i, g in enumerate(gradient(loss, targets)):

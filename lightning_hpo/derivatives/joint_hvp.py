@@ -51,6 +51,7 @@ def joint_hvp(
     rounding: float | None = None,
     reach: Sequence[Tensor] | None = None,
     graph: GradientGraph | None = None,
+    theta_is_scratch: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     r"""Multiplies the Hessian of the loss over the joint vector (θ, λ) with m directions.
 
@@ -80,6 +81,8 @@ def joint_hvp(
         reach: How far ``finite_difference`` may move each element of ``lam``; None: any distance.
         graph: What ``reverse`` keeps for further calls with the same loss, θ, λ and kinds of
             directions, and spares them; not kept where there are ``difference_steps``.
+        theta_is_scratch: Whether nobody minds if θ comes back changed by rounding.
+            ``finite_difference`` then displaces it in place, and takes |θ| less memory.
 
     Returns:
         The θ part and the λ part, each a list with the shapes of ``u`` and ``e``; a part that is
@@ -113,7 +116,12 @@ def joint_hvp(
     if backend == "finite_difference":
         if reach is not None:
             reach = [r for r, step in zip(reach, steps, strict=True) if step is None]
-        product = partial(finite_difference.joint_hvp, rounding=rounding, reach=reach)
+        product = partial(
+            finite_difference.joint_hvp,
+            rounding=rounding,
+            reach=reach,
+            theta_is_scratch=theta_is_scratch,
+        )
     elif backend == "reverse" and is_smooth:  # else other evaluations come in between
         product = partial(reverse.joint_hvp, graph=graph)
     if is_smooth:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from lightning_hpo._tensors import stacked, stacked_zeros, without_hooks
+from lightning_hpo._tensors import released, stacked, stacked_zeros, without_hooks
 
 if TYPE_CHECKING:
     from lightning_hpo.derivatives.joint_hvp import Loss
@@ -66,12 +67,29 @@ def joint_hvp(
 
 
 def _gradient_edges(value: Tensor | None, sources: Sequence[Tensor]) -> list[GradientEdge | None]:
-    """Takes the gradient with its graph; returns where each part of it is in the graph."""
+    """Takes the gradient with its graph; returns where each part of it is in the graph.
+
+    Each part is freed as soon as it is there: the whole never exists.
+    """
     if value is None:
         return [None] * len(sources)
     _check_double_backward(value)
-    gradients = torch.autograd.grad(value, sources, create_graph=True, allow_unused=True)
-    return [get_gradient_edge(g) if g is not None and g.requires_grad else None for g in gradients]
+    edges: list[GradientEdge | None] = [None] * len(sources)
+
+    def note(i: int, g: Tensor | None) -> Tensor | None:
+        if g is None:  # a backward function that returns None
+            return None
+        if g.requires_grad:
+            edges[i] = get_gradient_edge(g)
+        return released(g)
+
+    handles = [s.register_hook(partial(note, i)) for i, s in enumerate(sources)]
+    try:
+        torch.autograd.grad(value, sources, create_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return edges
 
 
 def _check_double_backward(value: Tensor) -> None:

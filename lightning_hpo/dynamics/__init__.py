@@ -3,7 +3,8 @@
 import torch
 
 from lightning_hpo.dynamics.adam import AdamDynamics
-from lightning_hpo.dynamics.base import THETA, Block, Dynamics, OptimizerStep, State
+from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State
+from lightning_hpo.dynamics.blocks import jvp_lean_, multiply_by_slope_, vjp_lean_
 from lightning_hpo.dynamics.clipping import GradientClipping
 from lightning_hpo.dynamics.generic import GenericDynamics, is_elementwise
 from lightning_hpo.dynamics.options import OptimizerOptions, add_to_tangent_, pull_back
@@ -28,7 +29,6 @@ def make_dynamics(optimizer: torch.optim.Optimizer) -> Dynamics:
 __all__ = [
     "THETA",
     "AdamDynamics",
-    "Block",
     "Dynamics",
     "GenericDynamics",
     "GradientClipping",
@@ -38,6 +38,9 @@ __all__ = [
     "State",
     "add_to_tangent_",
     "is_elementwise",
+    "jvp_lean_",
     "make_dynamics",
+    "multiply_by_slope_",
     "pull_back",
+    "vjp_lean_",
 ]

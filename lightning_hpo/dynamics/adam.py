@@ -26,12 +26,12 @@ class AdamDynamics(Dynamics):
     (dead ReLUs, unused embedding rows) get zero tangents instead of 0 · ∞ = NaN.
     """
 
-    def capture(self, *, keep: bool = False) -> OptimizerStep:
+    def capture(self) -> OptimizerStep:
         """Records the step; see :meth:`Dynamics.capture`.
 
         A fused or capturable optimizer counts its steps on the device, which is waited for once.
         """
-        step = super().capture(keep=keep)
+        step = super().capture()
         step.counts = _counts(step)
         return step
 

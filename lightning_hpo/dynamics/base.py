@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ BLOCK = 2**18
 class OptimizerStep:
     """One step of the optimizer, seen after the gradient is final and before θ moves.
 
-    Its tensors are in float32 or better, whatever the precision of the training.
+    Its tensors are in float32 or better, whatever the precision of the training. Those of θ, g and
+    the state may be the training's own.
 
     Attributes:
         options: The options of each parameter group in force at this step (learning rate, betas …).
@@ -48,6 +49,7 @@ class OptimizerStep:
         unclipped: The gradient before clipping; None where the Trainer clips nothing.
         frozen: The positions of parameters that did not require grad.
         counts: How many steps each parameter has taken, for an optimizer that depends on it.
+        slope: ∂Φ/∂g of θ, where only that is kept; None where g and the state are.
     """
 
     options: list[dict[str, Any]]
@@ -58,11 +60,36 @@ class OptimizerStep:
     unclipped: list[Tensor | None] | None = None
     frozen: list[int] = field(default_factory=list)
     counts: list[float] = field(default_factory=list)
+    slope: list[Tensor] | None = None
 
     @property
     def lr(self) -> float:
         """The learning rate of the first parameter group."""
         return float(self.options[0]["lr"])
+
+    def kept(self, *, values: bool) -> OptimizerStep:
+        """Returns a record that outlives the step. Costs a copy of θ.
+
+        Args:
+            values: Whether g and the state are copied as well, which a nonlinear Φ needs. Else only
+                which parameters have a gradient, and which state exists, is known.
+        """
+
+        def copied(t: Any) -> Any:
+            return t.clone() if isinstance(t, Tensor) else t
+
+        if values:
+            gradients = [copied(g) for g in self.gradients]
+            state = [{n: copied(v) for n, v in s.items()} for s in self.state]
+        else:
+            gradients = [None if g is None else g.new_empty(0) for g in self.gradients]
+            state = [
+                {n: v.new_empty(0) if is_function_of_theta(n, v) else v for n, v in s.items()}
+                for s in self.state
+            ]
+        return replace(
+            self, theta=[copied(p) for p in self.theta], gradients=gradients, state=state
+        )
 
     def blocks(self, index: Iterable[int]) -> Iterator[Block]:
         """Splits parameters, and large ones themselves, into blocks of limited size.
@@ -158,13 +185,8 @@ class Dynamics(ABC):
         """The optimizer's parameters, group by group."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def capture(self, *, keep: bool = False) -> OptimizerStep:
-        """Records the step that is about to happen.
-
-        Args:
-            keep: Whether the record must outlive the step. Costs one copy of θ, and for a nonlinear
-                Φ one of g and of every state tensor.
-        """
+    def capture(self) -> OptimizerStep:
+        """Records the step that is about to happen; see :meth:`OptimizerStep.kept`."""
         options = []
         groups = []
         start = 0
@@ -188,17 +210,6 @@ class Dynamics(ABC):
         values = [widened(local(p.detach())) for p in theta]
         step = OptimizerStep(options, groups, values, gradients, state)
         step.frozen = [i for i, p in enumerate(theta) if not p.requires_grad]
-        if keep:
-            step.theta = [p.clone() for p in step.theta]
-            if not self.nonlinear:
-                # Only which parameters have one matters; the tensors themselves can be freed.
-                step.gradients = [None if g is None else g.new_empty(0) for g in gradients]
-            else:
-                step.gradients = [None if g is None else g.clone() for g in step.gradients]
-                step.state = [
-                    {n: v.clone() if isinstance(v, Tensor) else v for n, v in s.items()}
-                    for s in state
-                ]
         return step
 
     def zeros(self, m: int) -> State:

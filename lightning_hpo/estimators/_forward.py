@@ -17,7 +17,7 @@ from lightning_hpo.distributed import (
     sum_over_shards,
     take_slices,
 )
-from lightning_hpo.dynamics import THETA, Block, OptimizerStep, State
+from lightning_hpo.dynamics import THETA, OptimizerStep, State, jvp_lean_
 from lightning_hpo.estimators.base import Network, Problem, ValidationGradient
 from lightning_hpo.objectives import Moment
 
@@ -148,50 +148,7 @@ class Tangents:
         problem.add_penalty_hvp_((gradient, []), step, y, units=units, gradient_weights=weights)
         if problem.clipping is not None and step.unclipped is not None:
             problem.clipping.product_(step.unclipped, gradient)
-        dynamics = problem.dynamics
-        if dynamics.nonlinear and dynamics.is_elementwise:
-            for block in step.blocks(range(len(y))):
-                self._move_block(step, part, block, gradient)
-        elif len(units) == problem.count:
-            dynamics.jvp_(step, self.state, gradient)
-        else:
-            state = {name: [t[part] for t in tensors] for name, tensors in self.state.items()}
-            dynamics.jvp_(step, state, gradient)
-            for name, tensors in state.items():
-                for i, t in enumerate(tensors):
-                    _put(t, self._whole(name, i, t.shape[1:])[part])
-
-    def _move_block(
-        self, step: OptimizerStep, part: slice, block: Block, gradient: list[Tensor]
-    ) -> None:
-        """Carries some elements of some tangents through an elementwise step."""
-        state = {
-            name: [
-                rows(self._whole(name, i, tensors[i].shape[1:]))[part, elements]
-                for i, elements in block
-            ]
-            for name, tensors in self.state.items()
-        }
-        h = [rows(gradient[i])[:, elements] for i, elements in block]
-        self._problem.dynamics.jvp_(step.restricted(block), state, h)
-        for name, tensors in state.items():
-            for (i, elements), t in zip(block, tensors, strict=True):
-                like = self.state[THETA][i]
-                exists = t.numel() or not like.numel()  # a slice of θ may be empty
-                whole = self._whole(name, i, like.shape[1:] if exists else t.shape[1:])
-                _put(t, rows(whole)[part, elements])
-
-    def _whole(self, name: str, i: int, shape: torch.Size) -> Tensor:
-        """Returns all tangents of one tensor, as zeros where the step has just created it.
-
-        They are contiguous, so that parts of them are views.
-        """
-        like = self.state[THETA]
-        tensors = self.state.setdefault(name, [t.new_zeros((len(t), 0)) for t in like])
-        if tensors[i].shape[1:] != shape:
-            tensors[i] = tensors[i].new_zeros((len(like[i]), *shape))
-        tensors[i] = tensors[i].contiguous()
-        return tensors[i]
+        jvp_lean_(problem.dynamics, step, self.state, gradient, part)
 
     def _follow(self) -> None:
         """Gives zero tangents to parameters that have joined the training, or left it."""
@@ -283,9 +240,3 @@ class Tangents:
         self._is_zero = bool(state["is_zero"])
         norms = state["norms"]
         self._norms = None if norms is None else norms.to(self._problem.theta[0].device)
-
-
-def _put(value: Tensor, place: Tensor) -> None:
-    """Writes a part of the tangents to its place, unless it has been computed there."""
-    if value.data_ptr() != place.data_ptr():
-        place.copy_(value)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
+from lightning_hpo._tensors import rows
 from lightning_hpo.distributed import world_size
-from lightning_hpo.dynamics import THETA, OptimizerStep, State
+from lightning_hpo.dynamics import THETA, OptimizerStep, State, multiply_by_slope_, vjp_lean_
 from lightning_hpo.estimators._recompute import rebuild, thinned
 from lightning_hpo.estimators.base import Problem
 from lightning_hpo.objectives import Moment, is_plain
@@ -33,7 +34,8 @@ class Window:
 
     Reverse-HG of Franceschi et al. (2017), Algorithm 1. Each step is replayed on its own, so that
     one step's graph is alive at a time. Memory: |θ| per step, and for a nonlinear optimizer its
-    gradient and state besides. The cost does not depend on the number of λ.
+    gradient and state besides (in a window of one step only ∂Φ/∂g). The cost does not depend on the
+    number of λ.
 
     A window of more than ``KEPT_STEPS`` steps keeps every √K-th step only, and makes those in
     between again from there: about 2 √K |θ|, for one more gradient per step. Every step keeps its
@@ -42,10 +44,13 @@ class Window:
     Args:
         problem: The problem.
         length: The number of steps K.
+        through_steps: Whether ∂Φ/∂g and clipping are applied; else their place is taken by −1.
     """
 
-    def __init__(self, problem: Problem, length: int = 1) -> None:
+    def __init__(self, problem: Problem, length: int = 1, *, through_steps: bool = True) -> None:
         self._problem = problem
+        self._length = length
+        self._through_steps = through_steps
         self._stride = 1 if length <= KEPT_STEPS else math.isqrt(length)
         if self._stride > 1:
             # Making steps again needs the values of g and of the state.
@@ -65,11 +70,34 @@ class Window:
         self._moments.append((moment, weight))
 
     def before_step(self, step: OptimizerStep) -> None:
-        """Keeps the step. It must have been captured with ``keep=True``."""
+        """Keeps the step."""
+        dynamics = self._problem.dynamics
         if len(self._records) % self._stride:
             step = thinned(step)
+        elif not self._through_steps:
+            step = replace(step.kept(values=False), unclipped=None)
+        elif self._keeps_slope:
+            step = self._with_slope(step)
+        else:
+            step = step.kept(values=dynamics.nonlinear)
         self._records.append(_Record(self._moments, step))
         self._moments = []
+
+    @property
+    def _keeps_slope(self) -> bool:
+        """Whether one number per element says all about a step: Φ is nonlinear but elementwise."""
+        problem = self._problem
+        is_last = self._length == 1 and problem.options is None
+        return is_last and problem.dynamics.nonlinear and problem.dynamics.is_elementwise
+
+    def _with_slope(self, step: OptimizerStep) -> OptimizerStep:
+        """Keeps ∂Φ/∂g in the place of g and the state, where adjoints need nothing else."""
+        problem = self._problem
+        slope = [t.new_ones((1, *t.shape)) for t in step.theta]  # contiguous
+        multiply_by_slope_(problem.dynamics, step, [rows(t) for t in slope], problem.clipping)
+        kept = replace(step.kept(values=False), slope=slope)
+        is_clipped = problem.clipping is not None and not problem.clipping.by_value
+        return kept if is_clipped else replace(kept, unclipped=None)
 
     def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
         """Differentiates the window backwards, and empties it; uses up g_V.
@@ -88,14 +116,28 @@ class Window:
             problem.add_option_adjoints_(record.step, adjoint, total)
             # Before the first step of the window θ does not depend on λ.
             theta_part = bool(self._records)
-            g_bar = problem.dynamics.vjp_(record.step, adjoint, state_part=theta_part)
-            if problem.clipping is not None and record.step.unclipped is not None:
-                problem.clipping.product_(record.step.unclipped, g_bar)
+            g_bar = self._through_step(record.step, adjoint, theta_part=theta_part)
             for tensors in adjoint.values():
                 for i in record.step.frozen if theta_part else ():
                     tensors[i].zero_()  # as its tangent, from when it leaves the training
             self._accumulate(record, g_bar, (adjoint[THETA] if theta_part else [], total))
         return [t[0] for t in total]
+
+    def _through_step(
+        self, step: OptimizerStep, adjoint: State, *, theta_part: bool
+    ) -> list[Tensor]:
+        """Returns ḡ, and replaces the adjoint where that before the step is wanted."""
+        problem = self._problem
+        if not self._through_steps:
+            return [t.neg_() for t in adjoint[THETA]]
+        if step.slope is None:
+            g_bar = vjp_lean_(problem.dynamics, step, adjoint, state_part=theta_part)
+        else:
+            g_bar = adjoint[THETA]
+            torch._foreach_mul_(g_bar, step.slope)
+        if problem.clipping is not None and step.unclipped is not None:
+            problem.clipping.product_(step.unclipped, g_bar)
+        return g_bar
 
     def _complete_last(self) -> None:
         """Makes the steps since the last one that was kept again, if they are thinned."""
@@ -134,14 +176,6 @@ class Window:
             step = move_data_to_device(record["step"], self._problem.theta[0].device)
             self._records.append(_Record(moments, OptimizerStep(**step)))
         return len(self._records) == int(state["length"])
-
-    def one_step(self, g_v: list[Tensor]) -> list[Tensor] | None:
-        """Returns −Bᵀ g_V of the last step alone: no optimizer, no clipping, no step size."""
-        _, total = self._problem.zeros(1, theta_part=False)
-        record = self._records.pop()
-        self._records.clear()
-        self._accumulate(record, [-g.unsqueeze(0) for g in g_v], ([], total))
-        return [t[0] for t in total]
 
     def _accumulate(
         self, record: _Record, g_bar: list[Tensor], into: tuple[list[Tensor], list[Tensor]]

@@ -125,7 +125,8 @@ class Problem:
         Args:
             moment: The micro-batch.
             step: The step whose values of θ to differentiate at, over the parameters that took part
-                in it. Default: the values in place, over those that require grad.
+                in it; they may change by rounding. Default: the values in place, over those that
+                require grad.
         """
         with ExitStack() as stack:
             yield Network(self, moment, step, stack)
@@ -464,7 +465,8 @@ class Network:
     Args:
         problem: The problem.
         moment: The micro-batch.
-        step: The step whose values of θ to differentiate at; None: those in place.
+        step: The step whose values of θ to differentiate at, which may change by rounding; None:
+            those in place.
         stack: Holds what an evaluation of the loss needs, for as long as there are products.
     """
 
@@ -545,6 +547,7 @@ class Network:
                     rounding=problem.objective.rounding,
                     reach=problem._reach() if not exact else None,
                     graph=self._graph,
+                    theta_is_scratch=self._step is not None,
                 )
 
             if self._is_exact is None:
@@ -703,11 +706,6 @@ class Estimator(ABC):
         ``problem.replays_at_once``: then it must be in :meth:`before_batch`.
         """
         return "after_step"
-
-    @property
-    def keeps_steps(self) -> bool:
-        """Whether the record given to :meth:`before_step` must outlive the step."""
-        return False
 
     def discard(self) -> None:  # noqa: B027 - most estimators have nothing to forget
         """Forgets the micro-batches of a step that did not happen (a gradient overflow)."""

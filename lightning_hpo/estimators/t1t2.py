@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_hpo._tensors import is_on_host, rows, stacked
 from lightning_hpo.distributed import sum_over_shards
-from lightning_hpo.dynamics import THETA, Block, OptimizerStep
+from lightning_hpo.dynamics import OptimizerStep, multiply_by_slope_
 from lightning_hpo.estimators._reverse import Window
 from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
 from lightning_hpo.objectives import Moment
@@ -29,8 +29,9 @@ class T1T2(Estimator):
 
     Memory: where all λ are strengths of such penalties, |θ| (once per penalty on the same weight,
     and once more where clipping by norm acts). g_V is then multiplied by ∂Φ/∂g B as it arrives, and
-    never exists as a whole. Else, or with an optimizer that mixes elements or has tuned options,
-    |θ|, that of g_V, and for a nonlinear step such as Adam's one of its gradient and state.
+    never exists as a whole. Else |θ|, that of g_V, and for a nonlinear step such as Adam's that of
+    ∂Φ/∂g (of its gradient and state, where the optimizer mixes elements or has tuned options);
+    clipping by norm keeps the gradient besides.
 
     Args:
         scale_by_lr: With False, α = −g_V: the variant Unroll1-gTgV of the online-HPO paper (§4 a),
@@ -53,7 +54,7 @@ class T1T2(Estimator):
         super().setup(problem)
         if not self.scale_by_lr:
             problem.refuse_options("T1T2(scale_by_lr=False)", "it leaves the optimizer's step out")
-        self._window = Window(problem)
+        self._window = Window(problem, through_steps=self.scale_by_lr)
         self._effect: _Effect | None = None
 
     @property
@@ -68,11 +69,6 @@ class T1T2(Estimator):
     def replay(self) -> Literal["never", "after_step"]:
         """After the step, where some λ acts inside the training loss; else never."""
         return "after_step" if self.problem.in_loss else "never"
-
-    @property
-    def keeps_steps(self) -> bool:
-        """Unless its derivative is taken at once, the step is differentiated after it."""
-        return not self._is_direct
 
     def before_batch(self, moment: Moment, weight: float) -> None:
         """Keeps the micro-batch."""
@@ -94,8 +90,7 @@ class T1T2(Estimator):
         if self._effect is not None:
             effect, self._effect = self._effect, None
             return effect.hypergradient(validation)
-        g_v = validation.tensors()
-        return (self._window.hypergradient if self.scale_by_lr else self._window.one_step)(g_v)
+        return self._window.hypergradient(validation.tensors())
 
 
 _GRADIENT = ""
@@ -140,12 +135,7 @@ class _Effect:
             self._stacks.append(rows(stacked(own)).contiguous() if own else None)
             own.clear()  # one parameter at a time is there twice
         if through_step:
-            by_count: dict[int, list[int]] = {}
-            for i, names_of in enumerate(self._owners):
-                by_count.setdefault(len(names_of), []).append(i)
-            for count, index in by_count.items():
-                for block in step.blocks(index) if count else ():
-                    self._pass(step.restricted(block), block)
+            multiply_by_slope_(problem.dynamics, step, self._stacks, problem.clipping)
 
     def _clip(self, step: OptimizerStep, parts: list[list[Tensor]]) -> None:
         """Notes what clipping by norm does, and adds g to the vectors, where it acts."""
@@ -170,19 +160,6 @@ class _Effect:
                 own.append(g)
                 names.append(_GRADIENT)
         step.unclipped = None
-
-    def _pass(self, step: OptimizerStep, block: Block) -> None:
-        """Multiplies by ∂Φ/∂g, and by ∂ĝ/∂g of clipping by value: diagonal, hence symmetric."""
-        problem = self._problem
-        places = [stack[:, part] for i, part in block if (stack := self._stacks[i]) is not None]
-        products = list(places)
-        clipping = problem.clipping
-        if clipping is not None and clipping.by_value and step.unclipped is not None:
-            clipping.product_(step.unclipped, products)
-        products = problem.dynamics.vjp_(step, {THETA: products}, state_part=False)
-        for place, product in zip(places, products, strict=True):
-            if place is not product:
-                place.copy_(product)
 
     def hypergradient(self, validation: ValidationGradient) -> list[Tensor]:
         """Returns ⟨g_V, ∂θ_{t+1}/∂λ⟩, with respect to raw λ."""

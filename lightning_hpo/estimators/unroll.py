@@ -123,11 +123,6 @@ class UnrollK(Estimator):
         """Before the step in forward mode, after the window in reverse mode."""
         return "before_step" if isinstance(self._mechanism, Tangents) else "after_step"
 
-    @property
-    def keeps_steps(self) -> bool:
-        """In reverse mode, steps are differentiated at the end of the window."""
-        return isinstance(self._mechanism, Window)
-
     def before_batch(self, moment: Moment, weight: float) -> None:
         """Multiplies with the joint Hessian, or keeps the micro-batch."""
         if self.restart and self._start is None:

@@ -212,6 +212,36 @@ def test_theta_and_lambda_are_bit_identical_afterwards(backend):
         assert tensor.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_finite_differences_in_place_are_those_on_copies(dtype):
+    """The weights keep their memory, and come back to rounding."""
+    problem = Problem(dtype)
+    u, e = problem.directions("both", 3)
+    before = [t.detach().clone() for t in (*problem.theta, *problem.lam)]
+    memory = [t.data_ptr() for t in problem.theta]
+    addresses = []
+
+    def loss(theta, lam):
+        addresses.append([t.data_ptr() for t in theta])
+        return problem.loss(theta, lam)
+
+    def product(**options):
+        addresses.clear()
+        parts = joint_hvp(
+            loss, problem.theta, problem.lam, u, e, backend="finite_difference", **options
+        )
+        return torch.cat([t.flatten() for part in parts for t in part])
+
+    copied = product()
+    assert memory not in addresses[:2]
+    in_place = product(theta_is_scratch=True)
+    assert all(there == memory for there in addresses)
+    eps = torch.finfo(dtype).eps
+    assert (in_place - copied).norm() < 10 * eps ** (2 / 3) * copied.norm()
+    for tensor, saved in zip((*problem.theta, *problem.lam), before, strict=True):
+        assert torch.allclose(tensor, saved, rtol=4 * eps, atol=4 * eps)
+
+
 @pytest.mark.parametrize("given", ["u", "e"])
 def test_finite_differences_restore_when_the_loss_raises(given):
     problem = Problem(torch.float32)

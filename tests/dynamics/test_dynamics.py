@@ -97,7 +97,7 @@ class Quadratic:
         for _ in range(self.steps):
             for p, g in zip(parameters, self.gradient(parameters), strict=True):
                 p.grad = g.detach().clone()
-            step = dynamics.capture(keep=True)
+            step = dynamics.capture().kept(values=True)
             dynamics.jvp_(step, tangent, self.stacked_gradient(tangent[THETA]))
             steps.append(step)
             optimizer.step()
@@ -258,7 +258,7 @@ def test_elements_that_never_had_a_gradient(make, case):
     steps = []
     for _ in range(3):
         p.grad = torch.tensor([0.5, 0.0, -1.0])
-        step = dynamics.capture(keep=True)
+        step = dynamics.capture().kept(values=True)
         dynamics.jvp_(step, tangent, [torch.tensor([[1.0, 1.0, 1.0]])])
         steps.append(step)
         optimizer.step()
@@ -289,7 +289,7 @@ def test_a_parameter_without_a_gradient_stays_put(case, make):
         parameters[0].grad = torch.tensor([0.5, 1.0])
         # The second parameter takes part in the second and in the last step only.
         parameters[1].grad = torch.tensor([0.5, 1.0]) if t in (1, 3) else None
-        step = dynamics.capture(keep=True)
+        step = dynamics.capture().kept(values=True)
         before = tangent[THETA][1].clone()
         dynamics.jvp_(step, tangent, [torch.ones(1, 2) for _ in range(2)])
         assert torch.equal(before, tangent[THETA][1]) == (t in (0, 2))
@@ -321,7 +321,7 @@ def test_parameters_that_join_later_are_bias_corrected_by_their_own_count():
             parameters[0].grad = parameters[0].detach() ** 2
             parameters[1].grad = parameters[1].detach() ** 2 if t >= 2 else None
             dot = [2 * p.detach() * y for p, y in zip(parameters, tangent[THETA], strict=True)]
-            dynamics.jvp_(dynamics.capture(keep=True), tangent, dot)
+            dynamics.jvp_(dynamics.capture().kept(values=True), tangent, dot)
             optimizer.step()
         return parameters[1].item(), tangent[THETA][1].item()
 
@@ -372,7 +372,7 @@ def test_the_training_is_only_observed(case):
         for _ in range(3):
             for p, g in zip(parameters, problem.gradient(parameters), strict=True):
                 p.grad = g.detach().clone()
-            step = dynamics.capture(keep=True)
+            step = dynamics.capture().kept(values=True)
             dynamics.jvp_(step, tangent, [torch.ones(M, *s) for s in SHAPES])
             dynamics.vjp_(step, dynamics.zeros(1))
             optimizer.step()
@@ -392,7 +392,7 @@ def test_a_learning_rate_schedule_does_not_leak_into_the_generic_path():
     optimizer.register_step_post_hook(lambda *args: called.append(1))
     for t in range(3):
         parameters[0].grad = torch.ones(2)
-        step = dynamics.capture(keep=True)
+        step = dynamics.capture().kept(values=True)
         assert step.lr == pytest.approx(0.1 * 0.5**t)
         dynamics.jvp_(step, tangent, [torch.ones(1, 2)])
         assert len(called) == t
