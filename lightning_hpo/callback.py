@@ -133,6 +133,7 @@ class OnlineHPOCallback(pl.Callback):
         self._strict = strict
         self._steps = 0
         self._handles: list[RemovableHandle] = []
+        self._unwrap_hook: Callable[[], None] | None = None
         self._restored: dict[str, Any] | None = None
         self._rng = ResumedRandomState()
         self._final: dict[str, Any] = {}
@@ -213,7 +214,7 @@ class OnlineHPOCallback(pl.Callback):
         )
         self._hyper_optimizer = HyperOptimizer(self._hyperparameters, self._optimizer_factory)
         self._module = pl_module
-        self._unclipped: list[Tensor | None] | None = None
+        self._clipped: tuple[GradientClipping, list[Tensor | None]] | None = None
         self._stepped = False
         self._observing = False
         self._lr = 0.0
@@ -253,18 +254,14 @@ class OnlineHPOCallback(pl.Callback):
         if self._options is not None:
             # ∂Φ/∂λ needs the gradient and the state even where Φ is linear in them.
             dynamics.nonlinear = True
-        sharded = is_sharded(dynamics.theta)
-        clip = trainer.gradient_clip_val
-        by_value = trainer.gradient_clip_algorithm == "value"
         return Problem(
             objective=TrainingObjective(trainer, module, list(self._hyperparameters.values())),
             hyperparameters=self._hyperparameters,
             penalties=compatibility.gradient_penalties(module),
             dynamics=dynamics,
-            clipping=GradientClipping(float(clip), by_value, sharded) if clip else None,
             derivatives=self.derivatives,
             options=self._options,
-            sharded=sharded,
+            sharded=is_sharded(dynamics.theta),
         )
 
     def _tuned_options(self, module: pl.LightningModule) -> dict[str, Hyperparameter | None]:
@@ -300,11 +297,13 @@ class OnlineHPOCallback(pl.Callback):
         """Takes the gradient of both losses once; returns that of the training loss over θ."""
         problem = self._problem
         theta = problem.theta
+        versions = [p._version for p in theta]
         batch_t2 = to_device(trainer, self._stream.peek(), self._dataloader_idx)
         self._validation.gradient(batch_t2, self._stream.consumed, theta)
 
         objective = problem.objective
         gradients = objective.gradient(moment, theta, objective.leaves())
+        compatibility.refuse(compatibility.check_untouched(module, theta, versions))
         if gradients is None:
             return None
         problem.in_loss = {
@@ -340,20 +339,14 @@ class OnlineHPOCallback(pl.Callback):
         self._observing = not self._ready or self._observes()
         if not self._observing:
             return
-        hook = pl_module.on_train_batch_start
-        shadowed = vars(pl_module).get("on_train_batch_start")
 
-        def after_the_module(*args: Any, **kwargs: Any) -> Any:
-            if shadowed is None:
-                del vars(pl_module)["on_train_batch_start"]
-            else:
-                vars(pl_module)["on_train_batch_start"] = shadowed
+        def after_the_module(hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             response = hook(*args, **kwargs)
             if response != -1:  # the module ends the epoch
                 self._before_batch(trainer, pl_module, batch, batch_idx)
             return response
 
-        vars(pl_module)["on_train_batch_start"] = after_the_module
+        self._wrap(pl_module, "on_train_batch_start", after_the_module)
 
     def _before_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
@@ -368,8 +361,10 @@ class OnlineHPOCallback(pl.Callback):
         if batch_idx % accumulated == 0:
             self.estimator.discard()  # what is left of a step that overflowed
         problem = self._problem
-        problem.replays_at_once = accumulated > 1 or compatibility.may_interfere(
-            trainer, module, self
+        problem.replays_at_once = (
+            accumulated > 1
+            or self._check.forbids_delay
+            or compatibility.may_interfere(trainer, module, self)
         )
         self._check.look_at_hooks()
         objective = problem.objective
@@ -390,22 +385,37 @@ class OnlineHPOCallback(pl.Callback):
             moment = objective.moment(batch, batch_idx)
         else:
             moment = objective.moment(batch, batch_idx, keep="step")
+            self._check.watch(moment)
         self.estimator.before_batch(moment, 1 / accumulated)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Keeps the gradient before it is clipped: the derivative of clipping needs it."""
+        """Arranges to look at the gradient just before it is clipped, penalties included."""
         self._check.compare(self._steps + 1)
+        if self._observing and trainer.gradient_clip_val:
+            self._wrap(pl_module, "configure_gradient_clipping", self._before_clipping)
+
+    def _before_clipping(
+        self,
+        hook: Callable[..., None],
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Keeps the gradient, which the derivative of clipping needs, if anything is clipped."""
         problem = self._problem
-        if not self._observing or problem.clipping is None:
-            return
-        self._unclipped = [
-            None if p.grad is None else widened(local(p.grad.detach()).clone())
-            for p in problem.theta
-        ]
-        # The module adds its penalties after this hook.
-        problem.add_penalty_gradients_(self._unclipped)
+        by_value = gradient_clip_algorithm == "value"
+        clipping = GradientClipping(float(gradient_clip_val), by_value, problem.sharded)
+        gradients = [None if p.grad is None else local(p.grad.detach()) for p in problem.theta]
+        if clipping.acts_on(gradients):
+            copies = [None if g is None else widened(g.clone()) for g in gradients]
+            self._clipped = clipping, copies
+        hook(
+            optimizer,
+            gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
+        )
 
     def _before_optimizer_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -442,7 +452,9 @@ class OnlineHPOCallback(pl.Callback):
             if not self._verified:
                 self._verified = True
                 compatibility.refuse(compatibility.check_step(self._problem.dynamics, step))
-            step.unclipped, self._unclipped = self._unclipped, None
+            if self._clipped is not None:
+                step.clipping, step.unclipped = self._clipped
+                self._clipped = None
             self.estimator.before_step(step)
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -505,7 +517,31 @@ class OnlineHPOCallback(pl.Callback):
 
     # ------------------------------------------------------------------------------------ clean-up
 
+    def _wrap(self, module: pl.LightningModule, name: str, around: Callable[..., Any]) -> None:
+        """Has ``around`` called with a hook of the module and its arguments, at its next call."""
+        self._unwrap()
+        own = vars(module)
+        shadowed = {name: own[name]} if name in own else {}
+        hook = getattr(module, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self._unwrap()
+            return around(hook, *args, **kwargs)
+
+        def unwrap() -> None:
+            own.pop(name, None)
+            own.update(shadowed)
+
+        own[name] = wrapped
+        self._unwrap_hook = unwrap
+
+    def _unwrap(self) -> None:
+        unwrap, self._unwrap_hook = self._unwrap_hook, None
+        if unwrap is not None:
+            unwrap()
+
     def _remove_hooks(self) -> None:
+        self._unwrap()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -519,7 +555,7 @@ class OnlineHPOCallback(pl.Callback):
         self.estimator.release()
         for name in ("_problem", "_stream", "_validation", "_check", "_hyper_optimizer"):
             vars(self).pop(name, None)
-        for name in ("_options", "_module", "_hyperparameters", "_unclipped"):
+        for name in ("_options", "_module", "_hyperparameters", "_clipped"):
             vars(self).pop(name, None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -556,6 +592,7 @@ class OnlineHPOCallback(pl.Callback):
             "gradient": {
                 "reused": self._problem.reuses_gradient,
                 "compared_at": self._check.step,
+                "forbids_delay": self._check.forbids_delay,
                 "derivatives": self._problem.derivatives,
             },
             "options": {n: {"value": v} for n, v in fixed_options(self._module).items()}
@@ -603,6 +640,7 @@ class OnlineHPOCallback(pl.Callback):
             self.estimator.load_state_dict(state["estimator"]["state"])
             self._problem.reuses_gradient = state["gradient"]["reused"]
             self._check.step = state["gradient"]["compared_at"]
+            self._check.forbids_delay = state["gradient"]["forbids_delay"]
             if self.derivatives == "auto" and state["gradient"]["derivatives"] != "reverse":
                 self._problem.derivatives = state["gradient"]["derivatives"]  # it had fallen back
         if self._options is not None:

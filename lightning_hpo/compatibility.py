@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -9,9 +10,9 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import ConcatDataset, Dataset, Subset
@@ -84,11 +85,20 @@ def check_trainer(
     for optimizer in trainer.optimizers:
         findings += check_optimizer(optimizer)
         findings += check_sharding(trainer.strategy, module, optimizer, derivatives)
-    if is_overridden("configure_gradient_clipping", module):
+    clips = {
+        f"{type(owner).__name__} overrides {hook}"
+        for owner, hook, kind in (
+            (module, "configure_gradient_clipping", pl.LightningModule),
+            (module, "clip_gradients", pl.LightningModule),
+            (trainer.precision_plugin, "clip_gradients", Precision),
+        )
+        if _overrides(owner, hook, kind) and (owner is module or _is_foreign(owner))
+    }
+    for clip in sorted(clips):
         findings.append(
-            f"{type(module).__name__} overrides configure_gradient_clipping, whose derivative is "
-            "unknown. Use Trainer(gradient_clip_val=..., gradient_clip_algorithm=...), or clip in "
-            "on_before_optimizer_step only what need not be differentiated"
+            f"{clip}, whose derivative is unknown. Use Trainer(gradient_clip_val=..., "
+            "gradient_clip_algorithm=...), or clip in on_before_optimizer_step only what need not "
+            "be differentiated"
         )
     return findings
 
@@ -170,6 +180,13 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
                 "so that tangents cannot follow it. Use SGD, Adam, AdamW, RMSprop or another "
                 "elementwise optimizer"
             ]
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        return [
+            f"The optimizer {type(optimizer).__name__} needs a closure: it takes several gradients "
+            "per step, so that tangents cannot follow it. Use SGD, Adam, AdamW, RMSprop or another "
+            "elementwise optimizer"
+        ]
     return []
 
 
@@ -186,6 +203,31 @@ def check_step(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
         f"Tangents cannot follow the optimizer {kind.__name__}: its step works on .data, disables "
         "gradients inside, or keeps its state outside of optimizer.state. Use an optimizer of "
         "torch.optim, or write its step with in-place operations on p, p.grad and self.state[p]"
+    ]
+
+
+def check_untouched(
+    module: pl.LightningModule, theta: Sequence[Tensor], versions: Sequence[int]
+) -> list[str]:
+    """Refuses steps that write to trained parameters, which a replay would do again.
+
+    Args:
+        module: The LightningModule.
+        theta: The parameters that the optimizer moves.
+        versions: Their versions before the steps were evaluated.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    written = [
+        names.get(id(p), "one")
+        for p, version in zip(theta, versions, strict=True)
+        if p._version != version and not is_sharded([p])
+    ]
+    if not written:
+        return []
+    return [
+        f"training_step or validation_step writes to the trained parameter {written[0]!r} in place "
+        "(as nn.Embedding(max_norm=...) does in its forward pass); replays of the step and held-out"
+        " batches would write to it too. Do that in on_train_batch_end"
     ]
 
 
@@ -359,16 +401,27 @@ def may_change_gradients(
     others = [c for c in trainer.callbacks if c is not callback]  # type: ignore[attr-defined]
     return (
         any(
-            is_overridden(hook, module)
+            _overrides(module, hook, pl.LightningModule)
             for hook in ("backward", "on_after_backward", "optimizer_zero_grad")
         )
         or any(
-            is_overridden(hook, other, parent=pl.Callback)
+            _overrides(other, hook, pl.Callback)
             for other in others
             for hook in ("on_after_backward", "on_before_optimizer_step")
         )
         or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters())
     )
+
+
+def _overrides(owner: Any, hook: str, *kinds: type) -> bool:
+    """Whether a hook of an object, its own or its class's, is none of the given classes."""
+    inherited = getattr(type(owner), hook, None)
+    return hook in vars(owner) or all(inherited is not getattr(k, hook, None) for k in kinds)
+
+
+def _is_foreign(plugin: Any) -> bool:
+    """Whether a plugin or strategy is not one of Lightning itself."""
+    return not type(plugin).__module__.startswith(("lightning.", "lightning_fabric."))
 
 
 def may_interfere(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback) -> bool:
@@ -378,18 +431,17 @@ def may_interfere(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.
     the start of its batch only.
     """
     (optimizer,) = trainer.optimizers
-    known = {
-        getattr(kind, hook) for kind in (PenaltyMixin, pl.LightningModule) for hook in _BETWEEN
-    }
     return (
-        any(hook in vars(module) or getattr(type(module), hook) not in known for hook in _BETWEEN)
+        any(_overrides(module, hook, PenaltyMixin, pl.LightningModule) for hook in _BETWEEN)
         or any(
-            is_overridden(hook, other, parent=pl.Callback)
+            _overrides(other, hook, pl.Callback)
             for other in trainer.callbacks  # type: ignore[attr-defined]
             if other is not callback
             for hook in _BETWEEN
-            if hasattr(pl.Callback, hook)
         )
+        or any(p._post_accumulate_grad_hooks for p in module.parameters())
+        or _is_foreign(trainer.precision_plugin)
+        or _is_foreign(trainer.strategy)
         or len(optimizer._optimizer_step_pre_hooks) > 1  # one is that of the callback
         or bool(_global_optimizer_pre_hooks)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,14 +29,38 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """Chooses operators that have second and forward derivatives.
 
     Compiled code runs in eager mode, ``scaled_dot_product_attention`` on its MATH kernel (the fused
-    ones have a first derivative only), recurrent layers as in :func:`native_recurrent`. A kernel
-    that the module itself selects inside its ``forward`` stays.
+    ones have a first derivative only), recurrent layers as in :func:`native_recurrent`, weight
+    normalization as a composition. A kernel that the module itself selects inside its ``forward``
+    stays.
 
     Args:
         module: The module whose recurrent layers are meant.
     """
-    with eager(), sdpa_kernel(SDPBackend.MATH), native_recurrent(module):
+    with eager(), sdpa_kernel(SDPBackend.MATH), native_recurrent(module), _composed_weight_norm():
         yield
+
+
+@contextmanager
+def _composed_weight_norm() -> Iterator[None]:
+    """Runs weight normalization, old and new, without its fused operator.
+
+    Its double backward is wrong where the norm is kept along the first or the last dimension, as
+    ``gradgradcheck`` shows (torch 2.6 to 2.15).
+    """
+    # ``torch.nn.utils.weight_norm`` is the function that the module of that name defines.
+    places = (torch, importlib.import_module("torch.nn.utils.weight_norm"))
+    before = [vars(place).get("_weight_norm") for place in places]
+    for place in places:
+        vars(place)["_weight_norm"] = _weight_norm
+    try:
+        yield
+    finally:
+        for place, function in zip(places, before, strict=True):
+            vars(place)["_weight_norm"] = function
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -28,7 +28,7 @@ from lightning_hpo.kernels import (
 )
 from lightning_hpo.regularizers.penalty import PenaltyMixin
 from lightning_hpo.rng import RandomState
-from lightning_hpo.shield import ModuleState, Shield, capture_state
+from lightning_hpo.shield import ModuleState, Shield, capture_state, own_attributes
 
 _EPS_BF16 = torch.finfo(torch.bfloat16).eps
 _EPS_FP16 = torch.finfo(torch.float16).eps
@@ -49,6 +49,7 @@ class Moment:
         global_step: The trainer's count of steps at that step.
         epoch: The trainer's count of epochs at that step.
         state: What the modules held at that step; None for a replay that happens at once.
+        versions: Parameters that are not in ``state``, and should not be written to meanwhile.
     """
 
     batch: Any
@@ -57,6 +58,7 @@ class Moment:
     global_step: int
     epoch: int
     state: ModuleState | None = None
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
 
 class TrainingObjective:
@@ -112,7 +114,7 @@ class TrainingObjective:
             batch_idx: Its index in the epoch.
             keep: Whether the replay happens later, in the same step or after it. Costs a copy of
                 the batch, the random state, the buffers and the modules' own attributes, and after
-                the step also of frozen parameters.
+                the step also of parameters that are not trained.
             share: Whether large tensors that have not changed since the last moment that was kept
                 are shared with it. The host then waits for the device to compare them.
         """
@@ -126,14 +128,26 @@ class TrainingObjective:
         if keep:
             moment.batch = copy_batch(batch)
             previous = self._previous if share else None
+            untrained = self._shield.untrained()
+            # Within a step they do not change, unless the step itself has been seen to write there.
+            is_copied = keep == "later" or self._shield.writes_to_untrained
             moment.state = capture_state(
-                self._module, previous.state if previous else None, frozen=keep == "later"
+                self._module, untrained if is_copied else [], previous.state if previous else None
             )
+            if not is_copied:
+                moment.versions = [(p, p._version) for p in untrained]
             if previous is not None:
                 moment.rng.share_with(previous.rng)
             if share:
                 self._previous = moment
         return moment
+
+    def is_intact(self, moment: Moment) -> bool:
+        """Whether the step has left untouched what its replay starts from; notes it if not."""
+        if all(p._version == version for p, version in moment.versions):
+            return True
+        self._shield.writes_to_untrained = True
+        return False
 
     def pack(self, moment: Moment) -> dict[str, Any] | None:
         """Returns a moment as tensors, numbers and containers, which a checkpoint may hold.
@@ -147,6 +161,7 @@ class TrainingObjective:
             for key, (buffers, attributes) in (moment.state or {}).items()
         }
         packed = {**vars(moment), "rng": moment.rng.state_dict(), "state": state}
+        del packed["versions"]  # those that are packed are replayed after their step
         return packed if is_plain(packed) else None
 
     def unpack(self, packed: dict[str, Any]) -> Moment:
@@ -155,7 +170,12 @@ class TrainingObjective:
         placed = move_data_to_device(
             {"batch": packed["batch"], "state": packed["state"]}, self._shield.device
         )
-        state = {id(modules[n]): (b, a) for n, (b, a) in placed["state"].items() if n in modules}
+        state = {
+            # Attributes that a checkpoint could not hold are taken as they are now.
+            id(modules[n]): (buffers, own_attributes(modules[n]) | attributes)
+            for n, (buffers, attributes) in placed["state"].items()
+            if n in modules
+        }
         rng = RandomState.from_state_dict(packed["rng"])
         return Moment(**{**packed, "batch": placed["batch"], "rng": rng, "state": state})
 

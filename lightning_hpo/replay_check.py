@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_hpo._tensors import filled, separate, widened
 from lightning_hpo.distributed import local
 from lightning_hpo.estimators import Problem
+from lightning_hpo.objectives import Moment
 
 # Steps after which the gradient is compared again.
 EVERY = 100
@@ -20,7 +21,9 @@ class ReplayCheck:
     """Compares the gradient of a step with that of its replay: at the first, then now and then.
 
     Where both are the same to rounding, and nothing else may change gradients, one-sided
-    differences may use the step's own. Where they differ much there is a warning.
+    differences may use the step's own. Where they differ much there is a warning. Where the replay
+    is that of the step at its batch, but no longer right before the optimizer moves, steps are
+    replayed at their batches from then on.
 
     Args:
         problem: The problem; its ``reuses_gradient`` is set here.
@@ -28,6 +31,7 @@ class ReplayCheck:
 
     Attributes:
         step: The step at which they were compared last; 0: not yet.
+        forbids_delay: Whether such a replay has been seen not to be that of the step.
     """
 
     def __init__(self, problem: Problem, hooks_may_change: Callable[[], bool]) -> None:
@@ -36,6 +40,8 @@ class ReplayCheck:
         self._hooks_may_change = hooks_may_change
         self._expected: list[Tensor] | None = None
         self._is_regular = False
+        self._moment: Moment | None = None
+        self.forbids_delay = False
 
     def is_due(self, step: int) -> bool:
         """Whether it is time to compare again, at a step after which λ is updated.
@@ -63,9 +69,14 @@ class ReplayCheck:
             self._expected = separate(filled(gradients, self._problem.theta))
             self._problem.average_(self._expected)
 
+    def watch(self, moment: Moment) -> None:
+        """Keeps a micro-batch that will be replayed right before the step, if it is compared."""
+        if self._expected is not None and not self._problem.sharded:
+            self._moment = moment
+
     def forget(self) -> None:
         """Forgets the gradient of a batch after which the optimizer did not step."""
-        self._expected = None
+        self._expected = self._moment = None
 
     def compare(self, step: int) -> None:
         """Compares the gradient in place with what is expected, if anything is.
@@ -74,26 +85,26 @@ class ReplayCheck:
             step: The step, counted from 1.
         """
         expected, self._expected = self._expected, None
+        moment, self._moment = self._moment, None
         if expected is None:
             return
         problem = self._problem
-        pairs = [
-            (widened(g), widened(local(p.grad)))
-            for p, g in zip(problem.theta, expected, strict=False)
-            if p.grad is not None
-        ]
-        if not pairs:
+        error = self._error(expected)
+        if error is None:
             return
         is_first = self.step == 0
         if is_first or self._is_regular:
             self.step = step
-        difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
-        scale = torch.stack([b.norm() for _, b in pairs]).norm()
-        error = float(difference / scale)
         # A difference is divided by √ε, in which more than rounding would be seen.
-        epsilon = min(torch.finfo(g.dtype).eps for g, _ in pairs)
+        rounding = 8 * min(torch.finfo(widened(g).dtype).eps for g in expected)
+        if moment is not None:
+            del expected
+            self.expect(problem.objective.gradient(moment, problem.theta))
+            late, self._expected = self._error(self._expected or []), None
+            self.forbids_delay |= late is not None and late > max(rounding, 2 * error)
         problem.reuses_gradient = (
-            error <= 8 * epsilon
+            error <= rounding
+            and not self.forbids_delay
             and (is_first or problem.reuses_gradient)
             and not self._hooks_may_change()
         )
@@ -105,3 +116,15 @@ class ReplayCheck:
                 "will not see it",
                 stacklevel=2,
             )
+
+    def _error(self, expected: list[Tensor]) -> float | None:
+        """Returns the relative error of a gradient; None where the step has none."""
+        pairs = [
+            (widened(g), widened(local(p.grad)))
+            for p, g in zip(self._problem.theta, expected, strict=False)
+            if p.grad is not None
+        ]
+        if not pairs:
+            return None
+        difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
+        return float(difference / torch.stack([b.norm() for _, b in pairs]).norm())

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from types import FunctionType, MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_hpo.distributed import reshard
+from lightning_hpo.distributed import is_sharded, reshard
 from lightning_hpo.rng import RandomState, forked_rng
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
@@ -26,7 +27,8 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 # larger one is rather data than a counter; a replay that writes to it is refused.
 _COPIED_ELEMENTS = 1_000_000
 
-# Above this many elements, copies of a tensor that has not changed are shared between moments.
+# Above this many elements, copies of a tensor that has not changed are shared between moments, and
+# tensors of a frozen backbone are not copied at all.
 _SHARED_ELEMENTS = 10_000
 
 
@@ -40,12 +42,35 @@ class Shield:
     Args:
         trainer: The trainer.
         module: The LightningModule.
+
+    Attributes:
+        writes_to_untrained: Whether a call has written to parameters that the optimizer does not
+            move.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._trainer = trainer
         self._module = module
         self._metrics: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self.writes_to_untrained = False
+
+    def untrained(self) -> list[nn.Parameter]:
+        """Lists the parameters that the optimizer does not move: a step may write to them.
+
+        Teachers that follow by a moving average, annealed temperatures.
+        """
+        trained = {
+            id(p)
+            for optimizer in self._trainer.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        return [
+            p
+            for p in self._module.parameters()
+            # Replays work on the shards themselves.
+            if not p.requires_grad or (id(p) not in trained and not is_sharded([p]))
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +102,9 @@ class Shield:
         before = [(module, dict(vars(module))) for module in modules]
         copied: dict[int, Any] = {}
         shared: list[tuple[str, Tensor, int]] = []
-        swaps = {**_frozen_copies(self._module, shared, state), **(swaps or {})}
+        untrained = self._copy_untrained(shared, state)
+        versions = [(copy, copy._version) for copy in untrained.values()]
+        swaps = {**untrained, **(swaps or {})}
         loggers = trainer.loggers
         metrics = []
         try:
@@ -104,13 +131,38 @@ class Shield:
                 vars(module).update(attributes)
             for metric in metrics:
                 metric.reset()
+            if any(copy._version != version for copy, version in versions):
+                self.writes_to_untrained = True
         for name, tensor, version in shared:
             if tensor._version != version:
                 raise MisconfigurationException(
-                    f"A replay of the step wrote to the attribute {name!r}, a tensor of shape "
+                    f"A replay of the step wrote to {name!r}, a tensor of shape "
                     f"{tuple(tensor.shape)}, in place, which cannot be undone; register it as a "
-                    "buffer"
+                    "buffer, or write to it in on_train_batch_end"
                 )
+
+    def _copy_untrained(
+        self, shared: list[tuple[str, Tensor, int]], state: ModuleState | None
+    ) -> dict[int, Tensor]:
+        """Copies the parameters that are not trained, by the ``id`` of the original.
+
+        Those of a large frozen backbone are shared instead, and watched.
+        """
+        every = self.untrained()
+        untrained = _small_enough(every, self._module)
+        backbone = {id(p) for p in every} - untrained
+        if backbone:
+            named = self._module.named_parameters()
+            shared += [(name, p, p._version) for name, p in named if id(p) in backbone]
+        copies: dict[int, Tensor] = {}
+        for m in self._module.modules():
+            earlier = (state or {}).get(id(m), ({}, {}))[0]
+            for name, p in m._parameters.items():
+                if p is not None and id(p) in untrained:
+                    value = earlier.get(name)
+                    value = p if value is None or value.shape != p.shape else value
+                    copies[id(p)] = nn.Parameter(value.detach().to(p).clone(), p.requires_grad)
+        return copies
 
     def _swap_metrics(self, module: nn.Module) -> list[Any]:
         """Puts clones in the place of the metrics that are direct children of ``module``.
@@ -138,20 +190,19 @@ ModuleState = dict[int, tuple[dict[str, "Tensor | None"], dict[str, Any]]]
 
 
 def capture_state(
-    module: nn.Module, previous: ModuleState | None = None, *, frozen: bool = True
+    module: nn.Module, untrained: list[nn.Parameter], previous: ModuleState | None = None
 ) -> ModuleState:
-    """Copies the buffers, frozen parameters and attributes of a module tree, for a later replay.
+    """Copies the buffers, some parameters and the attributes of a module tree, for a later replay.
 
     Args:
         module: The module.
+        untrained: The parameters that are copied too, but for those of a large frozen backbone.
         previous: What was captured at the moment before. Large tensors that have not changed since
             are shared with it, so that a long window holds them once.
-        frozen: Whether frozen parameters are copied too; they do not change within a step.
     """
     copied: dict[int, Any] = {}
     state: ModuleState = {}
-
-    keeps_frozen = frozen and not _has_frozen_backbone(module)
+    chosen = _small_enough(untrained, module)
 
     def copy_own(value: Any) -> Any:
         return _copied(value, copied)
@@ -160,10 +211,9 @@ def capture_state(
         if isinstance(m, (Metric, torch.jit.ScriptModule)):
             continue
         buffers, attributes = (previous or {}).get(id(m), ({}, {}))
-        own = {name: value for name, value in vars(m).items() if _is_own(name)}
+        own = own_attributes(m)
         tensors = dict(m._buffers)
-        if keeps_frozen:
-            tensors |= {n: p for n, p in m._parameters.items() if p is None or not p.requires_grad}
+        tensors |= {n: p for n, p in m._parameters.items() if id(p) in chosen}
         state[id(m)] = (
             {
                 name: None if b is None else _shared(b.detach(), buffers.get(name), torch.clone)
@@ -191,6 +241,18 @@ def _shared(value: Any, earlier: Any, copy: Callable[[Any], Any]) -> Any:
     return copy(value)
 
 
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Returns the attributes of a module that are the user's state.
+
+    Functions are none: that may be how a kernel has been exchanged.
+    """
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if _is_own(name) and not isinstance(value, (FunctionType, MethodType))
+    }
+
+
 def _is_own(name: str) -> bool:
     """Whether an attribute is the user's, or the mode of the module, and no machinery of torch."""
     return name not in _MODULE_INTERNALS or name == "training"
@@ -204,15 +266,18 @@ def _isolate(
     """Rebinds a module's tensors: buffers to clones, and whatever is swapped."""
     attributes = vars(module)
     if module._buffers:
-        values = {} if earlier is None else earlier[0]
+        values = module._buffers if earlier is None else earlier[0]
 
         def stand_in(name: str, buffer: Tensor | None) -> Tensor | None:
-            if buffer is None or id(buffer) in swaps:
-                return None if buffer is None else swaps[id(buffer)]
-            value = values.get(name)
-            return (buffer if value is None else value).detach().clone()
+            if id(buffer) in swaps:
+                return swaps[id(buffer)]
+            value = values[name]
+            return None if value is None else value.detach().clone()
 
-        attributes["_buffers"] = {name: stand_in(name, b) for name, b in module._buffers.items()}
+        # What has been registered since is not there in a replay.
+        attributes["_buffers"] = {
+            name: stand_in(name, b) for name, b in module._buffers.items() if name in values
+        }
     if swaps and module._parameters:
         attributes["_parameters"] = {
             name: None if p is None else swaps.get(id(p), p)
@@ -222,32 +287,11 @@ def _isolate(
             attributes["_flat_weights"] = [swaps.get(id(w), w) for w in attributes["_flat_weights"]]
 
 
-def _frozen_copies(
-    module: nn.Module, shared: list[tuple[str, Tensor, int]], state: ModuleState | None
-) -> dict[int, Tensor]:
-    """Copies the parameters that do not require grad: a step may write to them (mean teachers).
-
-    A large frozen backbone is shared instead, and watched.
-    """
-    if _has_frozen_backbone(module):
-        frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
-        shared += [(name, p, p._version) for name, p in frozen]
-        return {}
-    copies: dict[int, Tensor] = {}
-    for m in module.modules():
-        earlier = (state or {}).get(id(m), ({}, {}))[0]
-        for name, p in m._parameters.items():
-            if p is not None and not p.requires_grad:
-                value = earlier.get(name)
-                value = p if value is None or value.shape != p.shape else value
-                copies[id(p)] = nn.Parameter(value.detach().to(p).clone(), False)
-    return copies
-
-
-def _has_frozen_backbone(module: nn.Module) -> bool:
-    """Whether most of the parameters are frozen, so that copies of them would be too large."""
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    return 5 * sum(n for n, trained in sizes if not trained) > 4 * sum(n for n, _ in sizes)
+def _small_enough(untrained: list[nn.Parameter], module: nn.Module) -> set[int]:
+    """Returns the ids of those that are copied: of a frozen backbone only small tensors."""
+    whole = sum(p.numel() for p in module.parameters())
+    is_backbone = 5 * sum(p.numel() for p in untrained) > 4 * whole
+    return {id(p) for p in untrained if not is_backbone or p.numel() <= _SHARED_ELEMENTS}
 
 
 def _copy_attributes(
@@ -268,10 +312,10 @@ def _copy_attributes(
         return
     attributes = vars(module)
     if earlier is not None:
+        for name in own_attributes(module).keys() - earlier[1].keys():
+            del attributes[name]  # it has been set since
         attributes.update(earlier[1])
-    for name, value in list(attributes.items()):
-        if not _is_own(name):
-            continue
+    for name, value in own_attributes(module).items():
         if isinstance(value, Tensor) and value.numel() > _COPIED_ELEMENTS:
             shared.append((name, value, value._version))
         else:
@@ -327,6 +371,12 @@ def _copy_sequence(value: Any, copied: dict[int, Any]) -> None:
     copy.extend(_copied(item, copied) for item in value)
 
 
+def _copy_tuple(value: tuple[Any, ...], copied: dict[int, Any]) -> None:
+    items = [_copied(item, copied) for item in value]
+    is_same = all(a is b for a, b in zip(items, value, strict=True))
+    copied[id(value)] = value if is_same else tuple(items)
+
+
 def _copy_mapping(value: Any, copied: dict[int, Any]) -> None:
     copy = copied[id(value)] = value.copy()
     for key, item in value.items():
@@ -349,6 +399,7 @@ def _copy_array(value: np.ndarray[Any, Any], copied: dict[int, Any]) -> None:
 
 _COPIERS: dict[type, Callable[[Any, dict[int, Any]], None]] = {
     list: _copy_sequence,
+    tuple: _copy_tuple,
     deque: _copy_sequence,
     dict: _copy_mapping,
     OrderedDict: _copy_mapping,

@@ -274,13 +274,23 @@ class Witness(pl.Callback):
     """Looks at the module before each replay, and again when the training has failed."""
 
     def __init__(self, estimator):
-        before_step = estimator.before_step
+        self.estimator = estimator
 
-        def watched(step):
+    def setup(self, trainer, module, stage):
+        self.watch(self.estimator, "before_step")
+
+    def on_train_start(self, trainer, module):
+        (callback,) = [c for c in trainer.callbacks if isinstance(c, OnlineHPOCallback)]
+        self.watch(callback, "on_before_optimizer_step")
+
+    def watch(self, owner, name):
+        method = getattr(owner, name)
+
+        def watched(*args):
             self.before = self.snapshot(*self.watched)
-            before_step(step)
+            method(*args)
 
-        estimator.before_step = watched
+        setattr(owner, name, watched)
 
     def snapshot(self, trainer, module):
         return SimpleNamespace(

@@ -121,9 +121,9 @@ def test_no_collective_is_made_between_updates(monkeypatch):
         monkeypatch.setattr(
             module, "average_", lambda tensors, n=name: counts.update({n: counts.get(n, 0) + 1})
         )
-    # The start settles on which kernels replays run, and has a gradient to compare the step with;
-    # each of the five updates averages its validation gradient.
-    others = 1 + 1 + 5
+    # The start settles on which kernels replays run, and compares the step with a replay at its
+    # batch and one right before it; each of the five updates averages its validation gradient.
+    others = 1 + 2 + 5
     for sync, expected in (
         (True, {"gradient": others + 10}),
         (False, {"gradient": others, "hypergradient": 5}),

@@ -83,9 +83,13 @@ def _gradient_edges(value: Tensor | None, sources: Sequence[Tensor]) -> list[Gra
             edges[i] = get_gradient_edge(g)
         return released(g)
 
-    handles = [s.register_hook(partial(note, i)) for i, s in enumerate(sources)]
+    # The step itself may have frozen some of them.
+    live = [(i, s) for i, s in enumerate(sources) if s.requires_grad]
+    handles = [s.register_hook(partial(note, i)) for i, s in live]
     try:
-        torch.autograd.grad(value, sources, create_graph=True, allow_unused=True)
+        if live:
+            inputs = [s for _, s in live]
+            torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -127,8 +131,12 @@ def _pull_back(
     is_kept: bool,
 ) -> list[Tensor]:
     """Returns Σ directionᵀ ∂gradient/∂target, stacked over the m directions."""
-    if not live:
+    wanted = [t for t in targets if t.requires_grad]
+    if not live or not wanted:
         return stacked_zeros(targets, m)
+    if len(wanted) < len(targets):  # the step itself has frozen some
+        found = iter(_pull_back(live, wanted, m, is_kept=is_kept))
+        return [next(found) if t.requires_grad else stacked_zeros([t], m)[0] for t in targets]
     gradients = [edge for edge, _ in live]
     directions = [direction for _, direction in live]
     if m > 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_hpo._tensors import is_on_host, stacked_zeros, widened
 from lightning_hpo.distributed import local
+from lightning_hpo.dynamics.clipping import GradientClipping
 
 State = dict[str, list[Tensor]]
 """m tangents or adjoints of s = (θ, the optimizer's state tensors).
@@ -46,7 +47,8 @@ class OptimizerStep:
         gradients: The gradient that the optimizer receives (after unscaling and clipping); None for
             a parameter that takes no part in this step.
         state: The optimizer's state of each parameter before this step.
-        unclipped: The gradient before clipping; None where the Trainer clips nothing.
+        clipping: What the Trainer did to the gradient before; None where nothing was clipped.
+        unclipped: The gradient before clipping, where something was.
         frozen: The positions of parameters that did not require grad.
         counts: How many steps each parameter has taken, for an optimizer that depends on it.
         slope: ∂Φ/∂g of θ, where only that is kept; None where g and the state are.
@@ -57,6 +59,7 @@ class OptimizerStep:
     theta: list[Tensor]
     gradients: list[Tensor | None]
     state: list[dict[str, Any]]
+    clipping: GradientClipping | None = None
     unclipped: list[Tensor | None] | None = None
     frozen: list[int] = field(default_factory=list)
     counts: list[float] = field(default_factory=list)
@@ -136,6 +139,7 @@ class OptimizerStep:
             theta=cut(self.theta),
             gradients=cut(self.gradients),
             state=[cut_state(i, part) for i, part in block],
+            clipping=self.clipping,
             unclipped=None if self.unclipped is None else cut(self.unclipped),
             frozen=[place[i] for i in self.frozen if i in place],
             counts=[self.counts[i] for i, _ in block] if self.counts else [],

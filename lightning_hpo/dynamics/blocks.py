@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_hpo._tensors import rows
 from lightning_hpo.dynamics.base import THETA, Block, Dynamics, OptimizerStep, State
-from lightning_hpo.dynamics.clipping import GradientClipping
 
 
 def jvp_lean_(
@@ -68,19 +67,17 @@ def multiply_by_slope_(
     dynamics: Dynamics,
     step: OptimizerStep,
     stacks: Sequence[Tensor | None],
-    clipping: GradientClipping | None = None,
 ) -> None:
     """Multiplies vectors by ∂Φ/∂g of θ in an elementwise step, and by ∂ĝ/∂g of clipping by value.
 
-    Both are diagonal: tangents and adjoints need the same.
+    Both are diagonal: tangents and adjoints need the same. Clipping by norm, which is not diagonal,
+    is left to the caller.
 
     Args:
         dynamics: Φ.
         step: The step.
         stacks: ``(m, n)`` for each parameter of n elements, multiplied in place; None for none. m
             may differ between parameters.
-        clipping: The clipping before the step. Clipping by norm, which is not diagonal, is left to
-            the caller.
     """
     by_count: dict[int, list[int]] = {}
     for i, stack in enumerate(stacks):
@@ -91,9 +88,9 @@ def multiply_by_slope_(
             places = [stack[:, part] for i, part in block if (stack := stacks[i]) is not None]
             products = list(places)
             part_of_step = step.restricted(block)
-            if clipping is not None and clipping.by_value and step.unclipped is not None:
+            if step.clipping is not None and step.clipping.by_value:
                 assert part_of_step.unclipped is not None
-                clipping.product_(part_of_step.unclipped, products)
+                step.clipping.product_(part_of_step.unclipped, products)
             products = dynamics.vjp_(part_of_step, {THETA: products}, state_part=False)
             for place, product in zip(places, products, strict=True):
                 _put(product, place)

@@ -33,6 +33,15 @@ class GradientClipping:
     by_value: bool = False
     sharded: bool = False
 
+    def acts_on(self, gradients: list[Tensor | None]) -> bool:
+        """Whether anything is clipped; True where looking would make the host wait for a device."""
+        present = [g for g in gradients if g is not None]
+        if not present or not is_on_host(present[0]):
+            return bool(present)
+        if self.by_value:
+            return any(not bool((g.abs() <= self.value).all()) for g in present)
+        return not float(self._norm(present)) + 1e-6 <= self.value
+
     def clip_(self, gradients: list[Tensor | None]) -> None:
         """Clips gradients in place, as the Trainer does."""
         present = [g for g in gradients if g is not None]
@@ -78,5 +87,10 @@ class GradientClipping:
         return scale.clamp(max=1.0), share
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+        norms = torch.stack(
+            [
+                torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
+                for g in gradients
+            ]
+        )
         return norm_over_shards(torch.linalg.vector_norm(norms), self.sharded)

@@ -167,38 +167,47 @@ class GenericDynamics(Dynamics):
         """Whether tangents and adjoints of a step agree with differences of it.
 
         They do not for an optimizer that works on ``.data``, disables gradients inside its step, or
-        keeps its state elsewhere than in ``optimizer.state``. One random direction of g is tried.
+        keeps its state elsewhere than in ``optimizer.state``. One random direction of g is tried in
+        float64. In it each element changes in proportion to itself, so that steps like sign(g), the
+        first one of Adam, stay smooth.
         """
         active = [i for i, g in enumerate(step.gradients) if g is not None]
+        step = replace(
+            step,
+            theta=[p.double() for p in step.theta],
+            gradients=[None if g is None else g.double() for g in step.gradients],
+            state=[
+                {n: v.double() if is_function_of_theta(n, v) else v for n, v in s.items()}
+                for s in step.state
+            ],
+        )
         generator = torch.Generator().manual_seed(0)
         directions = [torch.zeros_like(p) for p in step.theta]
         moved: list[list[Tensor]] = []
         for i in active:
             g = step.gradients[i]
             assert g is not None
-            noise = torch.randn(g.shape, generator=generator).to(g)
-            directions[i] = noise * g.square().mean().sqrt()
+            directions[i] = torch.randn(g.shape, generator=generator).to(g) * g
         for sign in (1.0, -1.0):
             gradients = [
-                None if g is None else g.double() + sign * 1e-4 * d.double()
+                None if g is None else g + sign * 1e-4 * d
                 for g, d in zip(step.gradients, directions, strict=True)
             ]
             there = self.run_in_double(replace(step, gradients=gradients), step.options)
             moved.append([there[THETA][i] for i in active])
         truth = [(a - b) / 2e-4 for a, b in zip(*moved, strict=True)]
 
-        tangent = self.zeros(1)
+        tangent: State = {THETA: [torch.zeros_like(p).unsqueeze(0) for p in step.theta]}
         self.jvp_(step, tangent, [d.unsqueeze(0).clone() for d in directions])
-        adjoint = self.zeros(1)
+        adjoint: State = {THETA: [torch.zeros_like(p).unsqueeze(0) for p in step.theta]}
         for i, t in zip(active, truth, strict=True):
-            adjoint[THETA][i] = t.unsqueeze(0).to(step.theta[i].dtype)
+            adjoint[THETA][i] = t.unsqueeze(0)
         pulled = self.vjp_(step, adjoint)
         square = sum(float(t.square().sum()) for t in truth)
         forward = sum(
-            float((tangent[THETA][i][0].double() * t).sum())
-            for i, t in zip(active, truth, strict=True)
+            float((tangent[THETA][i][0] * t).sum()) for i, t in zip(active, truth, strict=True)
         )
-        reverse = sum(float((pulled[i][0].double() * directions[i]).sum()) for i in active)
+        reverse = sum(float((pulled[i][0] * directions[i]).sum()) for i in active)
         return all(abs(value - square) <= 0.05 * square for value in (forward, reverse))
 
     def advance(self, step: OptimizerStep) -> tuple[list[Tensor], list[dict[str, Any]]]:

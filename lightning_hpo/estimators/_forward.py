@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_hpo._tensors import add_scaled_, rows
+from lightning_hpo._tensors import add_scaled_, rows, stacked_zeros
 from lightning_hpo.distributed import (
     average_,
     gather_stacks,
@@ -73,37 +74,47 @@ class Tangents:
             return
         self._follow()
         with problem.network(moment) as network:
-            products, _ = self._gradient(network, range(problem.count))
-        if weight != 1.0:
-            torch._foreach_mul_(products, weight)
-        if self._gradients is None:
-            self._gradients = products
-        else:
-            torch._foreach_add_(self._gradients, products)
+            for units in self._portions():
+                products, _ = self._gradient(network, units)
+                if self._gradients is None and len(units) == problem.count:
+                    torch._foreach_mul_(products, weight)
+                    self._gradients = products
+                    continue
+                self._gradients = self._complete(self._gradients)
+                parts = [t[units.start : units.stop] for t in self._gradients]
+                torch._foreach_add_(parts, products, alpha=weight)
 
     def before_step(self, step: OptimizerStep) -> None:
         """Moves the tangents along with θ."""
         self._follow()
         problem = self._problem
-        m = problem.count
         if self._moment is not None:
             norms = None
-            if self._sync and problem.is_one_sided and not self._is_zero:
+            is_intact = problem.objective.is_intact(self._moment)
+            if self._sync and problem.is_one_sided and is_intact and not self._is_zero:
                 norms = self.norms()
-            size = max(1, _ELEMENTS // max(1, sum(local(p).numel() for p in problem.theta)))
             with problem.network(self._moment) as network:
-                for start in range(0, m, size):
-                    units = range(start, min(start + size, m))
+                for units in self._portions():
                     self._advance(step, units, *self._gradient(network, units, norms))
         else:
-            gradients, self._gradients = self._gradients, None
-            if gradients is None:
-                gradients, _ = problem.zeros(m, lambda_part=False)
-            self._advance(step, range(m), gradients, None)
+            gradients, self._gradients = self._complete(self._gradients), None
+            self._advance(step, range(problem.count), gradients, None)
         problem.add_option_tangents_(step, self.state, self._unit)
         self._is_zero = False
         self._norms = None
         self.discard()
+
+    def _complete(self, gradients: list[Tensor] | None) -> list[Tensor]:
+        """Adds zeros for parameters that have joined since, or for all where there is nothing."""
+        known = gradients or []
+        return known + stacked_zeros(self._problem.theta[len(known) :], self._problem.count)
+
+    def _portions(self) -> Iterator[range]:
+        """Splits the directions into those that are carried on together."""
+        m = self._problem.count
+        size = max(1, _ELEMENTS // max(1, sum(local(p).numel() for p in self._problem.theta)))
+        for start in range(0, m, size):
+            yield range(start, min(start + size, m))
 
     def _gradient(
         self, network: Network, units: range, norms: Tensor | None = None
@@ -146,8 +157,9 @@ class Tangents:
                 add_scaled_([t[j] for t, _ in pairs], [g for _, g in pairs], -weight)
         y = [t[part] for t in self.state[THETA]]
         problem.add_penalty_hvp_((gradient, []), step, y, units=units, gradient_weights=weights)
-        if problem.clipping is not None and step.unclipped is not None:
-            problem.clipping.product_(step.unclipped, gradient)
+        if step.clipping is not None:
+            assert step.unclipped is not None
+            step.clipping.product_(step.unclipped, gradient)
         jvp_lean_(problem.dynamics, step, self.state, gradient, part)
 
     def _follow(self) -> None:

@@ -43,9 +43,9 @@ def rebuild(
         theta, state = dynamics.advance(current)
         gradients = _gradients(problem, moments, record, theta)
         unclipped = None
-        if problem.clipping is not None:
+        if record.clipping is not None:
             unclipped = [None if g is None else g.clone() for g in gradients]
-            problem.clipping.clip_(gradients)
+            record.clipping.clip_(gradients)
         current = replace(
             record, theta=theta, state=state, gradients=gradients, unclipped=unclipped
         )

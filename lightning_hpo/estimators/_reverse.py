@@ -12,7 +12,14 @@ from torch import Tensor
 
 from lightning_hpo._tensors import rows
 from lightning_hpo.distributed import world_size
-from lightning_hpo.dynamics import THETA, OptimizerStep, State, multiply_by_slope_, vjp_lean_
+from lightning_hpo.dynamics import (
+    THETA,
+    GradientClipping,
+    OptimizerStep,
+    State,
+    multiply_by_slope_,
+    vjp_lean_,
+)
 from lightning_hpo.estimators._recompute import rebuild, thinned
 from lightning_hpo.estimators.base import Problem
 from lightning_hpo.objectives import Moment, is_plain
@@ -75,7 +82,7 @@ class Window:
         if len(self._records) % self._stride:
             step = thinned(step)
         elif not self._through_steps:
-            step = replace(step.kept(values=False), unclipped=None)
+            step = replace(step.kept(values=False), clipping=None, unclipped=None)
         elif self._keeps_slope:
             step = self._with_slope(step)
         else:
@@ -94,10 +101,11 @@ class Window:
         """Keeps ∂Φ/∂g in the place of g and the state, where adjoints need nothing else."""
         problem = self._problem
         slope = [t.new_ones((1, *t.shape)) for t in step.theta]  # contiguous
-        multiply_by_slope_(problem.dynamics, step, [rows(t) for t in slope], problem.clipping)
+        multiply_by_slope_(problem.dynamics, step, [rows(t) for t in slope])
         kept = replace(step.kept(values=False), slope=slope)
-        is_clipped = problem.clipping is not None and not problem.clipping.by_value
-        return kept if is_clipped else replace(kept, unclipped=None)
+        if step.clipping is not None and step.clipping.by_value:
+            kept = replace(kept, clipping=None, unclipped=None)  # it is part of the slope
+        return kept
 
     def hypergradient(self, g_v: list[Tensor]) -> list[Tensor] | None:
         """Differentiates the window backwards, and empties it; uses up g_V.
@@ -135,8 +143,9 @@ class Window:
         else:
             g_bar = adjoint[THETA]
             torch._foreach_mul_(g_bar, step.slope)
-        if problem.clipping is not None and step.unclipped is not None:
-            problem.clipping.product_(step.unclipped, g_bar)
+        if step.clipping is not None:
+            assert step.unclipped is not None
+            step.clipping.product_(step.unclipped, g_bar)
         return g_bar
 
     def _complete_last(self) -> None:
@@ -164,7 +173,9 @@ class Window:
 
     def _pack(self, record: _Record) -> dict[str, Any] | None:
         moments = [(self._problem.objective.pack(moment), w) for moment, w in record.moments]
-        step = vars(record.step)
+        step = {**vars(record.step), "clipping": None}
+        if record.step.clipping is not None:
+            step["clipping"] = vars(record.step.clipping)
         if not is_plain(step) or any(moment is None for moment, _ in moments):
             return None
         return {"moments": moments, "step": step}
@@ -174,6 +185,8 @@ class Window:
         for record in state["records"] or ():
             moments = [(self._problem.objective.unpack(m), w) for m, w in record["moments"]]
             step = move_data_to_device(record["step"], self._problem.theta[0].device)
+            if step["clipping"] is not None:
+                step["clipping"] = GradientClipping(**step["clipping"])
             self._records.append(_Record(moments, OptimizerStep(**step)))
         return len(self._records) == int(state["length"])
 

@@ -22,10 +22,9 @@ from lightning_hpo.derivatives import (
     joint_hvp,
     one_sided_differences,
 )
-from lightning_hpo.distributed import average_, local, sum_over_shards
+from lightning_hpo.distributed import average_, local, sum_over_shards, world_size
 from lightning_hpo.dynamics import (
     Dynamics,
-    GradientClipping,
     OptimizerOptions,
     OptimizerStep,
     State,
@@ -52,7 +51,6 @@ class Problem:
         hyperparameters: λ, by name; the order of every list of λ-shaped tensors.
         penalties: The penalties that act in the gradient.
         dynamics: The optimizer's step.
-        clipping: The gradient clipping between the two; None where there is none.
         derivatives: ``"auto"`` or the name of a backend of :func:`joint_hvp`.
         options: The optimizer's own options that are tuned; None where there are none.
         in_loss: The names of the λ that the training loss itself depends on.
@@ -66,7 +64,6 @@ class Problem:
     hyperparameters: dict[str, Hyperparameter]
     penalties: list[Penalty]
     dynamics: Dynamics
-    clipping: GradientClipping | None
     derivatives: str
     options: OptimizerOptions | None = None
     in_loss: set[str] = field(default_factory=set)
@@ -74,6 +71,11 @@ class Problem:
     sharded: bool = False
     replays_at_once: bool = False
     _compared: bool = field(default=False, init=False)
+    _is_agreed: bool = field(default=True, init=False)
+    _is_automatic: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._is_automatic = self.derivatives == "auto"
 
     @property
     def theta(self) -> list[Tensor]:
@@ -157,6 +159,7 @@ class Problem:
         """Whether one-sided differences may take the place of central ones now."""
         return (
             self.reuses_gradient
+            and self._is_agreed
             and not self.replays_at_once
             and self.derivatives == "finite_difference"
             and not self.sharded
@@ -228,20 +231,35 @@ class Problem:
             self._compare_kernels(moment, gradients)
 
     def _settled(self, multiply: Callable[[str], Products]) -> Products:
-        """Calls ``multiply(backend)``; settles at the first call what ``auto`` stands for."""
-        backend = "reverse" if self.derivatives == "auto" else self.derivatives
+        """Calls ``multiply(backend)``; settles at the first call what ``auto`` stands for.
+
+        All ranks agree then. Later, an operator that a rank has not met before makes that rank fall
+        back by itself: its products are as good as theirs, but no parts of them can be shared.
+        """
+        is_first = self.derivatives == "auto"
+        backend = "reverse" if is_first else self.derivatives
+        reason = ""
         try:
             result = multiply(backend)
         except RuntimeError as error:
             if not is_missing_derivative(error):
                 raise
-            if self.derivatives != "auto":
+            if not self._is_automatic:
                 raise RuntimeError(
                     f"OnlineHPOCallback(derivatives={backend!r}): an operator of this model lacks "
                     f"the derivative that this backend needs ({error}). Use derivatives='auto' or "
                     "'finite_difference'"
                 ) from error
-            self._fall_back(f"an operator of this model has no double backward: {error}")
+            reason = f"an operator of this model has no double backward: {error}"
+        if is_first and world_size() > 1:
+            fallen = torch.tensor(float(bool(reason)), device=self.theta[0].device)
+            average_([fallen])
+            if fallen > 0:
+                reason = reason or "an operator of this model has no double backward"
+        elif reason:
+            self._is_agreed = world_size() == 1
+        if reason:
+            self._fall_back(reason)
             return multiply(self.derivatives)
         self.derivatives = backend
         return result

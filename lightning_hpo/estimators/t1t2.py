@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_hpo._tensors import is_on_host, rows, stacked
+from lightning_hpo._tensors import rows, stacked
 from lightning_hpo.distributed import sum_over_shards
 from lightning_hpo.dynamics import OptimizerStep, multiply_by_slope_
 from lightning_hpo.estimators._reverse import Window
@@ -121,31 +121,28 @@ class _Effect:
             if name is None:
                 continue  # it is frozen
             _, rate, _ = penalty.hyperparameter.constraint.derivatives(penalty.raw)
-            gradients = penalty.gradient([step.theta[i] for i in index])
-            factor = rate.reshape(()).to(gradients[0].dtype)
-            factor = factor if through_step else -factor
-            for i, product in zip(index, torch._foreach_mul(gradients, factor), strict=True):
-                parts[i].append(product)
+            factor = rate.reshape(()) if through_step else -rate.reshape(())
+            for i in index:
+                (gradient,) = penalty.gradient([step.theta[i]])  # one at a time
+                parts[i].append(gradient * factor.to(gradient))
                 self._owners[i].append(name)
         self._scale: Tensor | None = None
-        if through_step and problem.clipping is not None and not problem.clipping.by_value:
+        if through_step and step.clipping is not None and not step.clipping.by_value:
             self._clip(step, parts)
         self._stacks: list[Tensor | None] = []
         for own in parts:
             self._stacks.append(rows(stacked(own)).contiguous() if own else None)
             own.clear()  # one parameter at a time is there twice
         if through_step:
-            multiply_by_slope_(problem.dynamics, step, self._stacks, problem.clipping)
+            multiply_by_slope_(problem.dynamics, step, self._stacks)
 
     def _clip(self, step: OptimizerStep, parts: list[list[Tensor]]) -> None:
         """Notes what clipping by norm does, and adds g to the vectors, where it acts."""
         problem = self._problem
-        clipping, gradients = problem.clipping, step.unclipped
+        clipping, gradients = step.clipping, step.unclipped
         assert clipping is not None
         assert gradients is not None
         scale, share = clipping.by_norm([g for g in gradients if g is not None])
-        if is_on_host(scale) and float(scale) == 1:
-            return
         dots = dict.fromkeys(problem.hyperparameters, torch.zeros_like(scale))
         for g, own, names in zip(gradients, parts, self._owners, strict=True):
             if g is None:
