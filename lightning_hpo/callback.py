@@ -298,12 +298,18 @@ class OnlineHPOCallback(pl.Callback):
         problem = self._problem
         theta = problem.theta
         versions = [p._version for p in theta]
+        before = [] if problem.sharded else [p.detach().clone() for p in theta]
         batch_t2 = to_device(trainer, self._stream.peek(), self._dataloader_idx)
         self._validation.gradient(batch_t2, self._stream.consumed, theta)
 
         objective = problem.objective
         gradients = objective.gradient(moment, theta, objective.leaves())
-        compatibility.refuse(compatibility.check_untouched(module, theta, versions))
+        findings = compatibility.check_untouched(module, theta, versions)
+        if findings:
+            for p, value in zip(theta, before, strict=True):
+                p.data.copy_(value)
+        compatibility.refuse(findings)
+        del before
         if gradients is None:
             return None
         problem.in_loss = {

@@ -60,7 +60,10 @@ def _composed_weight_norm() -> Iterator[None]:
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    # −1 stands for no dimension. (torch.norm_except_dim then has a wrong forward derivative.)
+    others = [d for d in range(v.dim()) if d != dim]
+    norm = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1) if others else v.abs()
+    return v * (g / norm)
 
 
 @contextmanager

@@ -369,6 +369,28 @@ def test_a_reentrant_checkpoint_cuts_off_what_its_inputs_do_not_need(derivatives
     assert not said
 
 
+@pytest.mark.parametrize("derivatives", BACKENDS)
+@pytest.mark.parametrize("estimator", ["UnrollK", "ClipR"])
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize(
+    "normalize", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_weight_norm(normalize, dim, estimator, derivatives):
+    """torch's own operator has a wrong second derivative."""
+
+    def make():
+        return Lit(
+            lambda: nn.Sequential(
+                normalize(nn.Linear(4, 5), dim=dim), Scale(), nn.Tanh(), nn.Linear(5, 3)
+            )
+        )
+
+    result, said = hypergradient(make, estimator, derivatives)
+    assert relative_error(result, brute_force(make)) < 1e-5
+    assert not said
+
+
 # ---------------------------------------------------------------------------------------- compiled
 
 

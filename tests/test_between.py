@@ -1,5 +1,7 @@
 """Hooks between the start of a batch and the optimizer's step, and what they change."""
 
+import copy
+import functools
 import math
 
 import lightning.pytorch as pl
@@ -24,7 +26,7 @@ FORWARD = pytest.mark.parametrize("make", [lambda: ClipR(math.inf), lambda: Unro
 BACKENDS = pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
 
 
-def truth(make):
+def truth(make, callbacks=(), **options):
     """Central differences of the whole training over raw λ."""
     result = []
     for i, name in enumerate(named_hyperparameters(make())):
@@ -32,7 +34,7 @@ def truth(make):
         for sign in (1, -1):
             model = make()
             named_hyperparameters(model)[name].raw.add_(sign * 1e-4)
-            fit(model)
+            fit(model, list(callbacks), **options)
             losses.append(validation_loss(model))
         result.append((losses[0] - losses[1]) / 2e-4)
         assert i < 2
@@ -93,6 +95,210 @@ class LateNoise(pl.Callback):
 def test_what_changes_before_the_step(kind, derivatives, make):
     found = last_hypergradient(observe(make(), kind("momentum"), derivatives=derivatives))
     assert relative_error(found, truth(lambda: kind("momentum"))) < 1e-5
+
+
+class Annealed(Mlp):
+    """Writes to a parameter that is not trained, from the first step or from a later one."""
+
+    start = 0
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.temperature = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step >= self.start:
+            with torch.no_grad():
+                self.temperature.mul_(0.8)
+        return super().training_step(batch, batch_idx) * self.temperature
+
+
+class AnnealedBackbone(Annealed):
+    """Small beside what else is frozen."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.backbone = nn.Parameter(torch.zeros(20_000), requires_grad=False)
+
+
+class Teacher(Mlp):
+    """Follows a moving average that requires grad, and that no optimizer moves."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.teacher = copy.deepcopy(self.net)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for slow, p in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                slow.lerp_(p.detach(), 0.1)
+        size = sum(p.detach().square().sum() for p in self.teacher.parameters())
+        return super().training_step(batch, batch_idx) * size
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.01, momentum=0.9)
+
+
+class OwnState(Mlp):
+    """Makes an attribute, a buffer and the contents of a tuple in the course of a step."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.register_buffer("count", None)
+        self.pair = (torch.ones(()), [1.0])
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.count = None
+        vars(self).pop("seen", None)
+
+    def training_step(self, batch, batch_idx):
+        factor = 0.3 if hasattr(self, "seen") or self.count is not None else 1.0
+        self.seen, self.count = True, torch.ones(())
+        self.pair[0].mul_(0.9)
+        return super().training_step(batch, batch_idx) * factor * self.pair[0]
+
+
+@pytest.mark.parametrize("kind", [Annealed, AnnealedBackbone, OwnState])
+@pytest.mark.parametrize(
+    "make", [lambda: ClipR(math.inf), lambda: UnrollK(10, "forward"), lambda: UnrollK(10)]
+)
+@BACKENDS
+def test_what_a_step_writes_besides(kind, make, derivatives):
+    """A replay starts from what was there before."""
+    found = last_hypergradient(observe(make(), kind("momentum"), derivatives=derivatives))
+    assert relative_error(found, truth(lambda: kind("momentum"))) < 1e-5
+
+
+@BACKENDS
+def test_what_a_step_begins_to_write_later(derivatives):
+    """The first time it comes as a surprise, for which differences are central ones."""
+
+    class Later(Annealed):
+        start = 4
+
+    found = last_hypergradient(observe(ClipR(math.inf), Later("momentum"), derivatives=derivatives))
+    assert relative_error(found, truth(lambda: Later("momentum"))) < 0.1
+
+
+@pytest.mark.parametrize("kind", [Annealed, AnnealedBackbone, Teacher, OwnState])
+@pytest.mark.parametrize("make", [T1T2, ClipR, lambda: UnrollK(2, "reverse")])
+def test_what_a_step_writes_is_written_once(kind, make):
+    observed, alone = kind("momentum"), kind("momentum")
+    observe(make(), observed)
+    fit(alone)
+    states = observed.state_dict(), alone.state_dict()
+    for name, value in states[1].items():
+        assert torch.equal(states[0][name], value), name
+
+
+class Secret:
+    """State that no replay can know of: it is held by a function."""
+
+    def __init__(self):
+        self.factor = 1.0
+
+    def __call__(self):
+        return self.factor
+
+
+class ChangesInBackward(Mlp):
+    """A change between forward pass and step that no hook of Lightning shows."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.factor = Secret().__call__
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.factor.__self__.factor = 1.0
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx) * self.factor()
+        if "log" not in vars(self):  # a replay is not the training
+            loss.register_hook(lambda g: setattr(self.factor.__self__, "factor", 0.5))
+        return loss
+
+
+@BACKENDS
+def test_a_replay_that_is_seen_to_come_too_late(derivatives):
+    """The first step shows it; from then on steps are replayed at their batches."""
+    callback = observe(ClipR(math.inf), ChangesInBackward("momentum"), derivatives=derivatives)
+    expected = truth(lambda: ChangesInBackward("momentum"))
+    assert relative_error(last_hypergradient(callback), expected) < 1e-5
+
+
+class Patched(pl.Callback):
+    """Hooks that hide: on parameters, and wrapped ones on a callback itself."""
+
+    def __init__(self, where):
+        self.where = where
+
+    def on_train_start(self, trainer, module):
+        @functools.wraps(self.on_before_optimizer_step)
+        def late(trainer, module, optimizer):
+            self.put_back(module)
+
+        if self.where == "callback":
+            self.on_before_optimizer_step = late
+        for p in module.parameters() if self.where == "parameter" else ():
+            p.register_post_accumulate_grad_hook(lambda _, module=module: self.put_back(module))
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        WeightNoise.on_train_batch_start(module, batch, batch_idx)
+
+    def put_back(self, module):
+        with torch.no_grad():
+            for p, value in zip(module.parameters(), module.kept, strict=True):
+                p.data.copy_(value)
+
+
+@BACKENDS
+@pytest.mark.parametrize("where", ["callback", "parameter"])
+def test_hooks_that_hide(where, derivatives):
+    expected = observe(ClipR(math.inf), WeightNoise("momentum"))
+    callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen, derivatives=derivatives)
+    fit(Mlp("momentum"), [Patched(where), callback])
+    assert relative_error(last_hypergradient(callback), last_hypergradient(expected)) < 1e-6
+
+
+class Callable:
+    def __call__(self, *args):
+        pass
+
+
+def test_a_hook_may_be_any_callable():
+    model = Mlp("momentum")
+    model.on_after_backward = Callable()
+    callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen)
+    fit(model, [pl.callbacks.LambdaCallback(on_before_zero_grad=Callable()), callback])
+    expected = observe(ClipR(math.inf), Mlp("momentum"))
+    assert relative_error(last_hypergradient(callback), last_hypergradient(expected)) < 1e-10
+
+
+class NoisyGradient(Mlp):
+    """Adds to the gradient right before it is clipped."""
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        for p in self.parameters():
+            p.grad.add_(0.05)
+
+
+class ChangingThreshold(pl.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        trainer.gradient_clip_val = 0.3 if trainer.global_step < 4 else 0.1
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize(
+    ("kind", "others"), [(NoisyGradient, []), (Mlp, [ChangingThreshold()])], ids=["hook", "value"]
+)
+def test_what_changes_before_clipping(kind, others, algorithm):
+    options = {"gradient_clip_val": 0.3, "gradient_clip_algorithm": algorithm}
+    callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen)
+    fit(kind("momentum"), [*others, callback], **options)
+    expected = truth(lambda: kind("momentum"), others, **options)
+    assert relative_error(last_hypergradient(callback), expected) < 1e-5
+    assert relative_error(truth(lambda: Mlp("momentum"), **options), expected) > 0.01
 
 
 @BACKENDS
@@ -213,6 +419,61 @@ def test_a_product_that_is_its_direction(optimizer, granularity):
 
     found = last_hypergradient(observe(ClipR(math.inf), make(), derivatives="reverse"))
     assert relative_error(found, truth(make)) < 1e-5
+
+
+class JoinsWithin(pl.Callback):
+    """Adds a parameter between the micro-batches of a step, or between its batch and the step."""
+
+    def __init__(self, hook):
+        self.join = Joins().on_train_batch_end
+        setattr(self, hook, self.join_once)
+
+    def join_once(self, trainer, module, *_):
+        if not hasattr(module, "extra"):
+            self.join(trainer, module, None, None, 0)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize(
+    ("hook", "accumulated"), [("on_train_batch_end", 2), ("on_before_zero_grad", 1)]
+)
+@BACKENDS
+def test_parameters_that_join_within_a_step(optimizer, hook, accumulated, derivatives):
+    runs = []
+    for other in (JoinsWithin(hook), pl.Callback()):
+        callback = OnlineHPOCallback(ClipR(), optimizer=frozen, derivatives=derivatives)
+        fit(
+            Mlp(optimizer, schedule=False),
+            [other, callback],
+            steps=4,
+            accumulate_grad_batches=accumulated,
+        )
+        runs.append(last_hypergradient(callback))
+    assert relative_error(*runs) < 1e-6
+
+
+class Freezing(Mlp):
+    """Freezes a layer in every other step, within the step."""
+
+    def training_step(self, batch, batch_idx):
+        self.net[0].requires_grad_(self.global_step % 2 == 0)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("make", [T1T2, lambda: UnrollK(3, "reverse")])
+def test_a_step_that_freezes_a_layer(make):
+    """Exact products are those of differences.
+
+    (Tangents differ in the step that freezes: differences see that the rest depends on the layer.)
+    """
+    results = []
+    for derivatives in ("reverse", "finite_difference"):
+        model = Freezing("momentum", inside_loss=True)
+        callback = observe(make(), model, derivatives=derivatives, accumulate_grad_batches=2)
+        results.append(last_hypergradient(callback))
+    assert relative_error(*results) < 1e-5
+    tangents = observe(ClipR(), Freezing("momentum"), accumulate_grad_batches=2)
+    assert last_hypergradient(tangents).isfinite().all()
 
 
 class Joins(pl.Callback):

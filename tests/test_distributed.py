@@ -8,6 +8,7 @@ import torch
 from cases import BATCH, TRAIN, VALID, Mlp, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_hpo import (
@@ -112,6 +113,51 @@ def test_ranks_may_use_different_parameters(make, derivatives):
     assert (raw - math.log(0.05)).abs().min() > 1e-3
 
 
+class OnceTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y)
+
+
+class MeetsAnOperator(Sharded):
+    """The second rank alone uses an operator without a second derivative, early or late."""
+
+    def __init__(self, start=None, **options):
+        super().__init__("momentum", **options)
+        self.start = start
+
+    def loss(self, batch):
+        x, y = batch
+        is_met = self.training and self.global_rank == 1 and self.start is not None
+        activation = OnceTanh.apply if is_met and self.global_step >= self.start else torch.tanh
+        return torch.nn.functional.cross_entropy(self.net[2](activation(self.net[0](x))), y)
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("make", [lambda: ClipR(2.0, decay=0.9), lambda: UnrollK(3, "forward")])
+def test_one_rank_alone_falls_back_to_differences(make, start):
+    """At the start all agree; later the others stay with exact products."""
+    results = []
+    for first in (None, start):
+        model = MeetsAnOperator(first)
+        callback = OnlineHPOCallback(make(), optimizer=lambda raw: torch.optim.SGD(raw, lr=3.0))
+        # Long enough for the gradient to be compared again.
+        make_trainer(
+            110, callbacks=[callback, Equal(masks=False)], devices=2, strategy="ddp_fork"
+        ).fit(model)
+        results.append(torch.stack([h.raw for h in named_hyperparameters(model).values()]))
+    moved = (results[0] - math.log(0.05)).norm()
+    assert (results[1] - results[0]).norm() < 1e-5 * moved
+
+
 # ------------------------------------------------------------------------------- what ranks share
 
 
@@ -131,8 +177,9 @@ class Apart(DropoutMixin, Sharded):
 class Equal(pl.Callback):
     """Raises where λ differs between the ranks after a step."""
 
-    def __init__(self):
+    def __init__(self, masks=True):
         self.steps = 0
+        self.masks = masks
 
     def on_train_batch_end(self, trainer, module, *args):
         raws = torch.stack([h.raw for h in named_hyperparameters(module).values()])
@@ -143,7 +190,8 @@ class Equal(pl.Callback):
 
     def on_train_end(self, trainer, module):
         masks = gather(torch.rand(3))
-        assert not torch.equal(*masks)  # the ranks did go through training with other draws
+        # The ranks did go through training with other draws.
+        assert not self.masks or not torch.equal(*masks)
         assert self.steps == trainer.global_step
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_hpo import T1T2, ClipR, Hyperparameter, L2Mixin, OnlineHPOCallback, UnrollK
+from lightning_hpo import T1T2, ClipR, Hyperparameter, L1Mixin, L2Mixin, OnlineHPOCallback, UnrollK
 from lightning_hpo.dynamics import base
 from lightning_hpo.estimators import _forward
 from tests.cases import fit, frozen
@@ -17,7 +17,7 @@ WIDTH = 100
 LAYERS = 8
 
 
-class Deep(L2Mixin, pl.LightningModule):
+class Deep(L1Mixin, L2Mixin, pl.LightningModule):
     """Weights weigh far more than activations, and no layer holds more than an eighth of them."""
 
     def __init__(self, optimizer, *, count=1, **options):
@@ -43,8 +43,8 @@ class Deep(L2Mixin, pl.LightningModule):
 
 
 class Noisy(Deep):
-    def __init__(self, optimizer):
-        super().__init__(optimizer)
+    def __init__(self, optimizer, **options):
+        super().__init__(optimizer, **options)
         self.noise = Hyperparameter(0.1)
 
     def training_step(self, batch, batch_idx):
@@ -63,27 +63,31 @@ def adam(parameters):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that live, after every operation."""
 
-    def __init__(self):
+    def __init__(self, least=WIDTH):
         super().__init__()
+        self.least = least
         self.live = {}
         self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.numel() >= WIDTH:
+            if isinstance(t, torch.Tensor) and t.numel() >= self.least:
                 storage = t.untyped_storage()
                 if storage._cdata not in self.live:
                     self.live[storage._cdata] = storage._weak_ref(), storage.nbytes()
+        self.drop()
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+    def drop(self):
         for key, (reference, _) in list(self.live.items()):
             if torch.UntypedStorage._expired(reference):
                 torch.UntypedStorage._free_weak_ref(reference)
                 del self.live[key]
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return result
 
 
-def peak(model, estimator=None, clip=None, every=2, **options):
+def peak(model, estimator=None, clip=None, every=2, accumulated=1, **options):
     """Returns the peak of a short training beyond the parameters, in units of θ."""
     callback = (
         []
@@ -96,6 +100,7 @@ def peak(model, estimator=None, clip=None, every=2, **options):
             callback,
             steps=6,
             gradient_clip_val=clip,
+            accumulate_grad_batches=accumulated,
             num_sanity_val_steps=0,
             limit_val_batches=0,
         )
@@ -116,6 +121,11 @@ def test_t1t2_on_penalties_adds_one_theta(make, granularity, monkeypatch):
     assert 0.9 < peak(model, T1T2()) - plain < 1 + 2 * LAYER
     clipped = peak(Deep(make, granularity=granularity), T1T2(), clip=0.01)
     assert 1.9 < clipped - peak(Deep(make), clip=0.01) < 2 + 2 * LAYER
+    # A threshold that is never reached costs nothing.
+    assert peak(Deep(make), T1T2(), clip=1e6) - peak(Deep(make), clip=1e6) < 1 + 2 * LAYER
+    model = Deep(make)
+    model.register_l1(1e-4)
+    assert 1.9 < peak(model, T1T2()) - plain < 2 + 2 * LAYER
 
 
 BACKENDS = ["reverse", "forward", "finite_difference"]
@@ -154,6 +164,51 @@ def test_a_tangent_adds_theta_and_the_state(make, states, derivatives, estimator
         peak(Deep(make, count=count), estimator(), derivatives=derivatives) for count in (2, 5)
     )
     assert (five - two) / 3 == pytest.approx(1 + states, abs=0.02)
+
+
+@pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
+def test_replays_at_the_batch_add_one_more_theta_per_tangent(derivatives, monkeypatch):
+    """Until the last of the accumulated micro-batches has come."""
+    monkeypatch.setattr(_forward, "_ELEMENTS", 1)
+    two, five = (
+        peak(Noisy(momentum, count=count), ClipR(), derivatives=derivatives, accumulated=2)
+        for count in (2, 5)
+    )
+    assert (five - two) / 3 == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "make", [T1T2, ClipR, lambda: UnrollK(2, "forward"), lambda: UnrollK(2, "reverse")]
+)
+def test_memory_does_not_grow(make):
+    """What lives between two steps is as much as it was ten steps before, to the byte."""
+    sizes = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            live.drop()
+            if trainer.global_step % 10 == 8:
+                sizes.append(sum(size for _, size in live.live.values()))
+
+    with LiveBytes(least=1) as live:
+        callback = OnlineHPOCallback(make(), optimizer=frozen, every_n_steps=2)
+        fit(Noisy(adam), [Watch(), callback], steps=29, limit_val_batches=0)
+    assert len(sizes) == 3
+    assert len(set(sizes)) == 1
+
+
+def test_one_graph_at_a_time():
+    """Where activations weigh more than weights, a longer window adds θ and its batch alone."""
+
+    class Wide(Noisy):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return super().training_step((x.repeat(1000, 1), y.repeat(1000)), batch_idx)
+
+    two, six = (peak(Wide(momentum), UnrollK(k, "reverse"), every=k) for k in (2, 6))
+    one = peak(Wide(momentum))
+    assert one > 20  # what a graph weighs, in units of θ
+    assert six - two == pytest.approx(4, abs=0.1)
 
 
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])

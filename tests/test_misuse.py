@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import Mlp, fit, frozen, make_trainer, train_loader, valid_loader, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -114,6 +115,38 @@ class Adafactor(Mlp):
 class SparseAdam(Mlp):
     def configure_optimizers(self):
         return torch.optim.SparseAdam(self.parameters(), lr=0.1)
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+class Sam(Mlp):
+    def configure_optimizers(self):
+        return NeedsClosure(self.parameters(), lr=0.1)
+
+
+class OwnClipGradients(Mlp):
+    def clip_gradients(self, *args, **options):
+        super().clip_gradients(*args, **options)
+
+
+class OwnPrecision(Precision):
+    def clip_gradients(self, *args, **options):
+        super().clip_gradients(*args, **options)
+
+
+class RenormalizedEmbedding(Mlp):
+    """Its forward pass scales down the rows that have grown too long."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 4, max_norm=0.1)
+
+    def loss(self, batch):
+        x, y = batch
+        return super().loss((x + self.table(y), y))
 
 
 class NoOptimizer(Mlp):
@@ -226,6 +259,7 @@ MISUSES = {
     "lbfgs": (tune(Lbfgs), r"LBFGS evaluates its closure several times.*Use SGD"),
     "adafactor": (tune(Adafactor), r"Adafactor reads norms.*Use SGD"),
     "sparse-adam": (tune(SparseAdam), r"SparseAdam works on sparse gradients.*Use SGD"),
+    "step-needs-closure": (tune(Sam), r"NeedsClosure needs a closure.*Use SGD"),
     "no-optimizer": (tune(NoOptimizer), r"configure_optimizers returned (0|no) optimizer.*Use"),
     "two-optimizers": (
         tune(TwoOptimizers),
@@ -234,6 +268,18 @@ MISUSES = {
     "own-gradient-clipping": (
         tune(OwnClipping),
         r"OwnClipping overrides configure_gradient_clipping.*Use Trainer\(gradient_clip_val",
+    ),
+    "own-clip-gradients": (
+        tune(OwnClipGradients),
+        r"OwnClipGradients overrides clip_gradients.*Use Trainer\(gradient_clip_val",
+    ),
+    "own-precision": (
+        lambda watch: fit(watch(Mlp()), OnlineHPOCallback(), plugins=OwnPrecision()),
+        r"OwnPrecision overrides clip_gradients.*Use Trainer\(gradient_clip_val",
+    ),
+    "embedding-with-max-norm": (
+        tune(RenormalizedEmbedding),
+        r"writes to the trained parameter 'table.weight' in place.*on_train_batch_end",
     ),
     "hook-without-super": (
         tune(ForgetsSuper),

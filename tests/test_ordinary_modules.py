@@ -443,6 +443,32 @@ class Written(torch.optim.Optimizer):
                     p.add_(p.grad, alpha=-group["lr"])
 
 
+class OwnAdam(torch.optim.Adam):
+    """What differs from the closed form may be anything."""
+
+
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_a_subclass_of_adam_with_dead_units(make):
+    """Its first step is that of sign(g), which jumps where g is zero."""
+
+    class Dead(Mlp):
+        kind = torch.optim.Adam
+
+        def __init__(self):
+            super().__init__(activation=nn.ReLU)
+            with torch.no_grad():
+                self.net[0].bias[:2] = -100.0
+
+        def configure_optimizers(self):
+            return self.kind(self.parameters(), lr=0.01)
+
+    class Own(Dead):
+        kind = OwnAdam
+
+    found, expected = (last_hypergradient(observe(make(), kind())) for kind in (Own, Dead))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+
+
 @pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
 @pytest.mark.parametrize("style", ["data", "no_grad", "plain"])
 def test_optimizers_written_by_hand(style, make):
