@@ -191,22 +191,12 @@ def test_what_a_step_writes_is_written_once(kind, make):
         assert torch.equal(states[0][name], value), name
 
 
-class Secret:
-    """State that no replay can know of: it is held by a function."""
-
-    def __init__(self):
-        self.factor = 1.0
-
-    def __call__(self):
-        return self.factor
-
-
 class ChangesInBackward(Mlp):
     """A change between forward pass and step that no hook of Lightning shows."""
 
     def __init__(self, optimizer):
         super().__init__(optimizer)
-        self.factor = Secret().__call__
+        self.factor = Schedule().__call__
 
     def on_train_batch_start(self, batch, batch_idx):
         self.factor.__self__.factor = 1.0

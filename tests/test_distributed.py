@@ -5,10 +5,9 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import BATCH, TRAIN, VALID, Mlp, make_trainer
+from cases import BATCH, TRAIN, VALID, Mlp, OnceTanh, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_hpo import (
@@ -111,20 +110,6 @@ def test_ranks_may_use_different_parameters(make, derivatives):
     ).fit(model)
     raw = torch.stack([h.raw for h in named_hyperparameters(model).values()])
     assert (raw - math.log(0.05)).abs().min() > 1e-3
-
-
-class OnceTanh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        y = x.tanh()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        (y,) = ctx.saved_tensors
-        return g * (1 - y * y)
 
 
 class MeetsAnOperator(Sharded):

@@ -1,5 +1,7 @@
 """What the callback holds in memory, in units of θ: every tensor that lives is counted."""
 
+import gc
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_hpo import T1T2, ClipR, Hyperparameter, L1Mixin, L2Mixin, OnlineHPOCallback, UnrollK
 from lightning_hpo.dynamics import base
 from lightning_hpo.estimators import _forward
+from lightning_hpo.objectives import Moment
 from tests.cases import fit, frozen
 
 WIDTH = 100
@@ -195,6 +198,23 @@ def test_memory_does_not_grow(make):
         fit(Noisy(adam), [Watch(), callback], steps=29, limit_val_batches=0)
     assert len(sizes) == 3
     assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [(T1T2, 0), (ClipR, 0), (lambda: UnrollK(3, "forward"), 0), (lambda: UnrollK(3, "reverse"), 1)],
+)
+def test_micro_batches_are_let_go_of(make, kept):
+    """Once a step has been made, only an open reverse window needs its micro-batches."""
+    counts = []
+
+    class Count(pl.Callback):
+        def on_train_batch_end(self, *args):
+            counts.append(sum(isinstance(o, Moment) for o in gc.get_objects()))
+
+    callback = OnlineHPOCallback(make(), optimizer=frozen, every_n_steps=3)
+    fit(Noisy(momentum), [callback, Count()], steps=6)
+    assert counts == [kept, 2 * kept, 0] * 2
 
 
 def test_one_graph_at_a_time():

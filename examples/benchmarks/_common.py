@@ -621,7 +621,7 @@ def parse(
     )
     if models:
         parser.add_argument("--model", choices=models, action="append", help="default: all")
-    parser.add_argument("--quick", action="store_true", help="about a minute, rougher numbers")
+    parser.add_argument("--quick", action="store_true", help="a few minutes, rougher numbers")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(

@@ -35,7 +35,8 @@ class ClipR(Estimator):
     product besides, whatever the number of λ: about 1.5 |θ|, with differences 2 |θ|, and the
     gradient before clipping; and what a replay depends on, a copy of the batch and the buffers.
     Where gradients are accumulated, or a hook of the module or of another callback stands between
-    batch and step and may change either, all products are formed at the batch: |θ| per scalar λ.
+    batch and step and may change either, products are formed at the batch and kept: |θ| more per
+    scalar λ.
 
     Args:
         radius: r, in the units of θ per unit of raw λ; ``inf`` is RTHO (Franceschi et al. 2017).

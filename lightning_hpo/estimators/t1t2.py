@@ -28,10 +28,10 @@ class T1T2(Estimator):
     act in the gradient. It does not depend on the number of λ.
 
     Memory: where all λ are strengths of such penalties, |θ| (once per penalty on the same weight,
-    and once more where clipping by norm acts). g_V is then multiplied by ∂Φ/∂g B as it arrives, and
+    and once more where clipping acts). g_V is then multiplied by ∂Φ/∂g B as it arrives, and
     never exists as a whole. Else |θ|, that of g_V, and for a nonlinear step such as Adam's that of
-    ∂Φ/∂g (of its gradient and state, where the optimizer mixes elements or has tuned options);
-    clipping by norm keeps the gradient besides.
+    ∂Φ/∂g (of its gradient and state, where the optimizer mixes elements or has tuned options); once
+    more where clipping by norm acts.
 
     Args:
         scale_by_lr: With False, α = −g_V: the variant Unroll1-gTgV of the online-HPO paper (§4 a),

@@ -11,6 +11,7 @@ from cases import (
     TRAIN,
     VALID,
     Mlp,
+    OnceTanh,
     fit,
     flat,
     last_hypergradient,
@@ -19,7 +20,6 @@ from cases import (
     valid_loader,
 )
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -35,22 +35,6 @@ from lightning_hpo import (
     named_hyperparameters,
 )
 from lightning_hpo.derivatives import finite_difference
-
-
-class OnceTanh(torch.autograd.Function):
-    """As fused kernels are: a backward of its own, which has no derivative."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y = x.tanh()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        (y,) = ctx.saved_tensors
-        return g * (1 - y * y)
 
 
 class OnceTanhLayer(nn.Module):
