@@ -340,6 +340,7 @@ class OnlineHPOCallback(pl.Callback):
         of all callbacks: any of them may draw random numbers or set what the loss depends on.
         """
         self._stepped = False
+        self._clipped = None  # of a step that overflowed
         self._check.forget()
         self._rng.on_batch_start(trainer.strategy.root_device)
         self._observing = not self._ready or self._observes()

@@ -99,8 +99,12 @@ def test_steps_are_optimizer_steps():
     assert [r.step for r in callback.history] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_gradient_overflow_is_no_step():
-    """Under a gradient scaler, an overflow skips the step; λ is not updated for it either."""
+@pytest.mark.parametrize("clip", [None, 1e6])
+def test_a_gradient_overflow_is_no_step(clip):
+    """Under a gradient scaler, an overflow skips the step; λ is not updated for it either.
+
+    What clipping did to it is forgotten as well.
+    """
 
     class Overflowing(Mlp):
         def training_step(self, batch, batch_idx):
@@ -116,7 +120,7 @@ def test_a_gradient_overflow_is_no_step():
     for estimator in (ClipR(math.inf), UnrollK(4, "reverse"), UnrollK(4, "forward")):
         overflowing = Overflowing("momentum", inside_loss=True, schedule=False)
         callback = OnlineHPOCallback(estimator, optimizer=frozen)
-        fit(overflowing, callback, steps=5, plugins=plugin)
+        fit(overflowing, callback, steps=5, plugins=plugin, gradient_clip_val=clip)
         assert callback.history[-1].step == 4
         # The same four steps without the third batch.
         plain = OnlineHPOCallback(estimator, optimizer=frozen)
