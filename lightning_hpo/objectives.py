@@ -83,7 +83,7 @@ class TrainingObjective:
         self._module = module
         self._hyperparameters = list(hyperparameters)
         self._shield = Shield(trainer, module)
-        self._previous: Moment | None = None
+        self._previous: tuple[ModuleState, RandomState] | None = None
 
     @property
     def rounding(self) -> float | None:
@@ -127,19 +127,17 @@ class TrainingObjective:
         )
         if keep:
             moment.batch = copy_batch(batch)
-            previous = self._previous if share else None
+            state, rng = (share and self._previous) or (None, None)
             untrained = self._shield.untrained()
             # Within a step they do not change, unless the step itself has been seen to write there.
             is_copied = keep == "later" or self._shield.writes_to_untrained
-            moment.state = capture_state(
-                self._module, untrained if is_copied else [], previous.state if previous else None
-            )
+            moment.state = capture_state(self._module, untrained if is_copied else [], state)
             if not is_copied:
                 moment.versions = [(p, p._version) for p in untrained]
-            if previous is not None:
-                moment.rng.share_with(previous.rng)
+            if rng is not None:
+                moment.rng.share_with(rng)
             if share:
-                self._previous = moment
+                self._previous = moment.state, moment.rng
         return moment
 
     def is_intact(self, moment: Moment) -> bool:
