@@ -27,6 +27,7 @@ from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObject
 from lightning_hpo.regularizers import PenaltyMixin
 from lightning_hpo.replay_check import ReplayCheck
 from lightning_hpo.rng import RandomState, ResumedRandomState
+from lightning_hpo.shield import Shadow
 from lightning_hpo.values import fixed_options, remember_options
 
 
@@ -132,8 +133,8 @@ class OnlineHPOCallback(pl.Callback):
         self._option_names = optimizer_hyperparameters
         self._strict = strict
         self._steps = 0
-        self._handles: list[RemovableHandle] = []
-        self._unwrap_hook: Callable[[], None] | None = None
+        self._handles: list[RemovableHandle | Shadow] = []
+        self._shadow: Shadow | None = None
         self._restored: dict[str, Any] | None = None
         self._rng = ResumedRandomState()
         self._final: dict[str, Any] = {}
@@ -231,6 +232,7 @@ class OnlineHPOCallback(pl.Callback):
             optimizer.register_step_pre_hook(self._before_optimizer_step),
             optimizer.register_step_post_hook(self._after_optimizer_step),
         ]
+        self._watch_clipping(trainer)
 
     def _make_options(
         self,
@@ -346,14 +348,17 @@ class OnlineHPOCallback(pl.Callback):
         self._observing = not self._ready or self._observes()
         if not self._observing:
             return
+        hook = pl_module.on_train_batch_start
 
-        def after_the_module(hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def after_the_module(*args: Any, **kwargs: Any) -> Any:
+            self._unshadow()
             response = hook(*args, **kwargs)
             if response != -1:  # the module ends the epoch
                 self._before_batch(trainer, pl_module, batch, batch_idx)
             return response
 
-        self._wrap(pl_module, "on_train_batch_start", after_the_module)
+        self._unshadow()
+        self._shadow = Shadow(pl_module, "on_train_batch_start", after_the_module)
 
     def _before_batch(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
@@ -387,42 +392,40 @@ class OnlineHPOCallback(pl.Callback):
             return
         if replay == "after_step":
             is_window = self.estimator.window is not None and self.estimator.window > 1
-            moment = objective.moment(batch, batch_idx, keep="later", share=is_window)
+            moment = objective.moment(batch, batch_idx, keep=True, share=is_window)
         elif problem.replays_at_once:
             moment = objective.moment(batch, batch_idx)
         else:
-            moment = objective.moment(batch, batch_idx, keep="step")
+            moment = objective.moment(batch, batch_idx, keep=True)
             self._check.watch(moment)
         self.estimator.before_batch(moment, 1 / accumulated)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Arranges to look at the gradient just before it is clipped, penalties included."""
+        """Compares the gradient with that of a replay, where that is due."""
         self._check.compare(self._steps + 1)
-        if self._observing and trainer.gradient_clip_val:
-            self._wrap(pl_module, "configure_gradient_clipping", self._before_clipping)
 
-    def _before_clipping(
-        self,
-        hook: Callable[..., None],
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def _watch_clipping(self, trainer: pl.Trainer) -> None:
+        """Looks at gradients just before they are clipped: penalties and all hooks have acted."""
+        plugin = trainer.precision_plugin
+        clip = plugin.clip_gradients
+
+        def watched(optimizer: torch.optim.Optimizer, value: float, algorithm: str) -> None:
+            if self._observing and value > 0:
+                self._keep_unclipped(float(value), by_value=algorithm == "value")
+            clip(optimizer, value, algorithm)  # type: ignore[arg-type]
+
+        self._handles.append(Shadow(plugin, "clip_gradients", watched))
+
+    def _keep_unclipped(self, value: float, *, by_value: bool) -> None:
         """Keeps the gradient, which the derivative of clipping needs, if anything is clipped."""
         problem = self._problem
-        by_value = gradient_clip_algorithm == "value"
-        clipping = GradientClipping(float(gradient_clip_val), by_value, problem.sharded)
+        clipping = GradientClipping(value, by_value, problem.sharded)
         gradients = [None if p.grad is None else local(p.grad.detach()) for p in problem.theta]
         if clipping.acts_on(gradients):
             copies = [None if g is None else widened(g.clone()) for g in gradients]
             self._clipped = clipping, copies
-        hook(
-            optimizer,
-            gradient_clip_val=gradient_clip_val,
-            gradient_clip_algorithm=gradient_clip_algorithm,
-        )
 
     def _before_optimizer_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -524,31 +527,13 @@ class OnlineHPOCallback(pl.Callback):
 
     # ------------------------------------------------------------------------------------ clean-up
 
-    def _wrap(self, module: pl.LightningModule, name: str, around: Callable[..., Any]) -> None:
-        """Has ``around`` called with a hook of the module and its arguments, at its next call."""
-        self._unwrap()
-        own = vars(module)
-        shadowed = {name: own[name]} if name in own else {}
-        hook = getattr(module, name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self._unwrap()
-            return around(hook, *args, **kwargs)
-
-        def unwrap() -> None:
-            own.pop(name, None)
-            own.update(shadowed)
-
-        own[name] = wrapped
-        self._unwrap_hook = unwrap
-
-    def _unwrap(self) -> None:
-        unwrap, self._unwrap_hook = self._unwrap_hook, None
-        if unwrap is not None:
-            unwrap()
+    def _unshadow(self) -> None:
+        if self._shadow is not None:
+            self._shadow.remove()
+            self._shadow = None
 
     def _remove_hooks(self) -> None:
-        self._unwrap()
+        self._unshadow()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -647,7 +632,7 @@ class OnlineHPOCallback(pl.Callback):
             self.estimator.load_state_dict(state["estimator"]["state"])
             self._problem.reuses_gradient = state["gradient"]["reused"]
             self._check.step = state["gradient"]["compared_at"]
-            self._check.forbids_delay = state["gradient"]["forbids_delay"]
+            self._check.forbids_delay = state["gradient"].get("forbids_delay", False)
             if self.derivatives == "auto" and state["gradient"]["derivatives"] != "reverse":
                 self._problem.derivatives = state["gradient"]["derivatives"]  # it had fallen back
         if self._options is not None:

@@ -90,7 +90,10 @@ def check_trainer(
         for owner, hook, kind in (
             (module, "configure_gradient_clipping", pl.LightningModule),
             (module, "clip_gradients", pl.LightningModule),
-            (trainer.precision_plugin, "clip_gradients", Precision),
+            *(
+                (trainer.precision_plugin, hook, Precision)
+                for hook in ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value")
+            ),
         )
         if _overrides(owner, hook, kind) and (owner is module or _is_foreign(owner))
     }
@@ -201,8 +204,9 @@ def check_step(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
         return []
     return [
         f"Tangents cannot follow the optimizer {kind.__name__}: its step works on .data, disables "
-        "gradients inside, or keeps its state outside of optimizer.state. Use an optimizer of "
-        "torch.optim, or write its step with in-place operations on p, p.grad and self.state[p]"
+        "gradients or draws random numbers inside, or keeps its state outside of optimizer.state. "
+        "Use an optimizer of torch.optim, or write its step with in-place operations on p, p.grad "
+        "and self.state[p]"
     ]
 
 

@@ -6,8 +6,8 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -49,7 +49,6 @@ class Moment:
         global_step: The trainer's count of steps at that step.
         epoch: The trainer's count of epochs at that step.
         state: What the modules held at that step; None for a replay that happens at once.
-        versions: Parameters that are not in ``state``, and should not be written to meanwhile.
     """
 
     batch: Any
@@ -58,7 +57,6 @@ class Moment:
     global_step: int
     epoch: int
     state: ModuleState | None = None
-    versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
 
 class TrainingObjective:
@@ -93,18 +91,20 @@ class TrainingObjective:
 
     @property
     def scale(self) -> float:
-        """The factor of the gradient scaler, which the losses here carry too; 1 without one.
+        """The factor of a micro-batch's loss in the training, which the losses here carry too.
 
-        Without it gradients in float16 would vanish. Whoever takes a derivative divides by it.
+        That of the gradient scaler, over the number of accumulated batches: gradients in float16
+        would vanish or overflow, and hooks on parameters would see others, without it. Whoever
+        takes a derivative divides by it.
         """
-        return _loss_scale(self._trainer)
+        return _scaler_factor(self._trainer) / self._trainer.accumulate_grad_batches
 
     def moment(
         self,
         batch: Any,
         batch_idx: int,
         *,
-        keep: Literal["step", "later"] | None = None,
+        keep: bool = False,
         share: bool = False,
     ) -> Moment:
         """Records the present as the start of a ``training_step``.
@@ -112,9 +112,9 @@ class TrainingObjective:
         Args:
             batch: The batch, on the device.
             batch_idx: Its index in the epoch.
-            keep: Whether the replay happens later, in the same step or after it. Costs a copy of
-                the batch, the random state, the buffers and the modules' own attributes, and after
-                the step also of parameters that are not trained.
+            keep: Whether the replay happens later. Costs a copy of the batch, the random state, the
+                buffers, the modules' own attributes, and parameters that are not trained (of a
+                large frozen backbone only small ones).
             share: Whether large tensors that have not changed since the last moment that was kept
                 are shared with it. The host then waits for the device to compare them.
         """
@@ -128,24 +128,12 @@ class TrainingObjective:
         if keep:
             moment.batch = copy_batch(batch)
             state, rng = (share and self._previous) or (None, None)
-            untrained = self._shield.untrained()
-            # Within a step they do not change, unless the step itself has been seen to write there.
-            is_copied = keep == "later" or self._shield.writes_to_untrained
-            moment.state = capture_state(self._module, untrained if is_copied else [], state)
-            if not is_copied:
-                moment.versions = [(p, p._version) for p in untrained]
+            moment.state = capture_state(self._module, self._shield.untrained(), state)
             if rng is not None:
                 moment.rng.share_with(rng)
             if share:
                 self._previous = moment.state, moment.rng
         return moment
-
-    def is_intact(self, moment: Moment) -> bool:
-        """Whether the step has left untouched what its replay starts from; notes it if not."""
-        if all(p._version == version for p, version in moment.versions):
-            return True
-        self._shield.writes_to_untrained = True
-        return False
 
     def pack(self, moment: Moment) -> dict[str, Any] | None:
         """Returns a moment as tensors, numbers and containers, which a checkpoint may hold.
@@ -159,7 +147,6 @@ class TrainingObjective:
             for key, (buffers, attributes) in (moment.state or {}).items()
         }
         packed = {**vars(moment), "rng": moment.rng.state_dict(), "state": state}
-        del packed["versions"]  # those that are packed are replayed after their step
         return packed if is_plain(packed) else None
 
     def unpack(self, packed: dict[str, Any]) -> Moment:
@@ -249,7 +236,7 @@ class TrainingObjective:
             return _unscaled(gradient(loss, [*theta, *(leaves or ())]), self.scale)
 
 
-def _loss_scale(trainer: pl.Trainer) -> float:
+def _scaler_factor(trainer: pl.Trainer) -> float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
@@ -380,7 +367,9 @@ class ValidationObjective:
                 output, origin = self._evaluate(copy_batch(batch), batch_idx, logged)
             loss = _check_validation_loss(output, origin)
             # As in training: without its factor, gradients in float16 would vanish.
-            scale = _loss_scale(self._trainer)
+            scale = _scaler_factor(self._trainer)
+            if scale != 1:
+                scale /= self._trainer.accumulate_grad_batches
             with without_hooks(module.parameters()):
                 yield loss * scale, scale
 

@@ -93,7 +93,8 @@ class ReplayCheck:
         if error is None:
             return
         is_first = self.step == 0
-        if is_first or self._is_regular:
+        counts = is_first or self._is_regular
+        if counts:
             self.step = step
         # A difference is divided by √ε, in which more than rounding would be seen.
         rounding = 8 * min(torch.finfo(widened(g).dtype).eps for g in expected)
@@ -101,7 +102,8 @@ class ReplayCheck:
             del expected
             self.expect(problem.objective.gradient(moment, problem.theta))
             late, self._expected = self._error(self._expected or []), None
-            self.forbids_delay |= late is not None and late > max(rounding, 2 * error)
+            is_late = late is not None and late > max(rounding, 2 * error)
+            self.forbids_delay |= counts and is_late
         problem.reuses_gradient = (
             error <= rounding
             and not self.forbids_delay

@@ -7,7 +7,6 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from types import FunctionType, MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -42,17 +41,12 @@ class Shield:
     Args:
         trainer: The trainer.
         module: The LightningModule.
-
-    Attributes:
-        writes_to_untrained: Whether a call has written to parameters that the optimizer does not
-            move.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._trainer = trainer
         self._module = module
         self._metrics: dict[int, tuple[nn.Module, nn.Module]] = {}
-        self.writes_to_untrained = False
 
     def untrained(self) -> list[nn.Parameter]:
         """Lists the parameters that the optimizer does not move: a step may write to them.
@@ -103,7 +97,6 @@ class Shield:
         copied: dict[int, Any] = {}
         shared: list[tuple[str, Tensor, int]] = []
         untrained = self._copy_untrained(shared, state)
-        versions = [(copy, copy._version) for copy in untrained.values()]
         swaps = {**untrained, **(swaps or {})}
         loggers = trainer.loggers
         metrics = []
@@ -131,8 +124,6 @@ class Shield:
                 vars(module).update(attributes)
             for metric in metrics:
                 metric.reset()
-            if any(copy._version != version for copy, version in versions):
-                self.writes_to_untrained = True
         for name, tensor, version in shared:
             if tensor._version != version:
                 raise MisconfigurationException(
@@ -183,6 +174,21 @@ class Shield:
         if clones:
             vars(module)["_modules"] = {**module._modules, **clones}
         return list(clones.values())
+
+
+class Shadow:
+    """Has a method of one object replaced by a function, until it is removed."""
+
+    def __init__(self, owner: object, name: str, function: Callable[..., Any]) -> None:
+        self._own = vars(owner)
+        self._name = name
+        self._before = {name: self._own[name]} if name in self._own else {}
+        self._own[name] = function
+
+    def remove(self) -> None:
+        """Puts back what was there."""
+        self._own.pop(self._name, None)
+        self._own.update(self._before)
 
 
 ModuleState = dict[int, tuple[dict[str, "Tensor | None"], dict[str, Any]]]
@@ -242,20 +248,14 @@ def _shared(value: Any, earlier: Any, copy: Callable[[Any], Any]) -> Any:
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Returns the attributes of a module that are the user's state.
-
-    Functions are none: that may be how a kernel has been exchanged.
-    """
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if _is_own(name) and not isinstance(value, (FunctionType, MethodType))
-    }
+    """Returns the attributes of a module that are the user's state."""
+    return {name: value for name, value in vars(module).items() if _is_own(name)}
 
 
 def _is_own(name: str) -> bool:
     """Whether an attribute is the user's, or the mode of the module, and no machinery of torch."""
-    return name not in _MODULE_INTERNALS or name == "training"
+    # Kernels are exchanged by way of "forward".
+    return name not in _MODULE_INTERNALS | {"forward"} or name == "training"
 
 
 def _isolate(
@@ -265,26 +265,23 @@ def _isolate(
 ) -> None:
     """Rebinds a module's tensors: buffers to clones, and whatever is swapped."""
     attributes = vars(module)
-    if module._buffers:
-        values = module._buffers if earlier is None else earlier[0]
+    present = module._buffers
+    values = present if earlier is None else earlier[0]
 
-        def stand_in(name: str, buffer: Tensor | None) -> Tensor | None:
-            if id(buffer) in swaps:
-                return swaps[id(buffer)]
-            value = values[name]
-            return None if value is None else value.detach().clone()
+    def stand_in(name: str) -> Tensor | None:
+        if id(present.get(name)) in swaps:
+            return swaps[id(present[name])]
+        value = values[name]
+        return None if value is None else value.detach().clone()
 
-        # What has been registered since is not there in a replay.
-        attributes["_buffers"] = {
-            name: stand_in(name, b) for name, b in module._buffers.items() if name in values
-        }
-    if swaps and module._parameters:
-        attributes["_parameters"] = {
-            name: None if p is None else swaps.get(id(p), p)
-            for name, p in module._parameters.items()
-        }
-        if "_flat_weights" in attributes:  # recurrent layers hold a second list of them
-            attributes["_flat_weights"] = [swaps.get(id(w), w) for w in attributes["_flat_weights"]]
+    # Those that were there then: what a step registers or deletes is not its replay's.
+    attributes["_buffers"] = {n: stand_in(n) for n in values if n not in module._parameters}
+    attributes["_parameters"] = {
+        name: None if p is None else swaps.get(id(p), p) for name, p in module._parameters.items()
+    }
+    attributes["_modules"] = dict(module._modules)
+    if swaps and "_flat_weights" in attributes:  # recurrent layers hold a second list of them
+        attributes["_flat_weights"] = [swaps.get(id(w), w) for w in attributes["_flat_weights"]]
 
 
 def _small_enough(untrained: list[nn.Parameter], module: nn.Module) -> set[int]:
@@ -335,6 +332,8 @@ def _copied(value: Any, copied: dict[int, Any]) -> Any:
             _COPIERS[kind](value, copied)
         elif isinstance(value, Metric):
             copied[id(value)] = value.clone()
+        elif isinstance(value, tuple) and hasattr(kind, "_make"):
+            copied[id(value)] = kind._make(_copied(item, copied) for item in value)
         elif _is_plain_object(value):
             copied[id(value)] = copy = object.__new__(kind)
             vars(copy).update({name: _copied(v, copied) for name, v in vars(value).items()})
@@ -349,7 +348,6 @@ def _is_plain_object(value: Any) -> bool:
     return (
         kind.__new__ is object.__new__  # type: ignore[comparison-overlap]
         and not isinstance(value, nn.Module)
-        and not callable(value)
         and hasattr(value, "__dict__")
         and not hasattr(kind, "__slots__")
         and all(isinstance(v, _ATOMS) or type(v) in _COPIERS for v in vars(value).values())

@@ -1,5 +1,6 @@
 """Hooks between the start of a batch and the optimizer's step, and what they change."""
 
+import collections
 import copy
 import functools
 import math
@@ -7,11 +8,11 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_hpo import T1T2, ClipR, L2Mixin, OnlineHPOCallback, UnrollK, named_hyperparameters
 from lightning_hpo.derivatives import gradient_products
-from lightning_hpo.objectives import TrainingObjective
 from tests.cases import (
     Mlp,
     fit,
@@ -98,18 +99,15 @@ def test_what_changes_before_the_step(kind, derivatives, make):
 
 
 class Annealed(Mlp):
-    """Writes to a parameter that is not trained, from the first step or from a later one."""
-
-    start = 0
+    """Writes to a parameter that is not trained."""
 
     def __init__(self, optimizer):
         super().__init__(optimizer)
         self.temperature = nn.Parameter(torch.ones(()), requires_grad=False)
 
     def training_step(self, batch, batch_idx):
-        if self.global_step >= self.start:
-            with torch.no_grad():
-                self.temperature.mul_(0.8)
+        with torch.no_grad():
+            self.temperature.mul_(0.8)
         return super().training_step(batch, batch_idx) * self.temperature
 
 
@@ -158,7 +156,77 @@ class OwnState(Mlp):
         return super().training_step(batch, batch_idx) * factor * self.pair[0]
 
 
-@pytest.mark.parametrize("kind", [Annealed, AnnealedBackbone, OwnState])
+class AnnealedLater(Annealed):
+    """In a way that torch does not count."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step >= 4:
+            self.temperature.data.mul_(0.8)
+        return Mlp.training_step(self, batch, batch_idx) * self.temperature
+
+
+class Exchanges(Mlp):
+    """Exchanges functions and modules, once."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.criterion = F.cross_entropy
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = self.criterion(self.net(x), y)
+        if self.criterion is F.cross_entropy:
+            self.criterion = functools.partial(F.cross_entropy, label_smoothing=0.3)
+        else:
+            self.criterion = lambda *a: F.cross_entropy(*a, label_smoothing=0.1)
+        return loss
+
+
+class Registers(Mlp):
+    """Registers a buffer where there was none, and deletes another."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.register_buffer("early", torch.tensor(2.0))
+
+    def training_step(self, batch, batch_idx):
+        factor = self.early if hasattr(self, "early") else 1.0
+        if hasattr(self, "early"):
+            del self.early
+        if "late" not in dict(self.net.named_buffers()):
+            self.net.register_buffer("late", torch.tensor(0.5))
+            factor = factor * 3.0
+        return super().training_step(batch, batch_idx) * factor
+
+
+class Counter:
+    def __init__(self):
+        self.factor = 1.0
+
+    def __call__(self):
+        self.factor *= 0.9
+        return self.factor
+
+
+class Objects(Mlp):
+    """Keeps state in an object that can be called, and in a named tuple."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.counter = Counter()
+        self.pair = collections.namedtuple("Pair", "a b")(torch.ones(()), [1.0])
+
+    def training_step(self, batch, batch_idx):
+        self.pair.a.mul_(0.9)
+        self.pair.b[0] *= 0.95
+        factor = self.counter() * self.pair.a * self.pair.b[0]
+        return super().training_step(batch, batch_idx) * factor
+
+
+WRITING = [Annealed, AnnealedBackbone, AnnealedLater, OwnState, Exchanges, Registers, Objects]
+
+
+@pytest.mark.parametrize("kind", WRITING)
 @pytest.mark.parametrize(
     "make", [lambda: ClipR(math.inf), lambda: UnrollK(10, "forward"), lambda: UnrollK(10)]
 )
@@ -169,24 +237,26 @@ def test_what_a_step_writes_besides(kind, make, derivatives):
     assert relative_error(found, truth(lambda: kind("momentum"))) < 1e-5
 
 
-@BACKENDS
-def test_what_a_step_begins_to_write_later(derivatives):
-    """The first time it comes as a surprise, for which differences are central ones."""
+class Lazy(Mlp):
+    """Makes a part of itself when it is first needed, and draws its weights then."""
 
-    class Later(Annealed):
-        start = 4
+    def training_step(self, batch, batch_idx):
+        if not hasattr(self, "extra"):
+            self.extra = nn.Linear(4, 4)
+        x, y = batch
+        return super().training_step((x + self.extra(x), y), batch_idx)
 
-    found = last_hypergradient(observe(ClipR(math.inf), Later("momentum"), derivatives=derivatives))
-    assert relative_error(found, truth(lambda: Later("momentum"))) < 0.1
 
-
-@pytest.mark.parametrize("kind", [Annealed, AnnealedBackbone, Teacher, OwnState])
+@pytest.mark.parametrize("kind", [*WRITING, Teacher, Lazy])
 @pytest.mark.parametrize("make", [T1T2, ClipR, lambda: UnrollK(2, "reverse")])
 def test_what_a_step_writes_is_written_once(kind, make):
     observed, alone = kind("momentum"), kind("momentum")
+    torch.manual_seed(0)
     observe(make(), observed)
+    torch.manual_seed(0)
     fit(alone)
     states = observed.state_dict(), alone.state_dict()
+    assert states[0].keys() == states[1].keys()
     for name, value in states[1].items():
         assert torch.equal(states[0][name], value), name
 
@@ -214,6 +284,45 @@ def test_a_replay_that_is_seen_to_come_too_late(derivatives):
     callback = observe(ClipR(math.inf), ChangesInBackward("momentum"), derivatives=derivatives)
     expected = truth(lambda: ChangesInBackward("momentum"))
     assert relative_error(last_hypergradient(callback), expected) < 1e-5
+
+
+class ChangesLater(ChangesInBackward):
+    def training_step(self, batch, batch_idx):
+        if self.global_step >= 3:
+            return super().training_step(batch, batch_idx)
+        return Mlp.training_step(self, batch, batch_idx)
+
+
+@BACKENDS
+def test_a_resumed_training_compares_no_more_than_the_whole_one(derivatives, tmp_path):
+    """The first comparison comes too early to see the change, and the next much later."""
+    path = tmp_path / "last.ckpt"
+
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(path)
+
+    whole, resumed = (
+        OnlineHPOCallback(ClipR(math.inf), optimizer=frozen, derivatives=derivatives)
+        for _ in range(2)
+    )
+    fit(ChangesLater("momentum"), [whole, Save()])
+    fit(ChangesLater("momentum"), resumed, ckpt_path=str(path))
+    assert list(whole.history) == list(resumed.history)
+
+
+@pytest.mark.parametrize("hook", ["on_before_optimizer_step", "on_train_batch_end"])
+def test_a_module_may_be_copied_in_a_hook(hook):
+    copies = []
+    other = pl.Callback()
+    setattr(other, hook, lambda trainer, module, *_: copies.append(copy.deepcopy(module)))
+    callback = OnlineHPOCallback(ClipR(), optimizer=frozen)
+    fit(Mlp("momentum"), [callback, other], steps=3, gradient_clip_val=0.01)
+    model = copies[0]
+    fit(model)
+    fit(model, OnlineHPOCallback(ClipR(), optimizer=frozen), gradient_clip_val=0.01)
+    assert not {"on_train_batch_start", "configure_gradient_clipping"} & vars(model).keys()
 
 
 class Patched(pl.Callback):
@@ -299,27 +408,6 @@ def test_what_another_callback_changes_before_the_step(derivatives):
     assert relative_error(last_hypergradient(callback), last_hypergradient(expected)) < 1e-6
 
 
-def test_one_replay_needs_no_frozen_parameters(monkeypatch):
-    """They are not copied for a replay within the step."""
-    kept = []
-    moment = TrainingObjective.moment
-
-    def watched(self, *args, **options):
-        result = moment(self, *args, **options)
-        if result.state is not None:
-            kept.extend(name for buffers, _ in result.state.values() for name in buffers)
-        return result
-
-    monkeypatch.setattr(TrainingObjective, "moment", watched)
-    for estimator, copies in ((ClipR(), False), (UnrollK(3, "reverse"), True)):
-        kept.clear()
-        model = Mlp("momentum")
-        model.net[0].bias.requires_grad_(False)
-        observe(estimator, model)
-        assert ("bias" in kept) is copies
-        assert kept
-
-
 class Clamped(Mlp):
     """A hook that is not linear sees the gradient itself, not a multiple of it."""
 
@@ -329,6 +417,7 @@ class Clamped(Mlp):
             p.register_hook(lambda g: g.clamp(-0.1, 0.1))
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize(
     ("make", "derivatives"),
     [
@@ -336,16 +425,18 @@ class Clamped(Mlp):
         (lambda: UnrollK(10, "reverse"), "reverse"),
     ],
 )
-def test_hooks_of_parameters(make, derivatives):
+def test_hooks_of_parameters(make, derivatives, accumulated):
     """They are a part of the training, and have no business with L_V or second derivatives.
 
     With them the derivative of the gradient is not symmetric: differences multiply with it, which
     forward estimators need; double backward with its transpose, which reverse ones need.
     """
-    found = observe(make(), Clamped("momentum"), derivatives=derivatives)
-    assert relative_error(last_hypergradient(found), truth(lambda: Clamped("momentum"))) < 1e-4
-    plain = truth(lambda: Mlp("momentum"))
-    assert relative_error(plain, last_hypergradient(found)) > 0.1
+    options = {"accumulate_grad_batches": accumulated}
+    found = observe(make(), Clamped("momentum"), derivatives=derivatives, **options)
+    expected = truth(lambda: Clamped("momentum"), **options)
+    assert relative_error(last_hypergradient(found), expected) < 1e-4
+    plain = truth(lambda: Mlp("momentum"), **options)
+    assert relative_error(plain, last_hypergradient(found)) > 0.05
 
 
 class Quantizer(torch.autograd.Function):

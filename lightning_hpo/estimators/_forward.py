@@ -90,8 +90,7 @@ class Tangents:
         problem = self._problem
         if self._moment is not None:
             norms = None
-            is_intact = problem.objective.is_intact(self._moment)
-            if self._sync and problem.is_one_sided and is_intact and not self._is_zero:
+            if self._sync and problem.is_one_sided and not self._is_zero:
                 norms = self.norms()
             with problem.network(self._moment) as network:
                 for units in self._portions():
