@@ -228,6 +228,21 @@ def validation_loss(model: Mlp) -> float:
         return model.loss(VALID).item()
 
 
+def truth(make: Callable[[], Mlp], callbacks: Sequence[pl.Callback] = (), **options: Any) -> Tensor:
+    """Central differences of the whole training over raw λ."""
+    result = []
+    for i, name in enumerate(named_hyperparameters(make())):
+        losses = []
+        for sign in (1, -1):
+            model = make()
+            named_hyperparameters(model)[name].raw.add_(sign * 1e-4)
+            fit(model, list(callbacks), **options)
+            losses.append(validation_loss(model))
+        result.append((losses[0] - losses[1]) / 2e-4)
+        assert i < 2
+    return torch.tensor(result)
+
+
 def flat(tensors: Any) -> Tensor:
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 

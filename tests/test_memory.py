@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import fit, frozen
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,7 +15,6 @@ from lightning_hpo import T1T2, ClipR, Hyperparameter, L1Mixin, L2Mixin, OnlineH
 from lightning_hpo.dynamics import base
 from lightning_hpo.estimators import _forward
 from lightning_hpo.objectives import Moment
-from tests.cases import fit, frozen
 
 WIDTH = 100
 LAYERS = 8
