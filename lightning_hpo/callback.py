@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo import compatibility
+from lightning_hpo._arguments import check_integer
 from lightning_hpo._tensors import widened
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.distributed import gather, is_sharded, local, together
@@ -110,11 +111,13 @@ class OnlineHPOCallback(pl.Callback):
             flags={"scale_lr_with_model": scale_lr_with_model, "strict": strict},
         )
         every_n_steps = estimator.horizon if every_n_steps is None else every_n_steps
-        compatibility.check_numbers(
-            every_n_steps=(every_n_steps, 1),
-            warmup_steps=(warmup_steps, 0),
-            dataloader_idx=(dataloader_idx, 0),
-            seed=(seed, 0),
+        check_integer("OnlineHPOCallback", 1, every_n_steps=every_n_steps)
+        check_integer(
+            "OnlineHPOCallback",
+            0,
+            warmup_steps=warmup_steps,
+            dataloader_idx=dataloader_idx,
+            seed=seed,
         )
         compatibility.check_window(estimator, every_n_steps)
         self.estimator = estimator

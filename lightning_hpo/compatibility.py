@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from lightning_hpo._arguments import check_choice, check_flag
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep, is_elementwise
 from lightning_hpo.estimators import Estimator
@@ -486,28 +487,9 @@ def check_arguments(
             f"OnlineHPOCallback: validation_loss={validation_loss!r}, expected a function of the "
             "module and a batch; the name of a logged value goes to monitor="
         )
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"OnlineHPOCallback: {name}={flag!r}, expected True or False")
-    if derivatives not in DERIVATIVES:
-        raise ValueError(
-            f"OnlineHPOCallback: derivatives={derivatives!r}, expected one of {DERIVATIVES}"
-        )
+    check_flag("OnlineHPOCallback", **flags)
+    check_choice("OnlineHPOCallback", DERIVATIVES, derivatives=derivatives)
     check_option_names(optimizer_hyperparameters)
-
-
-def check_numbers(**numbers: tuple[Any, int]) -> None:
-    """Checks arguments of the callback that are integers, each given with its least value.
-
-    Raises:
-        TypeError: If one is no integer.
-        ValueError: If one is too small.
-    """
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"OnlineHPOCallback: {name}={value!r}, expected an integer")
-        if value < least:
-            raise ValueError(f"OnlineHPOCallback: {name}={value}, expected at least {least}")
 
 
 def check_window(estimator: Estimator, every_n_steps: int) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_hpo._arguments import check_choice
 from lightning_hpo.derivatives import finite_difference, forward, reverse
 from lightning_hpo.derivatives.difference import with_differences
 from lightning_hpo.derivatives.reverse import GradientGraph
@@ -104,8 +105,7 @@ def joint_hvp(
         RuntimeError: If an operator of the loss has no derivative of the kind that the backend
             needs.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"joint_hvp: backend={backend!r}, expected one of {sorted(BACKENDS)}")
+    check_choice("joint_hvp", sorted(BACKENDS), backend=backend)
     u = u if u is None or len(u) else None
     e = e if e is None or len(e) else None
     if (u is None and e is None) or not (theta_part or lambda_part):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_hpo._arguments import check_count, check_flag, check_number
 from lightning_hpo._tensors import is_on_host
 from lightning_hpo.dynamics import OptimizerStep
 from lightning_hpo.estimators._forward import Tangents
@@ -66,17 +67,10 @@ class ClipR(Estimator):
         stride: int = 1,
         sync_tangents: bool = True,
     ) -> None:
-        for name, value in (("radius", radius), ("decay", decay)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"ClipR: {name}={value!r}, expected a number")
-        if not radius > 0:
-            raise ValueError(f"ClipR: radius={radius}, expected a positive number or inf (RTHO)")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"ClipR: decay={decay}, expected a number in [0, 1]")
-        if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
-            raise ValueError(f"ClipR: stride={stride!r}, expected a positive integer")
-        if not isinstance(sync_tangents, bool):
-            raise TypeError(f"ClipR: sync_tangents={sync_tangents!r}, expected True or False")
+        check_number("ClipR", "a positive number or inf (RTHO)", lambda r: r > 0, radius=radius)
+        check_number("ClipR", "a number in [0, 1]", lambda d: 0 <= d <= 1, decay=decay)
+        check_count("ClipR", stride=stride)
+        check_flag("ClipR", sync_tangents=sync_tangents)
         self.radius = float(radius)
         self.decay = float(decay)
         self.stride = stride

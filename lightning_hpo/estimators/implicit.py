@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_hpo._arguments import check_choice, check_count, check_number
 from lightning_hpo.distributed import sum_over_shards
 from lightning_hpo.dynamics import OptimizerStep
 from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
@@ -56,6 +57,7 @@ class Implicit(Estimator):
         outcome: How the last solve ended; the history has it for every update.
 
     Raises:
+        TypeError: If ``damping`` or ``tolerance`` is not a number.
         ValueError: If ``solver`` is unknown, ``iterations`` is no positive integer, or ``damping``
             or ``tolerance`` is negative or not finite.
     """
@@ -70,13 +72,15 @@ class Implicit(Estimator):
         damping: float = 0.0,
         tolerance: float = 1e-6,
     ) -> None:
-        if solver not in SOLVERS:
-            raise ValueError(f"Implicit: solver={solver!r}, expected one of {SOLVERS}")
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(f"Implicit: iterations={iterations!r}, expected a positive integer")
-        for name, value in (("damping", damping), ("tolerance", tolerance)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"Implicit: {name}={value!r}, expected a number ≥ 0")
+        check_choice("Implicit", SOLVERS, solver=solver)
+        check_count("Implicit", iterations=iterations)
+        check_number(
+            "Implicit",
+            "a finite number ≥ 0",
+            lambda x: 0 <= x < math.inf,
+            damping=damping,
+            tolerance=tolerance,
+        )
         self.solver = solver
         self.iterations = iterations
         self.damping = float(damping)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_hpo._arguments import check_flag
 from lightning_hpo._tensors import rows, stacked
 from lightning_hpo.distributed import sum_over_shards
 from lightning_hpo.dynamics import OptimizerStep, multiply_by_slope_
@@ -45,8 +46,7 @@ class T1T2(Estimator):
     window = 1
 
     def __init__(self, scale_by_lr: bool = True) -> None:
-        if not isinstance(scale_by_lr, bool):
-            raise TypeError(f"T1T2: scale_by_lr={scale_by_lr!r}, expected True or False")
+        check_flag("T1T2", scale_by_lr=scale_by_lr)
         self.scale_by_lr = scale_by_lr
 
     def setup(self, problem: Problem) -> None:

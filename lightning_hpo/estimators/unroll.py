@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_hpo._arguments import check_choice, check_flag, check_integer
 from lightning_hpo.distributed import local
 from lightning_hpo.dynamics import OptimizerStep
 from lightning_hpo.estimators._forward import Tangents
@@ -87,15 +88,9 @@ class UnrollK(Estimator):
     def __init__(
         self, k: int, mode: Mode = "auto", restart: bool = False, sync_tangents: bool = True
     ) -> None:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"UnrollK: k={k!r} is a {type(k).__name__}, expected an integer")
-        if k < 1:
-            raise ValueError(f"UnrollK: k={k}, expected at least 1 step")
-        if mode not in MODES:
-            raise ValueError(f"UnrollK: mode={mode!r}, expected one of {MODES}")
-        for name, value in (("restart", restart), ("sync_tangents", sync_tangents)):
-            if not isinstance(value, bool):
-                raise TypeError(f"UnrollK: {name}={value!r}, expected True or False")
+        check_integer("UnrollK", 1, "step", k=k)
+        check_choice("UnrollK", MODES, mode=mode)
+        check_flag("UnrollK", restart=restart, sync_tangents=sync_tangents)
         self.k = k
         self.restart = restart
         self.sync_tangents = sync_tangents

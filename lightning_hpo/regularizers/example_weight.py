@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_hpo._arguments import check_count
 from lightning_hpo._tensors import is_on_host
 from lightning_hpo.hyperparameters import Box, Constraint, Hyperparameter
 from lightning_hpo.regularizers._placement import check_free_name
@@ -55,11 +56,7 @@ class ExampleWeightMixin(pl.LightningModule):
                 f"register_example_weights: {type(self).__name__} has example weights already, "
                 f"self.{known}; for another vector assign a Hyperparameter of your own"
             )
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(
-                f"register_example_weights: count={count!r}, expected the number of training "
-                "examples"
-            )
+        check_count("register_example_weights", "the number of training examples", count=count)
         if isinstance(init, Tensor) and init.shape != (count,):
             raise ValueError(
                 f"register_example_weights: init has shape {tuple(init.shape)}, expected ({count},)"
