@@ -29,6 +29,7 @@ from lightning_hpo.regularizers import PenaltyMixin
 from lightning_hpo.replay_check import ReplayCheck
 from lightning_hpo.rng import RandomState, ResumedRandomState
 from lightning_hpo.shield import Shadow
+from lightning_hpo.step import hooks
 from lightning_hpo.values import fixed_options, remember_options
 
 
@@ -225,7 +226,7 @@ class OnlineHPOCallback(pl.Callback):
         self._verified = False
         self._penalties_checked = False
         self._check = ReplayCheck(
-            self._problem, partial(compatibility.may_change_gradients, trainer, pl_module, self)
+            self._problem, partial(hooks.may_change_gradients, trainer, pl_module, self)
         )
         self._ready = False
         if self._restored is None:
@@ -379,7 +380,7 @@ class OnlineHPOCallback(pl.Callback):
         problem.replays_at_once = (
             accumulated > 1
             or self._check.forbids_delay
-            or compatibility.may_interfere(trainer, module, self)
+            or hooks.may_interfere(trainer, module, self)
         )
         self._check.look_at_hooks()
         objective = problem.objective

@@ -14,10 +14,10 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_hpo._arguments import check_choice, check_flag
+from lightning_hpo._trainer import is_foreign, overrides
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep, is_elementwise
 from lightning_hpo.estimators import Estimator
@@ -34,18 +34,6 @@ _REFUSED_OPTIMIZERS = {
     "SparseAdam": "works on sparse gradients",
     "Adafactor": "reads norms as Python numbers, through which no derivative passes",
 }
-
-
-# Hooks of modules and callbacks between the start of a batch and the optimizer's step.
-_BETWEEN = (
-    "on_before_zero_grad",
-    "optimizer_zero_grad",
-    "on_before_backward",
-    "backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "optimizer_step",
-)
 
 
 def check_trainer(
@@ -96,7 +84,7 @@ def check_trainer(
                 for hook in ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value")
             ),
         )
-        if _overrides(owner, hook, kind) and (owner is module or _is_foreign(owner))
+        if overrides(owner, hook, kind) and (owner is module or is_foreign(owner))
     }
     for clip in sorted(clips):
         findings.append(
@@ -397,59 +385,6 @@ def _indices(dataset: Any) -> Iterator[Sequence[int]]:
     elif isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
             yield from _indices(part)
-
-
-def may_change_gradients(
-    trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback
-) -> bool:
-    """Whether some hook may change the gradient between the backward pass and this callback."""
-    others = [c for c in trainer.callbacks if c is not callback]  # type: ignore[attr-defined]
-    return (
-        any(
-            _overrides(module, hook, pl.LightningModule)
-            for hook in ("backward", "on_after_backward", "optimizer_zero_grad")
-        )
-        or any(
-            _overrides(other, hook, pl.Callback)
-            for other in others
-            for hook in ("on_after_backward", "on_before_optimizer_step")
-        )
-        or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters())
-    )
-
-
-def _overrides(owner: Any, hook: str, *kinds: type) -> bool:
-    """Whether a hook of an object, its own or its class's, is none of the given classes."""
-    inherited = getattr(type(owner), hook, None)
-    return hook in vars(owner) or all(inherited is not getattr(k, hook, None) for k in kinds)
-
-
-def _is_foreign(plugin: Any) -> bool:
-    """Whether a plugin or strategy is not one of Lightning itself."""
-    return not type(plugin).__module__.startswith(("lightning.", "lightning_fabric."))
-
-
-def may_interfere(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback) -> bool:
-    """Whether some hook stands between the start of a batch and the optimizer's step.
-
-    It may change parameters, gradients or what the loss depends on: a step can then be replayed at
-    the start of its batch only.
-    """
-    (optimizer,) = trainer.optimizers
-    return (
-        any(_overrides(module, hook, PenaltyMixin, pl.LightningModule) for hook in _BETWEEN)
-        or any(
-            _overrides(other, hook, pl.Callback)
-            for other in trainer.callbacks  # type: ignore[attr-defined]
-            if other is not callback
-            for hook in _BETWEEN
-        )
-        or any(p._post_accumulate_grad_hooks for p in module.parameters())
-        or _is_foreign(trainer.precision_plugin)
-        or _is_foreign(trainer.strategy)
-        or len(optimizer._optimizer_step_pre_hooks) > 1  # one is that of the callback
-        or bool(_global_optimizer_pre_hooks)
-    )
 
 
 def check_arguments(
