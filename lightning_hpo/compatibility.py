@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_hpo._arguments import check_choice, check_flag
+from lightning_hpo._record import record_of
 from lightning_hpo._trainer import is_foreign, overrides
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep, is_elementwise
@@ -355,7 +356,7 @@ def check_example_weights(module: pl.LightningModule, loaders: Any) -> list[str]
         module: The LightningModule.
         loaders: The training dataloaders, in any structure.
     """
-    name = vars(module).get("_hpo_example_weights")
+    name = record_of(module).example_weights
     if name is None:
         return []
     count = module.get_submodule(name).raw.numel()  # type: ignore[operator]
