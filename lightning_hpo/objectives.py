@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
 from lightning_hpo._trainer import counted_as, stage
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
@@ -349,7 +350,7 @@ class ValidationObjective:
             module.eval()
             for part in module.modules():
                 if isinstance(part, PenaltyMixin):
-                    vars(part)["_hpo_without_penalty"] = True
+                    update_record(part, without_penalty=True)
             with self._trainer.precision_plugin.val_step_context():
                 output, origin = self._evaluate(copy_batch(batch), batch_idx, logged)
             loss = _check_validation_loss(output, origin)

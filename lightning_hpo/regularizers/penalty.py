@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from lightning_hpo._record import record_of, update_record
 from lightning_hpo._tensors import add_scaled_, rows
 from lightning_hpo.distributed import local
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Positive
@@ -170,8 +171,10 @@ class PenaltyMixin(pl.LightningModule):
     """
 
     def _add_penalty(self, penalty: Penalty, *, inside_loss: bool) -> None:
-        registry = vars(self).setdefault("_hpo_penalties", {"loss": [], "gradient": []})
-        registry["loss" if inside_loss else "gradient"].append(penalty)
+        if inside_loss:
+            update_record(self, penalties_in_loss=(*self.loss_penalties, penalty))
+        else:
+            update_record(self, penalties_in_gradient=(*self.gradient_penalties, penalty))
 
     def _register_penalty(
         self,
@@ -215,15 +218,12 @@ class PenaltyMixin(pl.LightningModule):
     @property
     def gradient_penalties(self) -> list[Penalty]:
         """The penalties that act on the gradient."""
-        return self._registered("gradient")
+        return list(record_of(self).penalties_in_gradient)
 
     @property
     def loss_penalties(self) -> list[Penalty]:
         """The penalties that :meth:`penalty` sums."""
-        return self._registered("loss")
-
-    def _registered(self, place: str) -> list[Penalty]:
-        return list(vars(self).get("_hpo_penalties", {}).get(place, ()))
+        return list(record_of(self).penalties_in_loss)
 
     def penalty(self) -> Tensor:
         """Returns Σ λ R(w) over the penalties registered with ``inside_loss=True``.
@@ -241,7 +241,7 @@ class PenaltyMixin(pl.LightningModule):
             )
         total = torch.stack([p.value() for p in penalties]).sum()
         # L_V is unregularized, also where validation_step shares its code with training_step.
-        return total * 0.0 if vars(self).get("_hpo_without_penalty", False) else total
+        return total * 0.0 if record_of(self).without_penalty else total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Adds the gradients of the penalties; an override must call ``super()``."""
@@ -253,7 +253,7 @@ class PenaltyMixin(pl.LightningModule):
                     [local(w.grad) for w in trained if w.grad is not None],
                     [local(w.detach()) for w in trained],
                 )
-        vars(self)["_hpo_penalties_applied"] = True
+        update_record(self, penalties_applied=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps the optimizer, then checks that the penalties took part in the step.
@@ -262,7 +262,7 @@ class PenaltyMixin(pl.LightningModule):
             MisconfigurationException: If an override of :meth:`on_before_optimizer_step` does not
                 call ``super()``.
         """
-        vars(self)["_hpo_penalties_applied"] = False
+        update_record(self, penalties_applied=False)
         super().optimizer_step(*args, **kwargs)
         self.check_penalties_applied()
 
@@ -272,7 +272,7 @@ class PenaltyMixin(pl.LightningModule):
         Raises:
             MisconfigurationException: See :meth:`optimizer_step`.
         """
-        if self.gradient_penalties and not vars(self).get("_hpo_penalties_applied", False):
+        if self.gradient_penalties and not record_of(self).penalties_applied:
             raise MisconfigurationException(
                 f"{type(self).__name__}.on_before_optimizer_step does not call "
                 "super().on_before_optimizer_step(optimizer), so the registered penalties never "
