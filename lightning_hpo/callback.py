@@ -52,8 +52,8 @@ class OnlineHPOCallback(pl.Callback):
         dataloader: Held-out batches. Default: ``hpo_dataloader()`` of the module or the datamodule,
             else the validation dataloader, reshuffled.
         derivatives: ``"auto"``, ``"reverse"``, ``"forward"`` or ``"finite_difference"``; see
-            :func:`lightning_hpo.derivatives.joint_hvp`. ``"auto"`` takes ``"reverse"`` where the
-            model supports it and falls back to finite differences, saying so once.
+            :mod:`lightning_hpo.derivatives`. ``"auto"`` takes ``"reverse"`` where the model
+            supports it and falls back to finite differences, saying so once.
         scale_lr_with_model: Multiplies the λ-optimizer's learning rate c by the model's learning
             rate η in force at that step (that of its first parameter group): c·η of Algorithm 1 of
             the online-HPO paper.

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from lightning_hpo._tensors import filled, holding, separate, stacked_zeros, widened
 from lightning_hpo.derivatives import (
-    GradientGraph,
+    Backend,
+    FiniteDifference,
+    Forward,
+    LambdaDifference,
     Loss,
+    Reverse,
     is_missing_derivative,
-    joint_hvp,
-    one_sided_differences,
 )
 from lightning_hpo.distributed import average_, local, sum_over_shards, world_size
 from lightning_hpo.dynamics import (
@@ -51,7 +53,7 @@ class Problem:
         hyperparameters: λ, by name; the order of every list of λ-shaped tensors.
         penalties: The penalties that act in the gradient.
         dynamics: The optimizer's step.
-        derivatives: ``"auto"`` or the name of a backend of :func:`joint_hvp`.
+        derivatives: ``"auto"`` or the name of a backend of :mod:`lightning_hpo.derivatives`.
         options: The optimizer's own options that are tuned; None where there are none.
         in_loss: The names of the λ that the training loss itself depends on.
         reuses_gradient: Whether the gradient of the real step has been seen to be that of a replay.
@@ -506,9 +508,26 @@ class Network:
             self._opened = self._stack.enter_context(
                 self._problem._loss(self._moment, self._active, self._step, exact=exact)
             )
-            self._graph = GradientGraph()
+            self._reverse = Reverse()
             self._is_exact = exact
         return self._opened
+
+    def _backend(self, name: str) -> Backend:
+        """Returns a backend for the loss that is open."""
+        problem = self._problem
+        steps = problem._difference_steps()
+        backend: Backend = self._reverse
+        if name == "forward":
+            backend = Forward()
+        elif name == "finite_difference":
+            reach = zip(problem._reach(), steps, strict=True)
+            backend = FiniteDifference(
+                problem.objective.rounding,
+                [r for r, step in reach if step is None],
+                theta_is_scratch=self._step is not None,
+            )
+        is_smooth = all(step is None for step in steps)
+        return backend if is_smooth else LambdaDifference(backend, steps)
 
     def _close(self) -> None:
         """Puts the module back as it was before the replay."""
@@ -531,11 +550,10 @@ class Network:
             u: Directions in θ, ``(m, *p.shape)`` each, or None for zeros.
             e: Directions in raw λ, or None for zeros.
             theta_part: Whether H u + B e is wanted.
-            lambda_part: Whether Bᵀ u + C e is wanted.
+            lambda_part: Whether Bᵀ u is wanted; there must be no e then.
             sync: Whether to average over the ranks; with False each has the product of its own
                 micro-batch. (With sharded parameters the θ part is always the average.)
-            is_last: Whether no product follows within the context. Those before it must have had
-                the same kinds of directions.
+            is_last: Whether no product follows within the context.
 
         Returns:
             Both parts, over all θ and all λ, zeros included; an unwanted part is empty.
@@ -549,24 +567,13 @@ class Network:
         if (u is not None or e is not None) and (theta_part or wants_lambda):
 
             def multiply(backend: str) -> Products:
-                exact = backend != "finite_difference"
-                loss, theta, lam = self._open(exact=exact)
-                self._graph.is_kept = not is_last
-                return joint_hvp(
-                    loss,
-                    theta,
-                    lam,
-                    u,
-                    e,
-                    backend=backend,
-                    theta_part=theta_part,
-                    lambda_part=wants_lambda,
-                    difference_steps=problem._difference_steps(),
-                    rounding=problem.objective.rounding,
-                    reach=problem._reach() if not exact else None,
-                    graph=self._graph,
-                    theta_is_scratch=self._step is not None,
-                )
+                loss, theta, lam = self._open(exact=backend != "finite_difference")
+                product = self._backend(backend)
+                if not wants_lambda:
+                    return product.tangent(loss, theta, lam, u, e, is_last=is_last), []
+                assert u is not None
+                assert e is None
+                return product.adjoint(loss, theta, lam, u, theta_part=theta_part)
 
             if self._is_exact is None:
                 problem.settle(self._moment)
@@ -607,7 +614,7 @@ class Network:
         """
         problem = self._problem
         loss, theta, lam = self._open(exact=False)
-        products, weights = one_sided_differences(
+        products, weights = FiniteDifference().one_sided(
             loss, theta, lam, [u[i] for i in self._active], u_norms
         )
         self._close()
