@@ -1,4 +1,14 @@
-"""Derivatives of the training loss; knows nothing of Lightning."""
+"""Derivatives of the training loss L(θ, λ); knows nothing of Lightning.
+
+With H = ∂²L/∂θ² and B = ∂²L/∂θ∂λ, a :class:`Backend` makes two products, m directions at a time:
+
+    tangent(u, e) = H u + B e        adjoint(u) = (H u, Bᵀ u)
+
+- :class:`Reverse`, double backward: exact, and the cheapest of the exact ones.
+- :class:`Forward`, forward-over-reverse: exact, and lean in memory.
+- :class:`FiniteDifference`, central differences of the gradient: approximate, for every model.
+- :class:`LambdaDifference` completes any of them for λ that act through random masks.
+"""
 
 from lightning_hpo.derivatives.backend import Backend, is_missing_derivative
 from lightning_hpo.derivatives.finite_difference import FiniteDifference

@@ -54,12 +54,9 @@ class Reverse:
         m = direction_count(u, e)
         sources = [*theta, *lam]
         directions = [*(u or repeat(None, len(theta))), *(e or repeat(None, len(lam)))]
-        kept, self._kept = self._kept, None  # an error leaves nothing behind
+        edges = self._take(loss)
         with torch.enable_grad():
-            # What another loss has left behind, whose last tangent never came, is of no use.
-            if kept is not None and kept[0] == loss:
-                edges = kept[1]
-            else:
+            if edges is None:
                 # Later tangents may have directions where this one has none.
                 needed = [d is not None or not is_last for d in directions]
                 edges = _gradient_edges(loss(theta, lam), sources, needed)
@@ -87,6 +84,14 @@ class Reverse:
             edges = _gradient_edges(loss(theta, lam), theta, [True] * len(theta))
             products = _products(edges, theta, u, targets, m, is_kept=False)
         return products[:split], products[split:]
+
+    def _take(self, loss: Loss) -> _Edges | None:
+        """Returns the graph that an earlier tangent has kept; it is not kept any longer.
+
+        What another loss has left behind, whose last tangent never came, is of no use.
+        """
+        kept, self._kept = self._kept, None
+        return kept[1] if kept is not None and kept[0] == loss else None
 
 
 def _gradient_edges(
