@@ -253,9 +253,6 @@ class OnlineHPOCallback(pl.Callback):
     def _make_problem(self, trainer: pl.Trainer, module: pl.LightningModule) -> Problem:
         """Describes to the estimator what it differentiates."""
         dynamics = make_dynamics(trainer.optimizers[0])
-        if self._options is not None:
-            # ∂Φ/∂λ needs the gradient and the state even where Φ is linear in them.
-            dynamics.nonlinear = True
         return Problem(
             objective=TrainingObjective(trainer, module, list(self._hyperparameters.values())),
             hyperparameters=self._hyperparameters,

@@ -59,9 +59,6 @@ class Window:
         self._length = length
         self._through_steps = through_steps
         self._stride = 1 if length <= KEPT_STEPS else math.isqrt(length)
-        if self._stride > 1:
-            # Making steps again needs the values of g and of the state.
-            problem.dynamics.nonlinear = True
         self._records: list[_Record] = []
         self._moments: list[tuple[Moment, float]] = []
 
@@ -78,7 +75,7 @@ class Window:
 
     def before_step(self, step: OptimizerStep) -> None:
         """Keeps the step."""
-        dynamics = self._problem.dynamics
+        problem = self._problem
         if len(self._records) % self._stride:
             step = thinned(step)
         elif not self._through_steps:
@@ -86,7 +83,9 @@ class Window:
         elif self._keeps_slope:
             step = self._with_slope(step)
         else:
-            step = step.kept(values=dynamics.nonlinear)
+            # ∂Φ/∂λ of tuned options, and making steps again, need the values where Φ is linear too.
+            remakes = problem.options is not None or self._stride > 1
+            step = step.kept(values=problem.dynamics.nonlinear or remakes)
         self._records.append(_Record(self._moments, step))
         self._moments = []
 
