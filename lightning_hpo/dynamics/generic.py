@@ -13,13 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from lightning_hpo.dynamics.base import (
-    THETA,
-    Dynamics,
-    OptimizerStep,
-    State,
-    is_function_of_theta,
-)
+from lightning_hpo.dynamics.base import Dynamics, OptimizerStep, is_function_of_theta
+from lightning_hpo.dynamics.state import THETA, State, entries
 
 # Those whose step treats every element alike.
 _ELEMENTWISE = (
@@ -61,7 +56,7 @@ class GenericDynamics(Dynamics):
         results = [self._jvp_one(step, tangent, gradient, j) for j in range(m)]
         for name, values in results[0].items():
             for i in values:
-                self.slot(tangent, name)[i] = torch.stack([r[name][i] for r in results])
+                entries(tangent, name)[i] = torch.stack([r[name][i] for r in results])
 
     def _jvp_one(
         self, step: OptimizerStep, tangent: State, gradient: list[Tensor], j: int
@@ -69,9 +64,9 @@ class GenericDynamics(Dynamics):
         """Returns the j-th tangent of everything that the step writes."""
         active = [i for i, g in enumerate(step.gradients) if g is not None]
 
-        def dual(primal: Tensor, directions: Tensor | None) -> Tensor:
+        def dual(primal: Tensor, directions: Tensor) -> Tensor:
             copy = primal.detach().clone()
-            if directions is None or directions.shape[1:] != copy.shape:
+            if directions.shape[1:] != copy.shape:
                 return copy  # this state did not exist at an earlier step
             result: Tensor = forward_ad.make_dual(copy, directions[j].to(copy.dtype))
             return result
@@ -82,7 +77,7 @@ class GenericDynamics(Dynamics):
                 active,
                 theta=lambda i, p: dual(p, tangent[THETA][i]),
                 gradient=lambda i, g: dual(g, gradient[i]),
-                state=lambda i, name, v: dual(v, tangent[name][i] if name in tangent else None),
+                state=lambda i, name, v: dual(v, entries(tangent, name)[i]),
             )
             return {
                 name: {i: _tangent(value) for i, value in values.items()}
@@ -119,7 +114,7 @@ class GenericDynamics(Dynamics):
                 for name, values in moved.items()
                 for i, value in values.items()
                 if value.requires_grad
-                and (bar := self.slot(adjoint, name)[i]).shape[1:] == value.shape
+                and (bar := entries(adjoint, name)[i]).shape[1:] == value.shape
             ]
             rows = [
                 torch.autograd.grad(
@@ -137,12 +132,12 @@ class GenericDynamics(Dynamics):
             if name == "gradient":
                 result[i] = pulled
             else:
-                self.slot(adjoint, name)[i] = pulled
+                entries(adjoint, name)[i] = pulled
         for name in moved:
             for i in moved[name]:
                 if (name, i) not in leaves:
                     # This state was created by the step: nothing before it depends on it.
-                    self.slot(adjoint, name)[i] = torch.zeros_like(self.slot(adjoint, name)[i])
+                    entries(adjoint, name)[i] = torch.zeros_like(entries(adjoint, name)[i])
         return result
 
     def run_in_double(
@@ -281,14 +276,6 @@ class GenericDynamics(Dynamics):
                 if is_function_of_theta(name, value):
                     moved.setdefault(name, {})[i] = value
         return moved
-
-    @staticmethod
-    def slot(state: State, name: str) -> list[Tensor]:
-        """Returns the entries of a state tensor; empty ones, (m, 0), where it does not exist."""
-        if name not in state:
-            m = state[THETA][0].shape[0]
-            state[name] = [t.new_zeros((m, 0)) for t in state[THETA]]
-        return state[name]
 
 
 class _Differentiable(TorchFunctionMode):

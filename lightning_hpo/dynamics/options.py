@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import rows
-from lightning_hpo.dynamics.base import OptimizerStep, State
+from lightning_hpo.dynamics.base import OptimizerStep
 from lightning_hpo.dynamics.generic import GenericDynamics
+from lightning_hpo.dynamics.state import THETA, State, entry
 from lightning_hpo.hyperparameters import (
     Constraint,
     Hyperparameter,
@@ -183,17 +184,15 @@ def add_to_tangent_(
     """Adds ∂s'/∂λ · λ̇ to m tangents, where λ̇ has one entry per tangent."""
     for name, values in derivative.items():
         for i, value in values.items():
-            slot = GenericDynamics.slot(tangent, name)
-            if slot[i].shape[1:] != value.shape:
-                slot[i] = slot[i].new_zeros((len(rates), *value.shape))
-            rate = rates.to(slot[i], non_blocking=True)
-            slot[i] += torch.tensordot(rate, value.to(slot[i].dtype), dims=0)
+            place = entry(tangent, name, i, value.shape)
+            rate = rates.to(place, non_blocking=True)
+            place += torch.tensordot(rate, value.to(place.dtype), dims=0)
 
 
 def pull_back(adjoint: State, derivative: dict[str, dict[int, Tensor]]) -> Tensor:
     """Returns ⟨s̄', ∂s'/∂λ⟩ for each of m adjoints: ``(m,)``, over the local slices."""
-    m = adjoint["theta"][0].shape[0]
-    total = torch.zeros(m, dtype=torch.float64, device=adjoint["theta"][0].device)
+    m = adjoint[THETA][0].shape[0]
+    total = torch.zeros(m, dtype=torch.float64, device=adjoint[THETA][0].device)
     for name, values in derivative.items():
         for i, value in values.items():
             if name in adjoint and adjoint[name][i].shape[1:] == value.shape:

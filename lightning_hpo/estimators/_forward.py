@@ -171,15 +171,7 @@ class Tangents:
                         tensors[i].zero_()
                 self._norms = None
         self._frozen = {i for i, p in enumerate(theta) if not p.requires_grad}
-        if len(theta) > len(self.state[THETA]):
-            fresh = self._problem.dynamics.zeros(self._problem.count)
-            for name, tensors in self.state.items():
-                known = len(tensors)
-                tensors.extend(
-                    fresh[name][known:]
-                    if name in fresh
-                    else [t.new_zeros((len(t), 0)) for t in fresh[THETA][known:]]
-                )
+        self._problem.dynamics.grow_(self.state)
 
     def norms(self) -> Tensor:
         """Returns ‖y‖ over all parameters, one number per scalar λ: ``(m,)``."""
