@@ -164,7 +164,9 @@ def check_sharding(
         findings.append(
             f"The step of {type(optimizer).__name__} may mix the elements of a parameter, so it "
             "cannot be followed where parameters are sharded. Use SGD, Adam, AdamW or another "
-            "elementwise optimizer of torch.optim, or strategy='ddp'"
+            "elementwise optimizer of torch.optim, or strategy='ddp'. If it moves each element by "
+            "its own gradient and state alone, say so before the training: "
+            f"{type(optimizer).__name__}.elementwise = True"
         )
     return findings
 
@@ -194,20 +196,31 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def check_step(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
-    """Refuses an optimizer of another library whose step has no derivative, before it moves θ."""
-    kind = type(dynamics.optimizer)
-    if (
-        not isinstance(dynamics, GenericDynamics)
-        or kind.__module__.startswith("torch.optim")
-        or dynamics.is_differentiable_at(step)
-    ):
+    """Refuses an optimizer of another library that is not what it must be, before it moves θ.
+
+    Its step must have a derivative, and mix no elements where it declares itself elementwise.
+    """
+    if not isinstance(dynamics, GenericDynamics):
         return []
-    return [
-        f"Tangents cannot follow the optimizer {kind.__name__}: its step works on .data, disables "
-        "gradients or draws random numbers inside, or keeps its state outside of optimizer.state. "
-        "Use an optimizer of torch.optim, or write its step with in-place operations on p, p.grad "
-        "and self.state[p]"
-    ]
+    kind = type(dynamics.optimizer)
+    name = kind.__name__
+    if not kind.__module__.startswith("torch.optim") and not dynamics.is_differentiable_at(step):
+        return [
+            f"Tangents cannot follow the optimizer {name}: its step works on .data, disables "
+            "gradients or draws random numbers inside, or keeps its state outside of "
+            "optimizer.state. Use an optimizer of torch.optim, or write its step with in-place "
+            "operations on p, p.grad and self.state[p]"
+        ]
+    if getattr(kind, "elementwise", False) and not dynamics.is_elementwise_at(step):
+        return [
+            f"The optimizer {name} declares itself elementwise, but its step moves every second "
+            "element of the flattened parameters otherwise when it is made for these alone, or "
+            "keeps state that is not shaped like the parameter; expected a step that moves each "
+            "element by its own gradient and state. "
+            f"Set {name}.elementwise = False: tangents then follow it whole, unless parameters are "
+            "sharded"
+        ]
+    return []
 
 
 def check_untouched(

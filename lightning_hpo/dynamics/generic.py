@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_hpo.dynamics.base import Dynamics, OptimizerStep, is_function_of_theta
 from lightning_hpo.dynamics.state import THETA, State, entries
 
-# Those whose step treats every element alike.
+# Classes of torch.optim whose step treats every element alike.
 _ELEMENTWISE = (
     "SGD",
     "Adam",
@@ -30,6 +30,17 @@ _ELEMENTWISE = (
     "ASGD",
     "Rprop",
 )
+
+# By how much a gradient is enlarged to see whether an optimizer limits norms.
+_LARGE = 1e6
+
+# The same function for real numbers. The derivative of sgn is a tensor without memory, which ends
+# the process by a segmentation fault inside allow_mutation_on_saved_tensors (torch 2.14).
+_AS_SIGN: dict[Any, Callable[[Tensor], Tensor]] = {
+    torch.sgn: torch.sign,
+    Tensor.sgn: Tensor.sign,
+    Tensor.sgn_: Tensor.sign_,
+}
 
 # Implementation switches: the plain per-tensor formulas are the ones to differentiate.
 _SWITCHES = ("foreach", "fused", "capturable", "differentiable")
@@ -154,7 +165,7 @@ class GenericDynamics(Dynamics):
                 replace(step, options=options),
                 active,
                 theta=lambda i, p: p.detach().to(torch.float64, copy=True),
-                gradient=lambda i, g: g.double(),
+                gradient=lambda i, g: g.to(torch.float64, copy=True),
                 state=lambda i, name, v: v.to(torch.float64, copy=True),
             )
 
@@ -205,6 +216,46 @@ class GenericDynamics(Dynamics):
         reverse = sum(float((pulled[i][0] * directions[i]).sum()) for i in active)
         return all(abs(value - square) <= 0.05 * square for value in (forward, reverse))
 
+    def is_elementwise_at(self, step: OptimizerStep) -> bool:
+        """Whether a step moves each element by its own gradient and state alone.
+
+        The step is made in float64, once whole, then for every second element of the flattened
+        parameters and for the others: θ and all state must agree to rounding, and state must be
+        shaped like θ. So must they at the step after it, where there is state, and with a gradient
+        so large that limits on norms act. Blocks of elements rely on all of this:
+        :func:`~lightning_hpo.dynamics.jvp_lean_`.
+
+        Cost: five steps, and twice θ, g and the state in float64.
+        """
+        theta, state = self.advance(step)
+        gradients = [None if g is None else g * _LARGE for g in step.gradients]
+        following = replace(step, theta=theta, state=state, gradients=gradients)
+        return all(self._moves_alike_in_parts(s) for s in (step, following))
+
+    def _moves_alike_in_parts(self, step: OptimizerStep) -> bool:
+        whole = self.run_in_double(step, step.options)
+        if any(v.shape != step.theta[i].shape for vs in whole.values() for i, v in vs.items()):
+            return False
+        for first in (0, 1):
+            # Parameters take turns: the halves of single numbers are every second parameter.
+            halves = [(i, slice((first + i) % 2, None, 2)) for i in whole[THETA]]
+            block = [(i, part) for i, part in halves if step.theta[i].flatten()[part].numel()]
+            if not block:
+                continue
+            moved = self.run_in_double(step.restricted(block), step.options)
+            alone = {(name, k): value for name, vs in moved.items() for k, value in vs.items()}
+            truth = {
+                (name, k): values[i].flatten()[part]
+                for name, values in whole.items()
+                for k, (i, part) in enumerate(block)
+                if i in values
+            }
+            if alone.keys() != truth.keys():
+                return False
+            if not all(_agree(alone[key], value) for key, value in truth.items()):
+                return False
+        return True
+
     def advance(self, step: OptimizerStep) -> tuple[list[Tensor], list[dict[str, Any]]]:
         """Makes a step on copies; returns θ and the optimizer's state after it."""
         active = [i for i, g in enumerate(step.gradients) if g is not None]
@@ -214,7 +265,7 @@ class GenericDynamics(Dynamics):
                 step,
                 active,
                 theta=lambda i, p: p.detach().clone(),
-                gradient=lambda i, g: g,
+                gradient=lambda i, g: g.clone(),  # some optimizers write to it
                 state=lambda i, name, v: v.clone(),
                 result=(theta, state),
             )
@@ -289,6 +340,8 @@ class _Differentiable(TorchFunctionMode):
             return _sqrt(args[0])
         if func is Tensor.sqrt_:
             return args[0].copy_(_sqrt(args[0]))
+        if func in _AS_SIGN:
+            return _AS_SIGN[func](args[0])
         if func is torch.maximum and kwargs.get("out") is not None:
             return kwargs["out"].copy_(torch.maximum(*args))
         if func is Tensor.detach:
@@ -298,13 +351,30 @@ class _Differentiable(TorchFunctionMode):
 
 
 def is_elementwise(kind: type[torch.optim.Optimizer]) -> bool:
-    """Whether the step of an optimizer class is one of torch.optim that mixes no elements."""
+    """Whether an optimizer moves each element by its own gradient and state alone.
+
+    A class says so itself by its attribute ``elementwise``, which may also be set from outside:
+    ``Lion.elementwise = True``. Else it does where its ``step`` is that of an elementwise class of
+    ``torch.optim``; a subclass with a ``step`` of its own may mix elements. What a class says of
+    itself is to be verified: :meth:`GenericDynamics.is_elementwise_at`.
+    """
+    declared = getattr(kind, "elementwise", None)
+    if declared is not None:
+        return bool(declared)
     step = kind.step
     return any(
         getattr(step, "__qualname__", "") == f"{name}.step"
         and getattr(step, "__module__", "").startswith("torch.optim")
         for name in _ELEMENTWISE
     )
+
+
+def _agree(value: Tensor, truth: Tensor) -> bool:
+    """Whether two tensors are the same to rounding in float64, relative to the largest element."""
+    if value.shape != truth.shape:
+        return False
+    largest = float(truth.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(value, truth, rtol=1e-12, atol=1e-12 * largest, equal_nan=True)
 
 
 def _sqrt(x: Tensor) -> Tensor:
