@@ -19,6 +19,56 @@ from lightning_hpo import L2Mixin, OnlineHPOCallback, named_hyperparameters
 STEPS = 10
 BATCH = 8
 
+
+class Lion(torch.optim.Optimizer):
+    """An elementwise optimizer from elsewhere (Chen et al. 2023, Algorithm 2).
+
+        θ ← (1 − η w) θ − η sign(β₁ m + (1 − β₁) g),   m ← β₂ m + (1 − β₂) g
+
+    With a sharpness c the sign is smoothed to tanh(c x).
+    """
+
+    elementwise = True
+
+    def __init__(
+        self,
+        parameters: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        sharpness: float = math.inf,
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "sharpness": sharpness}
+        super().__init__(parameters, options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["mean"] = torch.zeros_like(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                update = state["mean"].clone().mul_(beta1).add_(p.grad, alpha=1 - beta1)
+                if group["sharpness"] == math.inf:
+                    update = self.sign_(update)
+                else:
+                    update.mul_(group["sharpness"]).tanh_()
+                p.add_(update, alpha=-group["lr"])
+                state["mean"].mul_(beta2).add_(p.grad, alpha=1 - beta2)
+        return loss
+
+    def sign_(self, x: Tensor) -> Tensor:
+        return x.sign_()
+
+
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.3}),
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
@@ -26,6 +76,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {"lr": 0.03}),
     "adamw": (torch.optim.AdamW, {"lr": 0.03, "weight_decay": 0.1}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
+    "lion": (Lion, {"lr": 0.02, "weight_decay": 0.1, "sharpness": 20.0}),
 }
 
 # Thresholds at which clipping acts in some steps and, by value, on some elements only.

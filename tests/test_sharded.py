@@ -268,6 +268,8 @@ def test_two_shards_equal_one_process_on_the_whole_batch(make, optimizer):
         "accumulation": (lambda: ClipR(0.5), {"accumulate_grad_batches": 2}),
         "generic-forward": (ESTIMATORS["forward"], {"optimizer": "rmsprop"}),
         "generic-reverse": (ESTIMATORS["reverse"], {"optimizer": "rmsprop"}),
+        "declared-forward": (ESTIMATORS["forward"], {"optimizer": "lion"}),
+        "declared-reverse": (ESTIMATORS["reverse"], {"optimizer": "lion"}),
         "neumann": (lambda: Implicit("neumann", iterations=3), {}),
         "options-forward": (lambda: ClipR(0.5), {"optimizer_hyperparameters": ["lr"]}),
         "options-reverse": (ESTIMATORS["reverse"], {"optimizer_hyperparameters": ["lr"]}),
@@ -282,6 +284,8 @@ def test_two_shards_equal_one_process_on_the_whole_batch(make, optimizer):
         "accumulation",
         "generic-forward",
         "generic-reverse",
+        "declared-forward",
+        "declared-reverse",
         "neumann",
         "options-forward",
         "options-reverse",
@@ -391,7 +395,11 @@ class TensorParallel(Net):
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda: Net("muon"), {}, r"step of Muon may mix.*Use SGD, Adam"),
+        (
+            lambda: Net("muon"),
+            {},
+            r"step of Muon may mix.*Use SGD, Adam.*If it moves each.*Muon\.elementwise = True",
+        ),
         (lambda: Net(kinds=("inside",)), {}, r"inside_loss=True.*Register it without inside_loss"),
         (Net, {"derivatives": "reverse"}, r"derivatives='reverse'.*'finite_difference' or 'auto'"),
         (Net, {"derivatives": "forward"}, r"derivatives='forward'.*'finite_difference' or 'auto'"),

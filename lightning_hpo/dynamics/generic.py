@@ -242,7 +242,10 @@ class GenericDynamics(Dynamics):
             block = [(i, part) for i, part in halves if step.theta[i].flatten()[part].numel()]
             if not block:
                 continue
-            moved = self.run_in_double(step.restricted(block), step.options)
+            try:
+                moved = self.run_in_double(step.restricted(block), step.options)
+            except Exception:  # of any kind: the step is the user's, and refuses vectors
+                return False
             alone = {(name, k): value for name, vs in moved.items() for k, value in vs.items()}
             truth = {
                 (name, k): values[i].flatten()[part]
