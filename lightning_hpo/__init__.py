@@ -31,6 +31,8 @@ from lightning_hpo.regularizers import (
     L2Mixin,
     LabelSmoothing,
     LossWeightMixin,
+    Penalty,
+    PenaltyMixin,
     TunableDropout,
     keep_probability,
 )
@@ -60,6 +62,8 @@ __all__ = [
     "LabelSmoothing",
     "LossWeightMixin",
     "OnlineHPOCallback",
+    "Penalty",
+    "PenaltyMixin",
     "Positive",
     "Simplex",
     "TunableDropout",

@@ -20,8 +20,9 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep, is_elementwise
 from lightning_hpo.estimators import Estimator
-from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.regularizers import IndexedDataset, Penalty, PenaltyMixin
+from lightning_hpo.regularizers.constants import SHARDED
 
 # Spelled out, so that type checkers and LightningCLI know the names of the backends.
 Derivatives = Literal["auto", "reverse", "forward", "finite_difference"]
@@ -160,6 +161,10 @@ def check_sharding(
             "sees only its shard of the weights. Register it without inside_loss, and remove "
             "self.penalty() from the loss: θ and λ are the same"
         )
+    strengths = [p.hyperparameter for p in gradient_penalties(module) if p.has_constants]
+    with_constants = [n for n, h in named_hyperparameters(module).items() if h in strengths]
+    if with_constants:
+        findings.append(f"{SHARDED} (here {', '.join(map(repr, with_constants))})")
     if not is_elementwise(type(optimizer)):
         findings.append(
             f"The step of {type(optimizer).__name__} may mix the elements of a parameter, so it "

@@ -187,7 +187,7 @@ class Problem:
         result = []
         for name, h in self.hyperparameters.items():
             if name in self.in_loss:
-                value, rate, _ = h.constraint.derivatives(h.raw.detach())
+                value, rate = h.constraint.derivatives(h.raw.detach())
                 distance = 0.1 * (value / rate).abs()
                 is_known = torch.isfinite(distance) & (distance > 0)
                 result.append(torch.where(is_known, distance, math.inf))
@@ -334,39 +334,43 @@ class Problem:
         totals: list[tuple[int, Tensor]] = []
         lam_index = {id(h): i for i, h in enumerate(self.hyperparameters.values())}
         sizes = [h.raw.numel() for h in self.hyperparameters.values()]
-        for penalty, index in self.penalties_in(step):
+        for penalty, which, index in self.penalties_in(step):
             k = lam_index.get(id(penalty.hyperparameter))  # None: it is frozen
-            e = None
-            if units is not None and k is not None:
-                e = [float(j == sum(sizes[:k])) for j in units]
-            lambda_part = None
+            own = [step.theta[i] for i in index]
+            into = [theta_result[i] for i in index] if theta_result else None
+            along = None if u is None else [u[i] for i in index]
             if lam_result and k is not None:
-                lambda_part = lam_result[k].new_zeros(len(lam_result[k]))
-                totals.append((k, lambda_part))
-            penalty.joint_hvp_(
-                [step.theta[i] for i in index],
-                None if u is None else [u[i] for i in index],
-                e,
-                [theta_result[i] for i in index] if theta_result else None,
-                lambda_part,
-                gradient_weights,
-            )
+                assert along is not None
+                totals.append((k, penalty.adjoint_(which, own, along, into)))
+            elif into is not None:
+                e = None
+                if units is not None and k is not None:
+                    e = [float(j == sum(sizes[:k])) for j in units]
+                penalty.tangent_(which, own, along, e, into, gradient_weights)
         if totals:
             complete = sum_over_shards(torch.stack([part for _, part in totals]), self.sharded)
             for (k, _), part in zip(totals, complete, strict=True):
                 lam_result[k] += part.reshape(lam_result[k].shape)
 
-    def penalties_in(self, step: OptimizerStep) -> Iterator[tuple[Penalty, list[int]]]:
-        """Yields the penalties that acted in a step, and the positions of their weights."""
+    def penalties_in(
+        self, step: OptimizerStep
+    ) -> Iterator[tuple[Penalty, tuple[int, ...], tuple[int, ...]]]:
+        """Yields the penalties that acted in a step, on which of their weights, and where in θ."""
+        yield from self._acting(step.gradients)
+
+    def _acting(
+        self, gradients: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Penalty, tuple[int, ...], tuple[int, ...]]]:
         positions = {id(p): i for i, p in enumerate(self.theta)}
         for penalty in self.penalties:
-            index = [
-                i
-                for w in penalty.weights
-                if (i := positions.get(id(w))) is not None and step.gradients[i] is not None
+            pairs = [
+                (k, i)
+                for k, w in enumerate(penalty.weights)
+                if (i := positions.get(id(w))) is not None and gradients[i] is not None
             ]
-            if index:
-                yield penalty, index
+            if pairs:
+                which, index = zip(*pairs, strict=True)
+                yield penalty, which, index
 
     def add_penalty_gradients_(
         self, gradients: list[Tensor | None], theta: list[Tensor] | None = None
@@ -377,13 +381,10 @@ class Problem:
             gradients: One per parameter, added to in place.
             theta: Values of θ. Default: those in place.
         """
-        parameters = self.theta
-        values = [local(p.detach()) for p in parameters] if theta is None else theta
-        positions = {id(p): i for i, p in enumerate(parameters)}
-        for penalty in self.penalties:
-            index = [i for w in penalty.weights if (i := positions.get(id(w))) is not None]
-            pairs = [(g, values[i]) for i in index if (g := gradients[i]) is not None]
-            penalty.add_gradient_([g for g, _ in pairs], [w for _, w in pairs])
+        values = [local(p.detach()) for p in self.theta] if theta is None else theta
+        for penalty, which, index in self._acting(gradients):
+            into = [g for i in index if (g := gradients[i]) is not None]
+            penalty.add_gradient_(which, into, [values[i] for i in index])
 
     def refuse_options(self, estimator: str, reason: str) -> None:
         """Refuses to tune the optimizer's options with an estimator that cannot see them.

@@ -116,14 +116,14 @@ class _Effect:
         parts: list[list[Tensor]] = [[] for _ in step.theta]
         self._owners: list[list[str]] = [[] for _ in step.theta]
         names = {id(h): name for name, h in problem.hyperparameters.items()}
-        for penalty, index in problem.penalties_in(step):
+        for penalty, which, index in problem.penalties_in(step):
             name = names.get(id(penalty.hyperparameter))
             if name is None:
                 continue  # it is frozen
-            _, rate, _ = penalty.hyperparameter.constraint.derivatives(penalty.raw)
+            _, rate = penalty.hyperparameter.constraint.derivatives(penalty.raw)
             factor = rate.reshape(()) if through_step else -rate.reshape(())
-            for i in index:
-                (gradient,) = penalty.gradient([step.theta[i]])  # one at a time
+            for k, i in zip(which, index, strict=True):
+                (gradient,) = penalty.gradients([k], [step.theta[i]])  # one at a time
                 parts[i].append(gradient * factor.to(gradient))
                 self._owners[i].append(name)
         self._scale: Tensor | None = None
