@@ -263,7 +263,8 @@ def check_dependence(
     """
     trained = {id(p) for p in theta if p.requires_grad}
     acting = {id(p.hyperparameter) for p in penalties if any(id(w) in trained for w in p.weights)}
-    idle = {id(p.hyperparameter) for p in penalties} - acting
+    tuned = {id(h) for h in hyperparameters.values()}
+    idle = {id(p.hyperparameter) for p in penalties} & tuned - acting
     in_penalty_term = {id(p.hyperparameter) for p in getattr(module, "loss_penalties", ())}
     findings = []
     for name, h in hyperparameters.items():

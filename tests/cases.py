@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hpo import L2Mixin, OnlineHPOCallback, named_hyperparameters
+from lightning_hpo import L2Mixin, OnlineHPOCallback, Penalty, named_hyperparameters
 
 STEPS = 10
 BATCH = 8
@@ -150,6 +150,22 @@ class OnceTanh(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return g * (1 - y * y)
+
+
+class L2SP(Penalty):
+    """½ λ ‖w − w₀‖²: stay near where training started (Li et al. 2018)."""
+
+    def constant(self, weight: Tensor) -> Tensor:
+        return weight.detach().clone()
+
+    def value(self, weight: Tensor, constant: Tensor) -> Tensor:
+        return 0.5 * (weight - constant).square().sum()
+
+    def gradient(self, weight: Tensor, constant: Tensor) -> Tensor:
+        return weight - constant
+
+    def hvp(self, weight: Tensor, u: Tensor, constant: Tensor) -> Tensor:
+        return u
 
 
 class MemoryLogger(Logger):

@@ -14,7 +14,7 @@ from lightning_hpo import T1T2, ClipR, Hyperparameter, L1Mixin, L2Mixin, OnlineH
 from lightning_hpo.dynamics import base
 from lightning_hpo.estimators import _forward
 from lightning_hpo.objectives import Moment
-from tests.cases import fit, frozen
+from tests.cases import L2SP, fit, frozen
 
 WIDTH = 100
 LAYERS = 8
@@ -131,6 +131,19 @@ def test_t1t2_on_penalties_adds_one_theta(make, granularity, monkeypatch):
     assert 1.9 < peak(model, T1T2()) - plain < 2 + 2 * LAYER
 
 
+class NearTheStart(Deep):
+    """Its penalty keeps a θ of constants, which are there before the training starts."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer, count=0)
+        self.register_penalty(L2SP, 1e-3, name="near")
+
+
+def test_t1t2_on_a_penalty_with_constants_adds_one_theta(monkeypatch):
+    monkeypatch.setattr(base, "BLOCK", WIDTH**2 // 10)
+    assert 0.9 < peak(NearTheStart(momentum), T1T2()) - peak(Deep(momentum)) < 1 + 2 * LAYER
+
+
 BACKENDS = ["reverse", "forward", "finite_difference"]
 
 
@@ -155,6 +168,15 @@ def test_a_reverse_window_adds_theta_per_step(make, kept, derivatives):
         peak(Noisy(make), UnrollK(k, "reverse"), every=k, derivatives=derivatives) for k in (2, 3)
     )
     assert three - two == pytest.approx(kept, abs=0.1)
+
+
+def test_replays_share_constants():
+    """A reverse window holds a θ per step, and none of what the penalty keeps."""
+    two, three = (
+        peak(NearTheStart(momentum), UnrollK(k, "reverse"), every=k, derivatives="reverse")
+        for k in (2, 3)
+    )
+    assert three - two == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize(("make", "states"), [(momentum, 1), (adam, 2)])
