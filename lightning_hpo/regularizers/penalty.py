@@ -174,7 +174,7 @@ class Penalty(ABC):
         return any(constant is not None for constant in self.constants)
 
     def total(self, weights: Sequence[Tensor]) -> Tensor:
-        """Returns R(w), the sum of the values of all weights."""
+        """Returns R(w), the sum over all weights; an override may need fewer kernels."""
         values = [self.value(w, c) for w, c in zip(weights, self.constants, strict=True)]
         return torch.stack(values).sum()
 
@@ -191,7 +191,7 @@ class Penalty(ABC):
         return value
 
     def gradients(self, which: Sequence[int], weights: Sequence[Tensor]) -> list[Tensor]:
-        """Returns ∇R per weight.
+        """Returns ∇R per weight; an override may need fewer kernels.
 
         Args:
             which: The positions of the weights in :attr:`weights`.
