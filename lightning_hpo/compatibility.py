@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -14,14 +15,17 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from lightning_hpo._arguments import check_choice, check_flag
+from lightning_hpo._record import record_of
+from lightning_hpo._trainer import is_foreign, overrides
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep, is_elementwise
 from lightning_hpo.estimators import Estimator
-from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.regularizers import IndexedDataset, Penalty, PenaltyMixin
+from lightning_hpo.regularizers.constants import SHARDED
 
 # Spelled out, so that type checkers and LightningCLI know the names of the backends.
 Derivatives = Literal["auto", "reverse", "forward", "finite_difference"]
@@ -33,18 +37,6 @@ _REFUSED_OPTIMIZERS = {
     "SparseAdam": "works on sparse gradients",
     "Adafactor": "reads norms as Python numbers, through which no derivative passes",
 }
-
-
-# Hooks of modules and callbacks between the start of a batch and the optimizer's step.
-_BETWEEN = (
-    "on_before_zero_grad",
-    "optimizer_zero_grad",
-    "on_before_backward",
-    "backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "optimizer_step",
-)
 
 
 def check_trainer(
@@ -95,7 +87,7 @@ def check_trainer(
                 for hook in ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value")
             ),
         )
-        if _overrides(owner, hook, kind) and (owner is module or _is_foreign(owner))
+        if overrides(owner, hook, kind) and (owner is module or is_foreign(owner))
     }
     for clip in sorted(clips):
         findings.append(
@@ -160,11 +152,17 @@ def check_sharding(
             "sees only its shard of the weights. Register it without inside_loss, and remove "
             "self.penalty() from the loss: θ and λ are the same"
         )
+    strengths = [p.hyperparameter for p in gradient_penalties(module) if p.has_constants]
+    with_constants = [n for n, h in named_hyperparameters(module).items() if h in strengths]
+    if with_constants:
+        findings.append(f"{SHARDED} (here {', '.join(map(repr, with_constants))})")
     if not is_elementwise(type(optimizer)):
         findings.append(
             f"The step of {type(optimizer).__name__} may mix the elements of a parameter, so it "
             "cannot be followed where parameters are sharded. Use SGD, Adam, AdamW or another "
-            "elementwise optimizer of torch.optim, or strategy='ddp'"
+            "elementwise optimizer of torch.optim, or strategy='ddp'. If it moves each element by "
+            "its own gradient and state alone, say so before the training: "
+            f"{type(optimizer).__name__}.elementwise = True"
         )
     return findings
 
@@ -194,20 +192,31 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def check_step(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
-    """Refuses an optimizer of another library whose step has no derivative, before it moves θ."""
-    kind = type(dynamics.optimizer)
-    if (
-        not isinstance(dynamics, GenericDynamics)
-        or kind.__module__.startswith("torch.optim")
-        or dynamics.is_differentiable_at(step)
-    ):
+    """Refuses an optimizer of another library that is not what it must be, before it moves θ.
+
+    Its step must have a derivative, and mix no elements where it declares itself elementwise.
+    """
+    if not isinstance(dynamics, GenericDynamics):
         return []
-    return [
-        f"Tangents cannot follow the optimizer {kind.__name__}: its step works on .data, disables "
-        "gradients or draws random numbers inside, or keeps its state outside of optimizer.state. "
-        "Use an optimizer of torch.optim, or write its step with in-place operations on p, p.grad "
-        "and self.state[p]"
-    ]
+    kind = type(dynamics.optimizer)
+    name = kind.__name__
+    if not kind.__module__.startswith("torch.optim") and not dynamics.is_differentiable_at(step):
+        return [
+            f"Tangents cannot follow the optimizer {name}: its step works on .data, disables "
+            "gradients or draws random numbers inside, or keeps its state outside of "
+            "optimizer.state. Use an optimizer of torch.optim, or write its step with in-place "
+            "operations on p, p.grad and self.state[p]"
+        ]
+    if getattr(kind, "elementwise", False) and not dynamics.is_elementwise_at(step):
+        return [
+            f"The optimizer {name} declares itself elementwise, but its step moves every second "
+            "element of the flattened parameters otherwise when it is made for these alone, or "
+            "keeps state that is not shaped like the parameter; expected a step that moves each "
+            "element by its own gradient and state. "
+            f"Set {name}.elementwise = False: tangents then follow it whole, unless parameters are "
+            "sharded"
+        ]
+    return []
 
 
 def check_untouched(
@@ -238,7 +247,7 @@ def check_untouched(
 def check_dependence(
     module: pl.LightningModule,
     hyperparameters: dict[str, Hyperparameter],
-    in_loss: set[str],
+    in_loss: Set[str],
     penalties: Sequence[Penalty],
     theta: Sequence[Tensor],
 ) -> list[str]:
@@ -258,7 +267,8 @@ def check_dependence(
     """
     trained = {id(p) for p in theta if p.requires_grad}
     acting = {id(p.hyperparameter) for p in penalties if any(id(w) in trained for w in p.weights)}
-    idle = {id(p.hyperparameter) for p in penalties} - acting
+    tuned = {id(h) for h in hyperparameters.values()}
+    idle = {id(p.hyperparameter) for p in penalties} & tuned - acting
     in_penalty_term = {id(p.hyperparameter) for p in getattr(module, "loss_penalties", ())}
     findings = []
     for name, h in hyperparameters.items():
@@ -290,16 +300,18 @@ def check_dependence(
 
 def compare_checkpoint(
     state: Mapping[str, Any],
+    version: int,
     hyperparameters: Mapping[str, Hyperparameter],
-    estimator: str,
+    estimators: Sequence[tuple[str, list[str]]],
     optimizer: str,
 ) -> dict[str, str]:
     """Lists in what a checkpoint differs from the training that resumes from it.
 
     Args:
         state: The state of the callback that was saved.
+        version: The format of such a state that is written now.
         hyperparameters: Those that are tuned now.
-        estimator: The present kind of estimator.
+        estimators: The present kinds of estimators, each with the names that it serves.
         optimizer: The present class of the λ-optimizer.
 
     Returns:
@@ -317,17 +329,32 @@ def compare_checkpoint(
             f"The checkpoint tunes {_shapes(state['hyperparameters'])}, this training "
             f"{_shapes(here)}. {remedy}"
         )
-    if state["estimator"]["kind"] != estimator:
+    if state.get("format") != version:
         differences["estimator"] = (
-            f"The checkpoint was written by the estimator {state['estimator']['kind']}, this "
-            f"training uses {estimator}. {remedy}"
+            "The checkpoint was written by another version of lightning_hpo (its callback state "
+            f"has the format {state.get('format', 1)}, expected {version}), whose estimator cannot "
+            "be continued. Resume with that version, or pass strict=False to OnlineHPOCallback to "
+            "go on with a new one"
         )
+    else:
+        saved = [(each["kind"], each["names"]) for each in state["estimators"]]
+        if saved != list(estimators):
+            differences["estimator"] = (
+                f"The checkpoint was written by the estimator {_kinds(saved)}, this training uses "
+                f"{_kinds(estimators)}. {remedy}"
+            )
     if state["optimizer"]["kind"] != optimizer:
         differences["optimizer"] = (
             f"The checkpoint was written with the λ-optimizer {state['optimizer']['kind']}, this "
             f"training uses {optimizer}. {remedy}"
         )
     return differences
+
+
+def _kinds(estimators: Sequence[tuple[str, list[str]]]) -> str:
+    if len(estimators) == 1:
+        return estimators[0][0]
+    return ", ".join(f"{kind} for {names}" for kind, names in estimators)
 
 
 def _shapes(hyperparameters: Mapping[str, list[int]]) -> str:
@@ -366,7 +393,7 @@ def check_example_weights(module: pl.LightningModule, loaders: Any) -> list[str]
         module: The LightningModule.
         loaders: The training dataloaders, in any structure.
     """
-    name = vars(module).get("_hpo_example_weights")
+    name = record_of(module).example_weights
     if name is None:
         return []
     count = module.get_submodule(name).raw.numel()  # type: ignore[operator]
@@ -398,57 +425,43 @@ def _indices(dataset: Any) -> Iterator[Sequence[int]]:
             yield from _indices(part)
 
 
-def may_change_gradients(
-    trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback
-) -> bool:
-    """Whether some hook may change the gradient between the backward pass and this callback."""
-    others = [c for c in trainer.callbacks if c is not callback]  # type: ignore[attr-defined]
-    return (
-        any(
-            _overrides(module, hook, pl.LightningModule)
-            for hook in ("backward", "on_after_backward", "optimizer_zero_grad")
-        )
-        or any(
-            _overrides(other, hook, pl.Callback)
-            for other in others
-            for hook in ("on_after_backward", "on_before_optimizer_step")
-        )
-        or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters())
-    )
+def assign(
+    estimators: Mapping[str, Estimator], names: Sequence[str], frozen: Sequence[str]
+) -> tuple[list[tuple[Estimator, list[str]]], list[str]]:
+    """Finds the estimator of each hyperparameter: that of the first pattern that fits its name.
 
+    Args:
+        estimators: By patterns of names, as in :mod:`fnmatch`.
+        names: The hyperparameters that are tuned.
+        frozen: Those that are not, which a pattern may be meant for all the same.
 
-def _overrides(owner: Any, hook: str, *kinds: type) -> bool:
-    """Whether a hook of an object, its own or its class's, is none of the given classes."""
-    inherited = getattr(type(owner), hook, None)
-    return hook in vars(owner) or all(inherited is not getattr(k, hook, None) for k in kinds)
-
-
-def _is_foreign(plugin: Any) -> bool:
-    """Whether a plugin or strategy is not one of Lightning itself."""
-    return not type(plugin).__module__.startswith(("lightning.", "lightning_fabric."))
-
-
-def may_interfere(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback) -> bool:
-    """Whether some hook stands between the start of a batch and the optimizer's step.
-
-    It may change parameters, gradients or what the loss depends on: a step can then be replayed at
-    the start of its batch only.
+    Returns:
+        The estimators that serve any, in the order of the patterns, each with its names; and one
+        sentence per finding: names that no pattern matches, and patterns that match nothing, or
+        nothing that an earlier one has left.
     """
-    (optimizer,) = trainer.optimizers
-    return (
-        any(_overrides(module, hook, PenaltyMixin, pl.LightningModule) for hook in _BETWEEN)
-        or any(
-            _overrides(other, hook, pl.Callback)
-            for other in trainer.callbacks  # type: ignore[attr-defined]
-            if other is not callback
-            for hook in _BETWEEN
+    served: dict[str, list[str]] = {pattern: [] for pattern in estimators}
+    left = []
+    for name in (*names, *frozen):
+        fits = [pattern for pattern in estimators if fnmatchcase(name, pattern)]
+        if fits:
+            served[fits[0]].append(name)
+        elif name not in frozen:
+            left.append(name)
+    findings = []
+    if left:
+        findings.append(
+            f"No pattern of estimator={list(estimators)} matches the hyperparameters {left}. Add "
+            "one for them, for example '*' as the last"
         )
-        or any(p._post_accumulate_grad_hooks for p in module.parameters())
-        or _is_foreign(trainer.precision_plugin)
-        or _is_foreign(trainer.strategy)
-        or len(optimizer._optimizer_step_pre_hooks) > 1  # one is that of the callback
-        or bool(_global_optimizer_pre_hooks)
-    )
+    idle = [pattern for pattern, own in served.items() if not own]
+    if idle and names:
+        findings.append(
+            f"The patterns {idle} of estimator={list(estimators)} match no hyperparameter that an "
+            f"earlier pattern has left; the names are {list(names)}. Correct or remove them"
+        )
+    tuned = {pattern: [name for name in own if name in names] for pattern, own in served.items()}
+    return [(estimators[pattern], own) for pattern, own in tuned.items() if own], findings
 
 
 def check_arguments(
@@ -466,11 +479,14 @@ def check_arguments(
         TypeError: If one is of the wrong kind.
         ValueError: If ``derivatives`` is unknown.
     """
-    if not isinstance(estimator, Estimator):
-        raise TypeError(
-            f"OnlineHPOCallback: estimator={estimator!r}, expected an instance of an Estimator, "
-            "for example ClipR(radius=20.0)"
-        )
+    is_mapping = isinstance(estimator, Mapping) and len(estimator) > 0
+    for pattern, each in estimator.items() if is_mapping else (("*", estimator),):
+        if not (isinstance(each, Estimator) and isinstance(pattern, str)):
+            raise TypeError(
+                f"OnlineHPOCallback: estimator={estimator!r}, expected an instance of an "
+                "Estimator, for example ClipR(radius=20.0), or a mapping from patterns of names to "
+                "such instances, for example {'keep*': T1T2(), '*': ClipR()}"
+            )
     if not callable(optimizer):
         raise TypeError(
             f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
@@ -486,42 +502,30 @@ def check_arguments(
             f"OnlineHPOCallback: validation_loss={validation_loss!r}, expected a function of the "
             "module and a batch; the name of a logged value goes to monitor="
         )
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"OnlineHPOCallback: {name}={flag!r}, expected True or False")
-    if derivatives not in DERIVATIVES:
-        raise ValueError(
-            f"OnlineHPOCallback: derivatives={derivatives!r}, expected one of {DERIVATIVES}"
-        )
+    check_flag("OnlineHPOCallback", **flags)
+    check_choice("OnlineHPOCallback", DERIVATIVES, derivatives=derivatives)
     check_option_names(optimizer_hyperparameters)
 
 
-def check_numbers(**numbers: tuple[Any, int]) -> None:
-    """Checks arguments of the callback that are integers, each given with its least value.
+def check_windows(estimators: Collection[Estimator], every_n_steps: int) -> None:
+    """Checks that the windows of the estimators fit between two updates, and agree on θ.
 
     Raises:
-        TypeError: If one is no integer.
-        ValueError: If one is too small.
+        ValueError: If they do not.
     """
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"OnlineHPOCallback: {name}={value!r}, expected an integer")
-        if value < least:
-            raise ValueError(f"OnlineHPOCallback: {name}={value}, expected at least {least}")
-
-
-def check_window(estimator: Estimator, every_n_steps: int) -> None:
-    """Checks that the estimator's window fits between two updates.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    if estimator.window is not None and every_n_steps < estimator.window:
-        raise ValueError(
-            f"OnlineHPOCallback: every_n_steps={every_n_steps} is smaller than the window of "
-            f"{estimator.window} steps of {type(estimator).__name__}; make it at least as large, "
-            "or shorten the window"
-        )
+    for estimator in estimators:
+        name = type(estimator).__name__
+        if estimator.window is not None and every_n_steps < estimator.window:
+            raise ValueError(
+                f"OnlineHPOCallback: every_n_steps={every_n_steps} is smaller than the window of "
+                f"{estimator.window} steps of {name}; make it at least as large, or shorten the "
+                "window"
+            )
+        if estimator.restart and len(estimators) > 1:
+            raise ValueError(
+                f"OnlineHPOCallback: {name}(restart=True) returns θ to the start of its window, "
+                f"which the other {len(estimators) - 1} estimators cannot follow; use it alone"
+            )
 
 
 def check_option_names(names: Any) -> None:

@@ -21,7 +21,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_hpo.objectives import stage
+from lightning_hpo._trainer import stage
 from lightning_hpo.rng import forked_rng
 
 _CPU = torch.device("cpu")

@@ -78,6 +78,14 @@ def average_(tensors: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(group), [p.view_as(t) for p, t in zip(parts, group, strict=True)])
 
 
+def broadcast_(tensors: Sequence[Tensor]) -> None:
+    """Gives tensors the values that they have in the first process, in place."""
+    for tensor in tensors:
+        value = tensor.contiguous()
+        torch.distributed.broadcast(value, 0)
+        tensor.copy_(value)
+
+
 # --------------------------------------------------------------------------------------------------
 # Sharded parameters
 # --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,24 +50,27 @@ class HyperOptimizer:
                 "an optimizer of gradients, for example torch.optim.Adam"
             )
 
-    def step(self, hypergradients: list[Tensor], lr_scale: float = 1.0) -> bool:
+    def step(self, hypergradients: Sequence[Tensor | None], lr_scale: float = 1.0) -> bool:
         """Makes one update, or none if any hypergradient is not finite.
 
         Args:
-            hypergradients: One per hyperparameter, with respect to raw λ.
+            hypergradients: One per hyperparameter, with respect to raw λ; where it is None, λ is
+                left alone.
             lr_scale: Multiplies the learning rate for this update.
 
         Returns:
             Whether λ was updated. It is not where a hypergradient, or what the update would leave
             behind, is not finite.
         """
-        if not all(bool(torch.isfinite(h).all()) for h in hypergradients):
+        pairs = zip(self._hyperparameters, hypergradients, strict=True)
+        moved = {h: gradient for h, gradient in pairs if gradient is not None}
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in moved.values()):
             return False
-        raws = [h.raw for h in self._hyperparameters]
+        raws = [h.raw for h in moved]
         before = [raw.clone() for raw in raws]
         state = {raw: _copied(self.optimizer.state.get(raw, {})) for raw in raws}
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        for raw, gradient in zip(raws, hypergradients, strict=True):
+        for raw, gradient in zip(raws, moved.values(), strict=True):
             raw.grad = gradient.to(raw.dtype).reshape(raw.shape)
         try:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -85,7 +88,7 @@ class HyperOptimizer:
                 raw.copy_(value)
                 self.optimizer.state[raw] = state[raw]
             return False
-        for h in self._hyperparameters:
+        for h in moved:
             h.raw.copy_(h.constraint.project(h.raw))
         return True
 

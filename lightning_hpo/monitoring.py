@@ -163,23 +163,22 @@ _SUMMARY = ("min", "mean", "max", "norm")
 def make_record(
     step: int,
     hyperparameters: Mapping[str, Hyperparameter],
-    hypergradients: list[Tensor],
-    tangent_norms: list[Tensor] | None,
+    hypergradients: Mapping[str, Tensor],
+    tangent_norms: Mapping[str, Tensor] | None,
     skipped: int,
     outcome: str | None = None,
 ) -> HistoryRecord:
     """Collects a record; every tensor is copied to the CPU."""
-    names = list(hyperparameters)
     return HistoryRecord(
         step=step,
         values={name: _numbers(h().detach()) for name, h in hyperparameters.items()},
         hypergradients={
             name: _summary(h) if h.numel() > SUMMARY_ABOVE else h.detach().cpu().clone()
-            for name, h in zip(names, hypergradients, strict=True)
+            for name, h in hypergradients.items()
         },
         tangent_norms=None
         if tangent_norms is None
-        else {name: _numbers(t) for name, t in zip(names, tangent_norms, strict=True)},
+        else {name: _numbers(t) for name, t in tangent_norms.items()},
         skipped=skipped,
         outcome=outcome,
     )
@@ -197,8 +196,10 @@ def log_record(
     others: dict[str, float] = {}
     for name, value in record.values.items():
         values.update(_flat(f"hpo/{name}", value))
-        others.update(_flat(f"hpo/{name}_grad", record.hypergradients[name]))
-        if record.tangent_norms is not None:
+        # Of several estimators one may have had no estimate, or keep no tangents.
+        if name in record.hypergradients:
+            others.update(_flat(f"hpo/{name}_grad", record.hypergradients[name]))
+        if record.tangent_norms is not None and name in record.tangent_norms:
             others.update(_flat(f"hpo/{name}_tangent_norm", record.tangent_norms[name]))
     for logger in trainer.loggers:
         logger.log_metrics({**values, **others}, step=step)

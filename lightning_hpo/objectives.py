@@ -17,7 +17,9 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
+from lightning_hpo._trainer import counted_as, stage
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.kernels import (
@@ -199,7 +201,7 @@ class TrainingObjective:
                     self._shield(rng=moment.rng, state=moment.state, swaps=swaps)
                 )
                 evaluation.enter_context(
-                    _counted_as(self._trainer, moment.global_step, moment.epoch)
+                    counted_as(self._trainer, moment.global_step, moment.epoch)
                 )
                 with self._trainer.precision_plugin.train_step_context():
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
@@ -243,20 +245,6 @@ def _scaler_factor(trainer: pl.Trainer) -> float:
 
 def _unscaled(gradients: list[Tensor | None], scale: float) -> list[Tensor | None]:
     return gradients if scale == 1 else [None if g is None else g / scale for g in gradients]
-
-
-@contextmanager
-def _counted_as(trainer: pl.Trainer, global_step: int, epoch: int) -> Iterator[None]:
-    """Lets ``global_step`` and ``current_epoch`` read as they did, for losses with a schedule."""
-    loop = trainer.fit_loop.epoch_loop.automatic_optimization
-    total = loop.optim_progress.optimizer.step.total
-    epochs = trainer.fit_loop.epoch_progress.current
-    before = total.completed, epochs.completed
-    total.completed, epochs.completed = global_step, epoch
-    try:
-        yield
-    finally:
-        total.completed, epochs.completed = before
 
 
 def is_plain(value: Any) -> bool:
@@ -362,7 +350,7 @@ class ValidationObjective:
             module.eval()
             for part in module.modules():
                 if isinstance(part, PenaltyMixin):
-                    vars(part)["_hpo_without_penalty"] = True
+                    update_record(part, without_penalty=True)
             with self._trainer.precision_plugin.val_step_context():
                 output, origin = self._evaluate(copy_batch(batch), batch_idx, logged)
             loss = _check_validation_loss(output, origin)
@@ -414,17 +402,6 @@ def _check_validation_loss(value: Any, origin: str) -> Tensor:
             "are not needed"
         )
     return value.reshape(())
-
-
-@contextmanager
-def stage(trainer: pl.Trainer, running: RunningStage) -> Iterator[None]:
-    """Lets the trainer appear in another stage, for hooks that ask."""
-    before = trainer.state.stage
-    trainer.state.stage = running
-    try:
-        yield
-    finally:
-        trainer.state.stage = before
 
 
 def _step_arguments(step: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:

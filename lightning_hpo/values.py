@@ -11,14 +11,11 @@ import torch
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from torch import Tensor, nn
 
+from lightning_hpo._record import record_of, update_record
 from lightning_hpo.dynamics import OptimizerOptions
 from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-# What is tuned in the optimizer does not belong to the module: it is kept aside in its attributes.
-_TUNED = "_hpo_optimizer_options"
-_FIXED = "_hpo_fixed_options"
 
 
 def fixed_values(module: nn.Module) -> dict[str, float | list[Any]]:
@@ -33,7 +30,7 @@ def fixed_values(module: nn.Module) -> dict[str, float | list[Any]]:
         as ``optimizer.<option>``; under a learning-rate schedule ``optimizer.lr`` is the scale on
         it.
     """
-    tuned = named_hyperparameters(module) | vars(module).get(_TUNED, {})
+    tuned = {**named_hyperparameters(module), **record_of(module).tuned_options}
     return {name: h().tolist() for name, h in tuned.items()} | fixed_options(module)
 
 
@@ -77,21 +74,21 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
         known[name].raw.copy_(known[name].constraint.project(raw.to(known[name].raw)))
         known[name].frozen = True
     if options:
-        if _FIXED not in vars(module):
+        if not record_of(module).fixed_options:
             make = module.configure_optimizers
             vars(module)["configure_optimizers"] = partial(_with_fixed_options, module, make)
-        vars(module)[_FIXED] = fixed_options(module) | options
+        update_record(module, fixed_options=fixed_options(module) | options)
     return module
 
 
 def fixed_options(module: nn.Module) -> dict[str, Any]:
     """Returns the options of the optimizer that :func:`freeze` has fixed, as ``optimizer.lr``."""
-    return dict(vars(module).get(_FIXED, {}))
+    return dict(record_of(module).fixed_options)
 
 
 def remember_options(module: nn.Module, options: Mapping[str, Hyperparameter]) -> None:
     """Keeps the options that a callback tunes where :func:`fixed_values` finds them."""
-    vars(module)[_TUNED] = dict(options)
+    update_record(module, tuned_options=dict(options))
 
 
 def _with_fixed_options(module: nn.Module, configure_optimizers: Any) -> Any:

@@ -15,9 +15,60 @@ from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hpo import L2Mixin, OnlineHPOCallback, named_hyperparameters
+from lightning_hpo.regularizers import Penalty
 
 STEPS = 10
 BATCH = 8
+
+
+class Lion(torch.optim.Optimizer):
+    """An elementwise optimizer from elsewhere (Chen et al. 2023, Algorithm 2).
+
+        θ ← (1 − η w) θ − η sign(β₁ m + (1 − β₁) g),   m ← β₂ m + (1 − β₂) g
+
+    With a sharpness c the sign is smoothed to tanh(c x).
+    """
+
+    elementwise = True
+
+    def __init__(
+        self,
+        parameters: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        sharpness: float = math.inf,
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "sharpness": sharpness}
+        super().__init__(parameters, options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["mean"] = torch.zeros_like(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                update = state["mean"].clone().mul_(beta1).add_(p.grad, alpha=1 - beta1)
+                if group["sharpness"] == math.inf:
+                    update = self.sign_(update)
+                else:
+                    update.mul_(group["sharpness"]).tanh_()
+                p.add_(update, alpha=-group["lr"])
+                state["mean"].mul_(beta2).add_(p.grad, alpha=1 - beta2)
+        return loss
+
+    def sign_(self, x: Tensor) -> Tensor:
+        return x.sign_()
+
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.3}),
@@ -26,6 +77,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {"lr": 0.03}),
     "adamw": (torch.optim.AdamW, {"lr": 0.03, "weight_decay": 0.1}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
+    "lion": (Lion, {"lr": 0.02, "weight_decay": 0.1, "sharpness": 20.0}),
 }
 
 # Thresholds at which clipping acts in some steps and, by value, on some elements only.
@@ -152,6 +204,22 @@ class OnceTanh(torch.autograd.Function):
         return g * (1 - y * y)
 
 
+class L2SP(Penalty):
+    """½ λ ‖w − w₀‖²: stay near where training started (Li et al. 2018)."""
+
+    def constant(self, weight: Tensor) -> Tensor:
+        return weight.detach().clone()
+
+    def value(self, weight: Tensor, constant: Tensor) -> Tensor:
+        return 0.5 * (weight - constant).square().sum()
+
+    def gradient(self, weight: Tensor, constant: Tensor) -> Tensor:
+        return weight - constant
+
+    def hvp(self, weight: Tensor, u: Tensor, constant: Tensor) -> Tensor:
+        return u
+
+
 class MemoryLogger(Logger):
     """Keeps what is logged, in order."""
 
@@ -226,6 +294,21 @@ def last_hypergradient(callback: OnlineHPOCallback) -> Tensor:
 def validation_loss(model: Mlp) -> float:
     with torch.no_grad():
         return model.loss(VALID).item()
+
+
+def truth(make: Callable[[], Mlp], callbacks: Sequence[pl.Callback] = (), **options: Any) -> Tensor:
+    """Central differences of the whole training over raw λ."""
+    result = []
+    for i, name in enumerate(named_hyperparameters(make())):
+        losses = []
+        for sign in (1, -1):
+            model = make()
+            named_hyperparameters(model)[name].raw.add_(sign * 1e-4)
+            fit(model, list(callbacks), **options)
+            losses.append(validation_loss(model))
+        result.append((losses[0] - losses[1]) / 2e-4)
+        assert i < 2
+    return torch.tensor(result)
 
 
 def flat(tensors: Any) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from cases import Lion
 from torch import Tensor
 from torch.func import functional_call
 
@@ -191,9 +192,17 @@ def _rmsprop(p: Tensor, g: Tensor, memory: dict[str, Tensor], t: int, o: dict[st
     return p - o["lr"] * g / (square.sqrt() + 1e-8)
 
 
+def _lion(p: Tensor, g: Tensor, memory: dict[str, Tensor], t: int, o: dict[str, Any]) -> Tensor:
+    mean = memory.get("mean", torch.zeros_like(p))
+    memory["mean"] = 0.99 * mean + 0.01 * g
+    update = torch.tanh(o["sharpness"] * (0.9 * mean + 0.1 * g))
+    return p * (1 - o["lr"] * o["weight_decay"]) - o["lr"] * update
+
+
 _FORMULAS = {
     torch.optim.SGD: _sgd,
     torch.optim.Adam: _adam,
     torch.optim.AdamW: _adamw,
     torch.optim.RMSprop: _rmsprop,
+    Lion: _lion,
 }

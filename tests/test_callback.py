@@ -246,8 +246,8 @@ def test_the_lambda_optimizer_does_not_see_what_is_skipped():
 
 def test_a_tangent_that_overflows_starts_anew_and_the_others_go_on():
     class Overflowing(ClipR):
-        def before_step(self, step):
-            super().before_step(step)
+        def observe(self, step):
+            super().observe(step)
             self.count = getattr(self, "count", 0) + 1
             if self.count == 4:
                 self._tangents.state["theta"][0][0] = math.inf

@@ -5,7 +5,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import BATCH, TRAIN, VALID, Mlp, OnceTanh, make_trainer
+from cases import BATCH, L2SP, TRAIN, VALID, Mlp, OnceTanh, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -70,6 +70,41 @@ def test_two_ranks_equal_one_process_on_the_whole_batch(make, inside_loss):
     torch.testing.assert_close(raw_two, raw, rtol=1e-9, atol=0)
     torch.testing.assert_close(theta_two, theta, rtol=1e-9, atol=1e-12)
     assert (raw - math.log(0.05)).abs().min() > 1e-6
+
+
+class BuiltElsewhere(Sharded):
+    """Each rank has constants of its own, as where it draws its own initial weights."""
+
+    def __init__(self, optimizer, **options):
+        super().__init__(optimizer, **options)
+        with torch.no_grad():
+            self.net[0].weight += 0.1
+        self.register_penalty(L2SP, 0.3, name="near", inside_loss=self.inside_loss)
+        with torch.no_grad():
+            self.net[0].weight -= 0.1
+
+    def configure_model(self):
+        for penalty in (*self.gradient_penalties, *self.loss_penalties):
+            for constant in penalty.constants:
+                if constant is not None:
+                    constant += self.global_rank
+
+
+@pytest.mark.parametrize("inside_loss", [False, True])
+def test_the_constants_of_a_penalty_are_those_of_the_first_rank(inside_loss):
+    """As its weights are, which DDP sends to the others."""
+
+    def run(devices):
+        model = BuiltElsewhere("momentum", inside_loss=inside_loss)
+        callback = OnlineHPOCallback(ClipR(2.0), optimizer=lambda raw: torch.optim.SGD(raw, lr=3.0))
+        make_trainer(
+            callbacks=callback, devices=devices, strategy="ddp_fork" if devices > 1 else "auto"
+        ).fit(model)
+        theta = torch.cat([p.detach().flatten() for p in model.net.parameters()])
+        return theta, model.near.raw
+
+    for one, two in zip(run(1), run(2), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12)
 
 
 class TwoHeads(Sharded):

@@ -29,7 +29,7 @@ from lightning_hpo import (
     OnlineHPOCallback,
     UnrollK,
 )
-from lightning_hpo.derivatives import finite_difference
+from lightning_hpo.derivatives import FiniteDifference
 
 READING = {
     "item",
@@ -253,13 +253,13 @@ def test_differences_in_directions_that_may_be_zero():
     def loss(th, values):
         return (th[0].sin() * values[0]).prod()
 
-    (found,), _ = finite_difference.joint_hvp(loss, theta, lam, u, None, True, False)
+    (found,) = FiniteDifference().tangent(loss, theta, lam, u, None)
     hessian = torch.autograd.functional.hessian(lambda t: loss([t], lam), theta[0])
     assert torch.equal(found[0], torch.zeros(2, dtype=torch.float64))
     torch.testing.assert_close(found[1], hessian @ u[0][1], rtol=1e-8, atol=0)
     assert found[2].isnan().all()
 
-    (displaced,), weights = finite_difference.one_sided_differences(loss, theta, lam, u)
+    (displaced,), weights = FiniteDifference().one_sided(loss, theta, lam, u)
     (gradient,) = torch.autograd.grad(loss(theta, lam), theta)
     products = displaced - weights.reshape(-1, 1) * gradient
     assert torch.equal(products[0], torch.zeros(2, dtype=torch.float64))

@@ -277,7 +277,14 @@ class Witness(pl.Callback):
         self.estimator = estimator
 
     def setup(self, trainer, module, stage):
-        self.watch(self.estimator, "before_step")
+        kind, witness = type(self.estimator), self
+
+        class Watched(kind):  # a training works on a copy of the estimator
+            def observe(self, step):
+                witness.before = witness.snapshot(*witness.watched)
+                super().observe(step)
+
+        self.estimator.__class__ = Watched
 
     def on_train_start(self, trainer, module):
         (callback,) = [c for c in trainer.callbacks if isinstance(c, OnlineHPOCallback)]

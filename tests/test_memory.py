@@ -6,15 +6,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import L2SP, fit, frozen
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_hpo import T1T2, ClipR, Hyperparameter, L1Mixin, L2Mixin, OnlineHPOCallback, UnrollK
 from lightning_hpo.dynamics import base
-from lightning_hpo.estimators import _forward
 from lightning_hpo.objectives import Moment
-from tests.cases import fit, frozen
+from lightning_hpo.step import tangents
 
 WIDTH = 100
 LAYERS = 8
@@ -131,6 +131,19 @@ def test_t1t2_on_penalties_adds_one_theta(make, granularity, monkeypatch):
     assert 1.9 < peak(model, T1T2()) - plain < 2 + 2 * LAYER
 
 
+class NearTheStart(Deep):
+    """Its penalty keeps a θ of constants, which are there before the training starts."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer, count=0)
+        self.register_penalty(L2SP, 1e-3, name="near")
+
+
+def test_t1t2_on_a_penalty_with_constants_adds_one_theta(monkeypatch):
+    monkeypatch.setattr(base, "BLOCK", WIDTH**2 // 10)
+    assert 0.9 < peak(NearTheStart(momentum), T1T2()) - peak(Deep(momentum)) < 1 + 2 * LAYER
+
+
 BACKENDS = ["reverse", "forward", "finite_difference"]
 
 
@@ -157,12 +170,21 @@ def test_a_reverse_window_adds_theta_per_step(make, kept, derivatives):
     assert three - two == pytest.approx(kept, abs=0.1)
 
 
+def test_replays_share_constants():
+    """A reverse window holds a θ per step, and none of what the penalty keeps."""
+    two, three = (
+        peak(NearTheStart(momentum), UnrollK(k, "reverse"), every=k, derivatives="reverse")
+        for k in (2, 3)
+    )
+    assert three - two == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize(("make", "states"), [(momentum, 1), (adam, 2)])
 @pytest.mark.parametrize("derivatives", BACKENDS)
 @pytest.mark.parametrize("estimator", [ClipR, lambda: UnrollK(2, "forward")])
 def test_a_tangent_adds_theta_and_the_state(make, states, derivatives, estimator, monkeypatch):
     """What is needed besides does not depend on the number of λ."""
-    monkeypatch.setattr(_forward, "_ELEMENTS", 1)
+    monkeypatch.setattr(tangents, "_ELEMENTS", 1)
     two, five = (
         peak(Deep(make, count=count), estimator(), derivatives=derivatives) for count in (2, 5)
     )
@@ -172,7 +194,7 @@ def test_a_tangent_adds_theta_and_the_state(make, states, derivatives, estimator
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
 def test_replays_at_the_batch_add_one_more_theta_per_tangent(derivatives, monkeypatch):
     """Until the last of the accumulated micro-batches has come."""
-    monkeypatch.setattr(_forward, "_ELEMENTS", 1)
+    monkeypatch.setattr(tangents, "_ELEMENTS", 1)
     two, five = (
         peak(Noisy(momentum, count=count), ClipR(), derivatives=derivatives, accumulated=2)
         for count in (2, 5)

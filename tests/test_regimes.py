@@ -392,7 +392,7 @@ def implicit(key: str) -> dict[str, float]:
             loss = loss + module.training_step(batch, batch_idx) / count
     got = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
     taking_part = {id(p) for p, g in zip(theta, got, strict=True) if g is not None}
-    loss = loss + sum(p.value() for p in module.gradient_penalties)
+    loss = loss + sum(p.term() for p in module.gradient_penalties)
     active = [p for p in theta if id(p) in taking_part]
     gradient = torch.cat(
         [g.reshape(-1) for g in torch.autograd.grad(loss, active, create_graph=True)]

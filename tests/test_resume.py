@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
 from torch.utils.data import IterableDataset
 
-import lightning_hpo.replay_check as replay_check
+import lightning_hpo.step.replay_check as replay_check
 from lightning_hpo import (
     T1T2,
     ClipR,

@@ -13,7 +13,7 @@ import warnings
 import pytest
 import torch
 import torch.multiprocessing as mp
-from cases import BATCH, TRAIN, VALID, flat, make_optimizer, make_trainer
+from cases import BATCH, L2SP, TRAIN, VALID, flat, make_optimizer, make_trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -268,6 +268,8 @@ def test_two_shards_equal_one_process_on_the_whole_batch(make, optimizer):
         "accumulation": (lambda: ClipR(0.5), {"accumulate_grad_batches": 2}),
         "generic-forward": (ESTIMATORS["forward"], {"optimizer": "rmsprop"}),
         "generic-reverse": (ESTIMATORS["reverse"], {"optimizer": "rmsprop"}),
+        "declared-forward": (ESTIMATORS["forward"], {"optimizer": "lion"}),
+        "declared-reverse": (ESTIMATORS["reverse"], {"optimizer": "lion"}),
         "neumann": (lambda: Implicit("neumann", iterations=3), {}),
         "options-forward": (lambda: ClipR(0.5), {"optimizer_hyperparameters": ["lr"]}),
         "options-reverse": (ESTIMATORS["reverse"], {"optimizer_hyperparameters": ["lr"]}),
@@ -282,6 +284,8 @@ def test_two_shards_equal_one_process_on_the_whole_batch(make, optimizer):
         "accumulation",
         "generic-forward",
         "generic-reverse",
+        "declared-forward",
+        "declared-reverse",
         "neumann",
         "options-forward",
         "options-reverse",
@@ -383,6 +387,12 @@ class Replicated(Net):
         return []
 
 
+class NearTheStart(Net):
+    def __init__(self):
+        super().__init__(kinds=("gradient",))
+        self.register_penalty(L2SP, 0.1, name="near")
+
+
 class TensorParallel(Net):
     def configure_model(self):
         parallelize_module(self.net[0], self.device_mesh["tensor_parallel"], ColwiseParallel())
@@ -391,8 +401,13 @@ class TensorParallel(Net):
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda: Net("muon"), {}, r"step of Muon may mix.*Use SGD, Adam"),
+        (
+            lambda: Net("muon"),
+            {},
+            r"step of Muon may mix.*Use SGD, Adam.*If it moves each.*Muon\.elementwise = True",
+        ),
         (lambda: Net(kinds=("inside",)), {}, r"inside_loss=True.*Register it without inside_loss"),
+        (NearTheStart, {}, r"keeps constants of whole weights.*strategy='ddp'.*\(here 'near'\)"),
         (Net, {"derivatives": "reverse"}, r"derivatives='reverse'.*'finite_difference' or 'auto'"),
         (Net, {"derivatives": "forward"}, r"derivatives='forward'.*'finite_difference' or 'auto'"),
         (Partly, {}, r"6 of the 8 parameters .*\(net\.2\.weight is.*Apply fully_shard to"),
@@ -402,6 +417,7 @@ class TensorParallel(Net):
     ids=[
         "matrix-valued",
         "inside-loss",
+        "constants",
         "reverse",
         "forward",
         "partly",
@@ -426,3 +442,19 @@ def test_what_cannot_be_followed_is_refused(make, options, message):
     for steps, text in on_two_ranks(run):
         assert steps == 0
         assert re.search(message, text)
+
+
+def test_constants_of_sharded_weights_are_refused_without_the_callback_too():
+    def run():
+        trainer = make_trainer(
+            devices=RANKS,
+            strategy=ModelParallelStrategy(RANKS, 1),
+            use_distributed_sampler=False,
+        )
+        with pytest.raises(MisconfigurationException) as caught:
+            trainer.fit(NearTheStart())
+        return trainer.global_step, str(caught.value)
+
+    for steps, text in on_two_ranks(run):
+        assert steps == 0
+        assert "keeps constants of whole weights" in text

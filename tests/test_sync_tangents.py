@@ -114,10 +114,11 @@ def test_lambda_stay_equal_over_a_hundred_steps():
 
 def test_no_collective_is_made_between_updates(monkeypatch):
     """Counts the collectives of one process that pretends to be one of several."""
-    from lightning_hpo.estimators import _forward, base
+    from lightning_hpo.step import batches, network, replay_check, tangents, validation
 
     counts = {}
-    for name, module in (("gradient", base), ("hypergradient", _forward)):
+    places = [("gradient", m) for m in (batches, network, replay_check, validation)]
+    for name, module in (*places, ("hypergradient", tangents)):
         monkeypatch.setattr(
             module, "average_", lambda tensors, n=name: counts.update({n: counts.get(n, 0) + 1})
         )

@@ -1,80 +1,110 @@
-"""joint_hvp by double backward: exact wherever the operators have second derivatives."""
+"""Products by double backward: exact wherever the operators have second derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import repeat
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_hpo._tensors import released, stacked, stacked_zeros, without_hooks
+from lightning_hpo.derivatives.backend import direction_count
+from lightning_hpo.derivatives.loss import Loss
 
-if TYPE_CHECKING:
-    from lightning_hpo.derivatives.joint_hvp import Loss
+_Edges = list[GradientEdge | None]
+"""Where each part of ∇L is in its graph; None for a part that is not differentiated."""
 
 
 @dataclass
-class GradientGraph:
-    """How ∇L comes about, kept for more products with the same loss at the same (θ, λ).
+class Reverse:
+    r"""Differentiates the gradient by a second backward pass.
 
-    The values of ∇L are not kept: products do not need them.
+        tangent: ∇θ(⟨∇θL, u⟩ + ⟨∇λL, e⟩)        adjoint: ∇(θ,λ) ⟨∇θL, u⟩
 
-    Attributes:
-        edges: One per source (θ where u is given, then λ where e is given); None where it plays no
-            part. None as a whole before the first product.
-        is_kept: Whether more products will follow; the last one frees the graph as it goes.
+    One graph of the gradient serves all directions, and with ``is_last=False`` further tangents of
+    the same evaluation, of whatever kinds of directions. The values of ∇L are not kept: each part
+    is freed as it arrives. An instance serves one evaluation at a time; after its last tangent
+    nothing is held.
+
+    Cost: 2.5–4.4 gradients of the loss (measured on CPU), shared by all directions as far as the
+    forward and the first backward pass go.
+
+    Source: Pearlmutter (1994).
     """
 
-    edges: list[GradientEdge | None] | None = None
-    is_kept: bool = False
+    is_exact: ClassVar[bool] = True
+    _kept: tuple[Loss, _Edges] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def tangent(
+        self,
+        loss: Loss,
+        theta: Sequence[Tensor],
+        lam: Sequence[Tensor],
+        u: Sequence[Tensor] | None,
+        e: Sequence[Tensor] | None,
+        *,
+        is_last: bool = True,
+    ) -> list[Tensor]:
+        """Returns H u + B e; see :meth:`lightning_hpo.derivatives.Backend.tangent`."""
+        m = direction_count(u, e)
+        sources = [*theta, *lam]
+        directions = [*(u or repeat(None, len(theta))), *(e or repeat(None, len(lam)))]
+        edges = self._take(loss)
+        with torch.enable_grad():
+            if edges is None:
+                # Later tangents may have directions where this one has none.
+                needed = [d is not None or not is_last for d in directions]
+                edges = _gradient_edges(loss(theta, lam), sources, needed)
+            products = _products(edges, sources, directions, theta, m, is_kept=not is_last)
+        if not is_last:
+            self._kept = loss, edges
+        return products
+
+    def adjoint(
+        self,
+        loss: Loss,
+        theta: Sequence[Tensor],
+        lam: Sequence[Tensor],
+        u: Sequence[Tensor],
+        *,
+        theta_part: bool = True,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns H u and Bᵀ u; see :meth:`lightning_hpo.derivatives.Backend.adjoint`."""
+        m = direction_count(u)
+        split = len(theta) if theta_part else 0
+        targets = [*theta[:split], *lam]
+        if not targets:
+            return [], []
+        with torch.enable_grad():
+            edges = _gradient_edges(loss(theta, lam), theta, [True] * len(theta))
+            products = _products(edges, theta, u, targets, m, is_kept=False)
+        return products[:split], products[split:]
+
+    def _take(self, loss: Loss) -> _Edges | None:
+        """Returns the graph that an earlier tangent has kept; it is not kept any longer.
+
+        What another loss has left behind, whose last tangent never came, is of no use.
+        """
+        kept, self._kept = self._kept, None
+        return kept[1] if kept is not None and kept[0] == loss else None
 
 
-def joint_hvp(
-    loss: Loss,
-    theta: Sequence[Tensor],
-    lam: Sequence[Tensor],
-    u: Sequence[Tensor] | None,
-    e: Sequence[Tensor] | None,
-    theta_part: bool,
-    lambda_part: bool,
-    graph: GradientGraph | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Differentiates ⟨∇θL, u⟩ + ⟨∇λL, e⟩; see :func:`lightning_hpo.derivatives.joint_hvp`.
-
-    One graph of the gradient serves all directions, and further calls that are given it.
-    """
-    sources = [*(theta if u is not None else ()), *(lam if e is not None else ())]
-    directions = [*(u or ()), *(e or ())]
-    targets = [*(theta if theta_part else ()), *(lam if lambda_part else ())]
-    m = directions[0].shape[0]
-    graph = graph or GradientGraph()
-    with torch.enable_grad():
-        if graph.edges is None:
-            graph.edges = _gradient_edges(loss(theta, lam), sources)
-        live = [
-            (edge, direction.to(source, non_blocking=True))
-            for edge, source, direction in zip(graph.edges, sources, directions, strict=True)
-            if edge is not None
-        ]
-        with without_hooks(targets):
-            products = _pull_back(live, targets, m, is_kept=graph.is_kept)
-    split = len(theta) if theta_part else 0
-    return products[:split], products[split:]
-
-
-def _gradient_edges(value: Tensor | None, sources: Sequence[Tensor]) -> list[GradientEdge | None]:
-    """Takes the gradient with its graph; returns where each part of it is in the graph.
+def _gradient_edges(
+    value: Tensor | None, sources: Sequence[Tensor], needed: Sequence[bool]
+) -> _Edges:
+    """Takes the gradient with its graph; returns where each needed part of it is in the graph.
 
     Each part is freed as soon as it is there: the whole never exists.
     """
     if value is None:
         return [None] * len(sources)
     _check_double_backward(value)
-    edges: list[GradientEdge | None] = [None] * len(sources)
+    edges: _Edges = [None] * len(sources)
 
     def note(i: int, g: Tensor | None) -> Tensor | None:
         if g is None:  # a backward function that returns None
@@ -84,7 +114,11 @@ def _gradient_edges(value: Tensor | None, sources: Sequence[Tensor]) -> list[Gra
         return released(g)
 
     # The step itself may have frozen some of them.
-    live = [(i, s) for i, s in enumerate(sources) if s.requires_grad]
+    live = [
+        (i, s)
+        for i, (s, is_needed) in enumerate(zip(sources, needed, strict=True))
+        if is_needed and s.requires_grad
+    ]
     handles = [s.register_hook(partial(note, i)) for i, s in live]
     try:
         if live:
@@ -121,6 +155,25 @@ def _check_double_backward(value: Tensor) -> None:
                 "@once_differentiable"
             )
         stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _products(
+    edges: _Edges,
+    sources: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
+    targets: Sequence[Tensor],
+    m: int,
+    *,
+    is_kept: bool,
+) -> list[Tensor]:
+    """Returns the derivatives of ⟨∇L, directions⟩, with the user's hooks left out."""
+    live = [
+        (edge, direction.to(source, non_blocking=True))
+        for edge, source, direction in zip(edges, sources, directions, strict=True)
+        if edge is not None and direction is not None
+    ]
+    with without_hooks(targets):
+        return _pull_back(live, targets, m, is_kept=is_kept)
 
 
 def _pull_back(

@@ -3,12 +3,13 @@
 import torch
 
 from lightning_hpo.dynamics.adam import AdamDynamics
-from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State
+from lightning_hpo.dynamics.base import Dynamics, OptimizerStep
 from lightning_hpo.dynamics.blocks import jvp_lean_, multiply_by_slope_, vjp_lean_
 from lightning_hpo.dynamics.clipping import GradientClipping
 from lightning_hpo.dynamics.generic import GenericDynamics, is_elementwise
 from lightning_hpo.dynamics.options import OptimizerOptions, add_to_tangent_, pull_back
 from lightning_hpo.dynamics.sgd import SGDDynamics
+from lightning_hpo.dynamics.state import THETA, State
 
 
 def make_dynamics(optimizer: torch.optim.Optimizer) -> Dynamics:

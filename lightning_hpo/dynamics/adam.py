@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import filled
-from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, pick, put
+from lightning_hpo.dynamics.base import Dynamics, OptimizerStep, pick, put
+from lightning_hpo.dynamics.state import THETA, State, entries_like_theta
 
 _MEAN = "exp_avg"
 _SQUARE = "exp_avg_sq"
@@ -26,6 +27,11 @@ class AdamDynamics(Dynamics):
     (dead ReLUs, unused embedding rows) get zero tangents instead of 0 · ∞ = NaN.
     """
 
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """See :attr:`Dynamics.state_names`: m and v."""
+        return (_MEAN, _SQUARE)
+
     def capture(self) -> OptimizerStep:
         """Records the step; see :meth:`Dynamics.capture`.
 
@@ -35,19 +41,12 @@ class AdamDynamics(Dynamics):
         step.counts = _counts(step)
         return step
 
-    def zeros(self, m: int) -> State:
-        """Returns zeros for θ, m and v."""
-        state = super().zeros(m)
-        for name in (_MEAN, _SQUARE):
-            state[name] = [torch.zeros_like(t) for t in state[THETA]]
-        return state
-
     def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:
         """See :meth:`Dynamics.jvp_`; costs about twice the optimizer's step, m times."""
         counts = _counts(step)
         for options, index in step.parts(counts.__getitem__):
-            theta, mean, square = (pick(tangent[name], index) for name in (THETA, _MEAN, _SQUARE))
-            h = pick(gradient, index)
+            theta, h = pick(tangent[THETA], index), pick(gradient, index)
+            mean, square = (entries_like_theta(tangent, n, index) for n in (_MEAN, _SQUARE))
             point = self._point(step, options, index, counts[index[0]] + 1)
             if options["maximize"]:
                 torch._foreach_neg_(h)
@@ -65,11 +64,10 @@ class AdamDynamics(Dynamics):
     def vjp_(self, step: OptimizerStep, adjoint: State, *, state_part: bool = True) -> list[Tensor]:
         """See :meth:`Dynamics.vjp_`."""
         result: list[Tensor | None] = [None] * len(adjoint[THETA])
-        for name in (_MEAN, _SQUARE):
-            adjoint.setdefault(name, [torch.zeros_like(t) for t in adjoint[THETA]])
         counts = _counts(step)
         for options, index in step.parts(counts.__getitem__):
-            theta, mean, square = (pick(adjoint[name], index) for name in (THETA, _MEAN, _SQUARE))
+            theta = pick(adjoint[THETA], index)
+            mean, square = (entries_like_theta(adjoint, n, index) for n in (_MEAN, _SQUARE))
             point = self._point(step, options, index, counts[index[0]] + 1)
             torch._foreach_addcdiv_(mean, theta, point.denominator, value=-point.step_size)
             torch._foreach_addcmul_(square, theta, point.slope, value=point.step_size)

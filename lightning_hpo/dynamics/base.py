@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,15 +13,7 @@ from torch import Tensor
 from lightning_hpo._tensors import is_on_host, stacked_zeros, widened
 from lightning_hpo.distributed import local
 from lightning_hpo.dynamics.clipping import GradientClipping
-
-State = dict[str, list[Tensor]]
-"""m tangents or adjoints of s = (θ, the optimizer's state tensors).
-
-``state["theta"]`` has one tensor of shape ``(m, *p.shape)`` per parameter p; every other key is the
-name of a state tensor of the optimizer, in the same layout.
-"""
-
-THETA = "theta"
+from lightning_hpo.dynamics.state import THETA, State, extend_
 
 # State entries that count steps or follow a schedule: no function of θ or g.
 _SCHEDULES = frozenset({"step", "eta", "mu", "mu_product"})
@@ -74,8 +66,9 @@ class OptimizerStep:
         """Returns a record that outlives the step. Costs a copy of θ.
 
         Args:
-            values: Whether g and the state are copied as well, which a nonlinear Φ needs. Else only
-                which parameters have a gradient, and which state exists, is known.
+            values: Whether g and the state are copied as well: the derivative of a nonlinear Φ
+                needs them, and so does whoever makes the step again. Else only which parameters
+                have a gradient, and which state exists, is known.
         """
 
         def copied(t: Any) -> Any:
@@ -175,7 +168,7 @@ class Dynamics(ABC):
         optimizer: The user's optimizer. It is only read.
     """
 
-    nonlinear = True
+    nonlinear: ClassVar[bool] = True
     """Whether the derivative of Φ depends on the values of g and of the state."""
 
     is_elementwise = True
@@ -188,6 +181,11 @@ class Dynamics(ABC):
     def theta(self) -> list[Tensor]:
         """The optimizer's parameters, group by group."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The state tensors, shaped like θ, that tangents have before the optimizer has them."""
+        return ()
 
     def capture(self) -> OptimizerStep:
         """Records the step that is about to happen; see :meth:`OptimizerStep.kept`."""
@@ -218,7 +216,13 @@ class Dynamics(ABC):
 
     def zeros(self, m: int) -> State:
         """Returns m zero tangents or adjoints, in float32 or better."""
-        return {THETA: stacked_zeros(self.theta, m)}
+        return {name: stacked_zeros(self.theta, m) for name in (THETA, *self.state_names)}
+
+    def grow_(self, state: State) -> None:
+        """Gives zeros to parameters that the optimizer has received since the state was made."""
+        joined = self.theta[len(state[THETA]) :]
+        if joined:
+            extend_(state, joined, (THETA, *self.state_names))
 
     @abstractmethod
     def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import rows
-from lightning_hpo.dynamics.base import THETA, Block, Dynamics, OptimizerStep, State
+from lightning_hpo.dynamics.base import Block, Dynamics, OptimizerStep
+from lightning_hpo.dynamics.state import THETA, State, entry
 
 
 def jvp_lean_(
@@ -40,7 +40,7 @@ def jvp_lean_(
         dynamics.jvp_(step, state, gradient)
         for name, tensors in state.items():
             for i, t in enumerate(tensors):
-                _put(t, _whole(tangent, name, i, t.shape[1:])[which])
+                _put(t, entry(tangent, name, i, t.shape[1:])[which])
 
 
 def vjp_lean_(
@@ -49,9 +49,6 @@ def vjp_lean_(
     """Pulls adjoints back through a step, with little work space; see :meth:`Dynamics.vjp_`."""
     if not (dynamics.nonlinear and dynamics.is_elementwise):
         return dynamics.vjp_(step, adjoint, state_part=state_part)
-    if state_part:
-        for name, zeros in dynamics.zeros(len(adjoint[THETA][0])).items():
-            adjoint.setdefault(name, zeros)
     result = [t.new_empty(t.shape) for t in adjoint[THETA]]
     for block in step.blocks(range(len(result))):
         state = _cut(adjoint, block, slice(None))
@@ -98,11 +95,11 @@ def multiply_by_slope_(
 
 def _cut(state: State, block: Block, which: slice) -> State:
     """Returns some elements of tangents or adjoints, as views."""
+    for tensors in state.values():
+        for i, _ in block:
+            tensors[i] = tensors[i].contiguous()  # else parts of it would be copies
     return {
-        name: [
-            rows(_whole(state, name, i, tensors[i].shape[1:]))[which, elements]
-            for i, elements in block
-        ]
+        name: [rows(tensors[i])[which, elements] for i, elements in block]
         for name, tensors in state.items()
     }
 
@@ -112,22 +109,8 @@ def _put_back(state: State, parts: State, block: Block, which: slice) -> None:
     for name, tensors in parts.items():
         for (i, elements), t in zip(block, tensors, strict=True):
             like = state[THETA][i]
-            exists = t.numel() or not like.numel()  # a slice of θ may be empty
-            whole = _whole(state, name, i, like.shape[1:] if exists else t.shape[1:])
-            _put(t, rows(whole)[which, elements])
-
-
-def _whole(state: State, name: str, i: int, shape: torch.Size) -> Tensor:
-    """Returns all that belongs to one tensor, as zeros where the step has just created it.
-
-    It is contiguous, so that parts of it are views.
-    """
-    like = state[THETA]
-    tensors = state.setdefault(name, [t.new_zeros((len(t), 0)) for t in like])
-    if tensors[i].shape[1:] != shape:
-        tensors[i] = tensors[i].new_zeros((len(like[i]), *shape))
-    tensors[i] = tensors[i].contiguous()
-    return tensors[i]
+            if t.numel() or not like.numel():  # it exists; a slice of θ may be empty
+                _put(t, rows(entry(state, name, i, like.shape[1:]))[which, elements])
 
 
 def _put(value: Tensor, place: Tensor) -> None:

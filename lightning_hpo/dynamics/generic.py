@@ -13,15 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from lightning_hpo.dynamics.base import (
-    THETA,
-    Dynamics,
-    OptimizerStep,
-    State,
-    is_function_of_theta,
-)
+from lightning_hpo.dynamics.base import Dynamics, OptimizerStep, is_function_of_theta
+from lightning_hpo.dynamics.state import THETA, State, entries
 
-# Those whose step treats every element alike.
+# Classes of torch.optim whose step treats every element alike.
 _ELEMENTWISE = (
     "SGD",
     "Adam",
@@ -35,6 +30,17 @@ _ELEMENTWISE = (
     "ASGD",
     "Rprop",
 )
+
+# By how much a gradient is enlarged to see whether an optimizer limits norms.
+_LARGE = 1e6
+
+# The same function for real numbers. The derivative of sgn is a tensor without memory, which ends
+# the process by a segmentation fault inside allow_mutation_on_saved_tensors (torch 2.14).
+_AS_SIGN: dict[Any, Callable[[Tensor], Tensor]] = {
+    torch.sgn: torch.sign,
+    Tensor.sgn: Tensor.sign,
+    Tensor.sgn_: Tensor.sign_,
+}
 
 # Implementation switches: the plain per-tensor formulas are the ones to differentiate.
 _SWITCHES = ("foreach", "fused", "capturable", "differentiable")
@@ -61,7 +67,7 @@ class GenericDynamics(Dynamics):
         results = [self._jvp_one(step, tangent, gradient, j) for j in range(m)]
         for name, values in results[0].items():
             for i in values:
-                self.slot(tangent, name)[i] = torch.stack([r[name][i] for r in results])
+                entries(tangent, name)[i] = torch.stack([r[name][i] for r in results])
 
     def _jvp_one(
         self, step: OptimizerStep, tangent: State, gradient: list[Tensor], j: int
@@ -69,9 +75,9 @@ class GenericDynamics(Dynamics):
         """Returns the j-th tangent of everything that the step writes."""
         active = [i for i, g in enumerate(step.gradients) if g is not None]
 
-        def dual(primal: Tensor, directions: Tensor | None) -> Tensor:
+        def dual(primal: Tensor, directions: Tensor) -> Tensor:
             copy = primal.detach().clone()
-            if directions is None or directions.shape[1:] != copy.shape:
+            if directions.shape[1:] != copy.shape:
                 return copy  # this state did not exist at an earlier step
             result: Tensor = forward_ad.make_dual(copy, directions[j].to(copy.dtype))
             return result
@@ -82,7 +88,7 @@ class GenericDynamics(Dynamics):
                 active,
                 theta=lambda i, p: dual(p, tangent[THETA][i]),
                 gradient=lambda i, g: dual(g, gradient[i]),
-                state=lambda i, name, v: dual(v, tangent[name][i] if name in tangent else None),
+                state=lambda i, name, v: dual(v, entries(tangent, name)[i]),
             )
             return {
                 name: {i: _tangent(value) for i, value in values.items()}
@@ -119,7 +125,7 @@ class GenericDynamics(Dynamics):
                 for name, values in moved.items()
                 for i, value in values.items()
                 if value.requires_grad
-                and (bar := self.slot(adjoint, name)[i]).shape[1:] == value.shape
+                and (bar := entries(adjoint, name)[i]).shape[1:] == value.shape
             ]
             rows = [
                 torch.autograd.grad(
@@ -137,12 +143,12 @@ class GenericDynamics(Dynamics):
             if name == "gradient":
                 result[i] = pulled
             else:
-                self.slot(adjoint, name)[i] = pulled
+                entries(adjoint, name)[i] = pulled
         for name in moved:
             for i in moved[name]:
                 if (name, i) not in leaves:
                     # This state was created by the step: nothing before it depends on it.
-                    self.slot(adjoint, name)[i] = torch.zeros_like(self.slot(adjoint, name)[i])
+                    entries(adjoint, name)[i] = torch.zeros_like(entries(adjoint, name)[i])
         return result
 
     def run_in_double(
@@ -159,7 +165,7 @@ class GenericDynamics(Dynamics):
                 replace(step, options=options),
                 active,
                 theta=lambda i, p: p.detach().to(torch.float64, copy=True),
-                gradient=lambda i, g: g.double(),
+                gradient=lambda i, g: g.to(torch.float64, copy=True),
                 state=lambda i, name, v: v.to(torch.float64, copy=True),
             )
 
@@ -210,6 +216,49 @@ class GenericDynamics(Dynamics):
         reverse = sum(float((pulled[i][0] * directions[i]).sum()) for i in active)
         return all(abs(value - square) <= 0.05 * square for value in (forward, reverse))
 
+    def is_elementwise_at(self, step: OptimizerStep) -> bool:
+        """Whether a step moves each element by its own gradient and state alone.
+
+        The step is made in float64, once whole, then for every second element of the flattened
+        parameters and for the others: θ and all state must agree to rounding, and state must be
+        shaped like θ. So must they at the step after it, where there is state, and with a gradient
+        so large that limits on norms act. Blocks of elements rely on all of this:
+        :func:`~lightning_hpo.dynamics.jvp_lean_`.
+
+        Cost: five steps, and twice θ, g and the state in float64.
+        """
+        theta, state = self.advance(step)
+        gradients = [None if g is None else g * _LARGE for g in step.gradients]
+        following = replace(step, theta=theta, state=state, gradients=gradients)
+        return all(self._moves_alike_in_parts(s) for s in (step, following))
+
+    def _moves_alike_in_parts(self, step: OptimizerStep) -> bool:
+        whole = self.run_in_double(step, step.options)
+        if any(v.shape != step.theta[i].shape for vs in whole.values() for i, v in vs.items()):
+            return False
+        for first in (0, 1):
+            # Parameters take turns: the halves of single numbers are every second parameter.
+            halves = [(i, slice((first + i) % 2, None, 2)) for i in whole[THETA]]
+            block = [(i, part) for i, part in halves if step.theta[i].flatten()[part].numel()]
+            if not block:
+                continue
+            try:
+                moved = self.run_in_double(step.restricted(block), step.options)
+            except Exception:  # of any kind: the step is the user's, and refuses vectors
+                return False
+            alone = {(name, k): value for name, vs in moved.items() for k, value in vs.items()}
+            truth = {
+                (name, k): values[i].flatten()[part]
+                for name, values in whole.items()
+                for k, (i, part) in enumerate(block)
+                if i in values
+            }
+            if alone.keys() != truth.keys():
+                return False
+            if not all(_agree(alone[key], value) for key, value in truth.items()):
+                return False
+        return True
+
     def advance(self, step: OptimizerStep) -> tuple[list[Tensor], list[dict[str, Any]]]:
         """Makes a step on copies; returns θ and the optimizer's state after it."""
         active = [i for i, g in enumerate(step.gradients) if g is not None]
@@ -219,7 +268,7 @@ class GenericDynamics(Dynamics):
                 step,
                 active,
                 theta=lambda i, p: p.detach().clone(),
-                gradient=lambda i, g: g,
+                gradient=lambda i, g: g.clone(),  # some optimizers write to it
                 state=lambda i, name, v: v.clone(),
                 result=(theta, state),
             )
@@ -282,14 +331,6 @@ class GenericDynamics(Dynamics):
                     moved.setdefault(name, {})[i] = value
         return moved
 
-    @staticmethod
-    def slot(state: State, name: str) -> list[Tensor]:
-        """Returns the entries of a state tensor; empty ones, (m, 0), where it does not exist."""
-        if name not in state:
-            m = state[THETA][0].shape[0]
-            state[name] = [t.new_zeros((m, 0)) for t in state[THETA]]
-        return state[name]
-
 
 class _Differentiable(TorchFunctionMode):
     """Replaces the few operations of an optimizer that have no, or no finite, derivative."""
@@ -302,6 +343,8 @@ class _Differentiable(TorchFunctionMode):
             return _sqrt(args[0])
         if func is Tensor.sqrt_:
             return args[0].copy_(_sqrt(args[0]))
+        if func in _AS_SIGN:
+            return _AS_SIGN[func](args[0])
         if func is torch.maximum and kwargs.get("out") is not None:
             return kwargs["out"].copy_(torch.maximum(*args))
         if func is Tensor.detach:
@@ -311,13 +354,30 @@ class _Differentiable(TorchFunctionMode):
 
 
 def is_elementwise(kind: type[torch.optim.Optimizer]) -> bool:
-    """Whether the step of an optimizer class is one of torch.optim that mixes no elements."""
+    """Whether an optimizer moves each element by its own gradient and state alone.
+
+    A class says so itself by its attribute ``elementwise``, which may also be set from outside:
+    ``Lion.elementwise = True``. Else it does where its ``step`` is that of an elementwise class of
+    ``torch.optim``; a subclass with a ``step`` of its own may mix elements. What a class says of
+    itself is to be verified: :meth:`GenericDynamics.is_elementwise_at`.
+    """
+    declared = getattr(kind, "elementwise", None)
+    if declared is not None:
+        return bool(declared)
     step = kind.step
     return any(
         getattr(step, "__qualname__", "") == f"{name}.step"
         and getattr(step, "__module__", "").startswith("torch.optim")
         for name in _ELEMENTWISE
     )
+
+
+def _agree(value: Tensor, truth: Tensor) -> bool:
+    """Whether two tensors are the same to rounding in float64, relative to the largest element."""
+    if value.shape != truth.shape:
+        return False
+    largest = float(truth.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(value, truth, rtol=1e-12, atol=1e-12 * largest, equal_nan=True)
 
 
 def _sqrt(x: Tensor) -> Tensor:

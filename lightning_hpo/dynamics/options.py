@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import rows
-from lightning_hpo.dynamics.base import OptimizerStep, State
+from lightning_hpo.dynamics.base import OptimizerStep
 from lightning_hpo.dynamics.generic import GenericDynamics
+from lightning_hpo.dynamics.state import THETA, State, entry
 from lightning_hpo.hyperparameters import (
     Constraint,
     Hyperparameter,
@@ -134,8 +135,14 @@ class OptimizerOptions:
             group.update(saved)
         self._saved = []
 
-    def derivatives(self, step: OptimizerStep) -> dict[str, list[dict[str, dict[int, Tensor]]]]:
+    def derivatives(
+        self, step: OptimizerStep, names: Collection[str]
+    ) -> dict[str, list[dict[str, dict[int, Tensor]]]]:
         """Returns ∂s'/∂(raw λ) of a step that was made with the present λ.
+
+        Args:
+            step: The step.
+            names: Which of the hyperparameters are meant.
 
         Returns:
             For each hyperparameter, one entry per element: by the name of the state tensor and the
@@ -143,6 +150,8 @@ class OptimizerOptions:
         """
         result = {}
         for option, h in self._by_option.items():
+            if f"optimizer.{option}" not in names:
+                continue
             entries = []
             for i in range(h.raw.numel()):
                 ahead, behind = (
@@ -183,17 +192,15 @@ def add_to_tangent_(
     """Adds ∂s'/∂λ · λ̇ to m tangents, where λ̇ has one entry per tangent."""
     for name, values in derivative.items():
         for i, value in values.items():
-            slot = GenericDynamics.slot(tangent, name)
-            if slot[i].shape[1:] != value.shape:
-                slot[i] = slot[i].new_zeros((len(rates), *value.shape))
-            rate = rates.to(slot[i], non_blocking=True)
-            slot[i] += torch.tensordot(rate, value.to(slot[i].dtype), dims=0)
+            place = entry(tangent, name, i, value.shape)
+            rate = rates.to(place, non_blocking=True)
+            place += torch.tensordot(rate, value.to(place.dtype), dims=0)
 
 
 def pull_back(adjoint: State, derivative: dict[str, dict[int, Tensor]]) -> Tensor:
     """Returns ⟨s̄', ∂s'/∂λ⟩ for each of m adjoints: ``(m,)``, over the local slices."""
-    m = adjoint["theta"][0].shape[0]
-    total = torch.zeros(m, dtype=torch.float64, device=adjoint["theta"][0].device)
+    m = adjoint[THETA][0].shape[0]
+    total = torch.zeros(m, dtype=torch.float64, device=adjoint[THETA][0].device)
     for name, values in derivative.items():
         for i, value in values.items():
             if name in adjoint and adjoint[name][i].shape[1:] == value.shape:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import filled
-from lightning_hpo.dynamics.base import THETA, Dynamics, OptimizerStep, State, pick, put
+from lightning_hpo.dynamics.base import Dynamics, OptimizerStep, pick, put
+from lightning_hpo.dynamics.state import THETA, State, entries_like_theta
 
 _BUFFER = "momentum_buffer"
 
@@ -21,14 +24,13 @@ class SGDDynamics(Dynamics):
     Φ is linear in (θ, b, g), so its derivative needs none of their values.
     """
 
-    nonlinear = False
+    nonlinear: ClassVar[bool] = False
 
-    def zeros(self, m: int) -> State:
-        """Returns zeros for θ and, where any group has momentum, for the momentum buffers."""
-        state = super().zeros(m)
-        if any(group["momentum"] for group in self.optimizer.param_groups):
-            state[_BUFFER] = [torch.zeros_like(t) for t in state[THETA]]
-        return state
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """See :attr:`Dynamics.state_names`: the buffers b, where any group has momentum."""
+        has_momentum = any(group["momentum"] for group in self.optimizer.param_groups)
+        return (_BUFFER,) if has_momentum else ()
 
     def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:
         """See :meth:`Dynamics.jvp_`; costs about as much as the optimizer's step, m times."""
@@ -39,8 +41,7 @@ class SGDDynamics(Dynamics):
             if weight_decay := float(options["weight_decay"]):
                 torch._foreach_add_(h, theta, alpha=weight_decay)
             if momentum := float(options["momentum"]):
-                buffers = _buffers(tangent)
-                buffer = pick(buffers, index)
+                buffer = entries_like_theta(tangent, _BUFFER, index)
                 is_first = step.state[index[0]].get(_BUFFER) is None
                 if options["nesterov"]:  # has no dampening
                     torch._foreach_mul_(buffer, 0.0 if is_first else momentum)
@@ -52,7 +53,7 @@ class SGDDynamics(Dynamics):
                             torch._foreach_mul_(h, 1 - dampening)
                         torch._foreach_add_(h, buffer, alpha=momentum)
                     # h becomes the buffer: one pass less than to update the old one.
-                    put(buffers, index, h)
+                    put(tangent[_BUFFER], index, h)
             torch._foreach_add_(theta, h, alpha=-float(options["lr"]))
 
     def vjp_(self, step: OptimizerStep, adjoint: State, *, state_part: bool = True) -> list[Tensor]:
@@ -75,7 +76,7 @@ class SGDDynamics(Dynamics):
                 continue
             h = list(torch._foreach_mul(theta, -float(options["lr"])))
             if momentum:
-                buffer = pick(_buffers(adjoint), index)
+                buffer = entries_like_theta(adjoint, _BUFFER, index)
                 torch._foreach_add_(buffer, h, alpha=momentum if options["nesterov"] else 1.0)
                 if not options["nesterov"]:
                     torch._foreach_zero_(h)
@@ -87,10 +88,3 @@ class SGDDynamics(Dynamics):
                 torch._foreach_neg_(h)
             put(result, index, h)
         return filled(result, adjoint[THETA])
-
-
-def _buffers(state: State) -> list[Tensor]:
-    """Returns the buffers' part, made of zeros where momentum was switched on during training."""
-    if _BUFFER not in state:
-        state[_BUFFER] = [torch.zeros_like(t) for t in state[THETA]]
-    return state[_BUFFER]

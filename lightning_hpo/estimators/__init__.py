@@ -1,6 +1,6 @@
 """Estimators of the hypergradient: one method per file."""
 
-from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
+from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.estimators.clip import ClipR
 from lightning_hpo.estimators.implicit import Implicit, SolverOutcome
 from lightning_hpo.estimators.t1t2 import T1T2
@@ -9,10 +9,9 @@ from lightning_hpo.estimators.unroll import UnrollK
 __all__ = [
     "T1T2",
     "ClipR",
+    "Estimate",
     "Estimator",
     "Implicit",
-    "Problem",
     "SolverOutcome",
     "UnrollK",
-    "ValidationGradient",
 ]

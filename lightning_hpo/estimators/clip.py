@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from lightning_hpo._tensors import is_on_host
-from lightning_hpo.dynamics import OptimizerStep
-from lightning_hpo.estimators._forward import Tangents
-from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
-from lightning_hpo.objectives import Moment
+from lightning_hpo._arguments import check_count, check_flag, check_number
+from lightning_hpo.estimators.base import Estimate, Estimator
+from lightning_hpo.step import Space, Step, ValidationGradient
 
 
 class ClipR(Estimator):
@@ -66,73 +59,35 @@ class ClipR(Estimator):
         stride: int = 1,
         sync_tangents: bool = True,
     ) -> None:
-        for name, value in (("radius", radius), ("decay", decay)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"ClipR: {name}={value!r}, expected a number")
-        if not radius > 0:
-            raise ValueError(f"ClipR: radius={radius}, expected a positive number or inf (RTHO)")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"ClipR: decay={decay}, expected a number in [0, 1]")
-        if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
-            raise ValueError(f"ClipR: stride={stride!r}, expected a positive integer")
-        if not isinstance(sync_tangents, bool):
-            raise TypeError(f"ClipR: sync_tangents={sync_tangents!r}, expected True or False")
+        check_number("ClipR", "a positive number or inf (RTHO)", lambda r: r > 0, radius=radius)
+        check_number("ClipR", "a number in [0, 1]", lambda d: 0 <= d <= 1, decay=decay)
+        check_count("ClipR", stride=stride)
+        check_flag("ClipR", sync_tangents=sync_tangents)
         self.radius = float(radius)
         self.decay = float(decay)
         self.stride = stride
         self.sync_tangents = sync_tangents
 
-    def setup(self, problem: Problem) -> None:
+    def setup(self, space: Space) -> None:
         """Starts a training from y = 0."""
-        super().setup(problem)
-        self._tangents = Tangents(problem, self.sync_tangents)
-        self._fresh_step = False
+        super().setup(space)
+        self._tangents = space.tangents(decay=self.decay**self.stride, sync=self.sync_tangents)
 
-    @property
-    def replay(self) -> Literal["before_step"]:
-        """Before the step."""
-        return "before_step"
-
-    def before_batch(self, moment: Moment, weight: float) -> None:
-        """Forgets by γ per step; then keeps the micro-batch, or its product."""
-        if self._fresh_step and self.decay != 1.0:
-            with torch.no_grad():
-                self._tangents.scale_(self.decay**self.stride)
-        self._fresh_step = False
-        self._tangents.before_batch(moment, weight)
-
-    def before_step(self, step: OptimizerStep) -> None:
+    def observe(self, step: Step) -> None:
         """Advances the tangents and clips them."""
-        if self.stride > 1:
-            longer = [{**o, "lr": float(o["lr"]) * self.stride} for o in step.options]
-            step = replace(step, options=longer)
-        self._tangents.before_step(step)
-        if math.isfinite(self.radius):
-            norms = self._tangents.norms()
-            # Where looking would make the host wait for a device, the product by one is cheaper.
-            if not is_on_host(norms) or bool((norms > self.radius).any()):
-                self._tangents.scale_(self.radius / norms.clamp(min=self.radius))
-        self._fresh_step = True
+        step = step.stretched(self.stride) if self.stride > 1 else step
+        step.jvp_(self._tangents)
+        self._tangents.project_(self.radius)
 
-    def discard(self) -> None:
-        """Forgets the micro-batches of a step that did not happen."""
-        self._tangents.discard()
-
-    def hypergradient(self, validation: ValidationGradient) -> list[Tensor]:
-        """Returns ⟨g_V, y⟩, with respect to raw λ; a tangent that has overflowed starts anew."""
-        result, self._norms = self._tangents.hypergradient(validation)
-        self._tangents.forget_non_finite(self._norms)
-        return result
-
-    def tangent_norms(self) -> list[Tensor]:
-        """Returns ‖y‖ after clipping."""
-        return self.problem.from_stack(self._norms)
+    def hypergradient(self, validation: ValidationGradient) -> Estimate:
+        """Returns ⟨g_V, y⟩, with respect to raw λ, and ‖y‖ after clipping."""
+        result, norms = self._tangents.hypergradient(validation)
+        return Estimate(self.space.split(result), self.space.split(norms))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the tangents."""
-        return {**self._tangents.state_dict(), "fresh_step": self._fresh_step}
+        return self._tangents.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the tangents."""
         self._tangents.load_state_dict(state)
-        self._fresh_step = bool(state["fresh_step"])

@@ -9,10 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_hpo.distributed import sum_over_shards
-from lightning_hpo.dynamics import OptimizerStep
-from lightning_hpo.estimators.base import Estimator, Problem, ValidationGradient
-from lightning_hpo.objectives import Moment
+from lightning_hpo._arguments import check_choice, check_count, check_number
+from lightning_hpo.estimators.base import Estimate, Estimator
+from lightning_hpo.step import Space, Step, ValidationGradient
 
 Solver = Literal["cg", "neumann"]
 SOLVERS = get_args(Solver)
@@ -52,15 +51,14 @@ class Implicit(Estimator):
         damping: Added to the diagonal of H.
         tolerance: The solver stops where the residual is below ``tolerance`` · ‖g_V‖.
 
-    Attributes:
-        outcome: How the last solve ended; the history has it for every update.
+    The history has the outcome of every solve, a :class:`SolverOutcome`.
 
     Raises:
+        TypeError: If ``damping`` or ``tolerance`` is not a number.
         ValueError: If ``solver`` is unknown, ``iterations`` is no positive integer, or ``damping``
             or ``tolerance`` is negative or not finite.
     """
 
-    horizon = 1
     window = 1
 
     def __init__(
@@ -70,64 +68,39 @@ class Implicit(Estimator):
         damping: float = 0.0,
         tolerance: float = 1e-6,
     ) -> None:
-        if solver not in SOLVERS:
-            raise ValueError(f"Implicit: solver={solver!r}, expected one of {SOLVERS}")
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(f"Implicit: iterations={iterations!r}, expected a positive integer")
-        for name, value in (("damping", damping), ("tolerance", tolerance)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"Implicit: {name}={value!r}, expected a number ≥ 0")
+        check_choice("Implicit", SOLVERS, solver=solver)
+        check_count("Implicit", iterations=iterations)
+        check_number(
+            "Implicit",
+            "a finite number ≥ 0",
+            lambda x: 0 <= x < math.inf,
+            damping=damping,
+            tolerance=tolerance,
+        )
         self.solver = solver
         self.iterations = iterations
         self.damping = float(damping)
         self.tolerance = float(tolerance)
 
-    def setup(self, problem: Problem) -> None:
+    def setup(self, space: Space) -> None:
         """Starts a training."""
-        super().setup(problem)
-        problem.refuse_options("Implicit", "the optimizer plays no part in it")
-        self._moments: list[tuple[Moment, float]] = []
-        self._step: OptimizerStep | None = None
+        super().setup(space)
+        space.refuse_options("Implicit", "the optimizer plays no part in it")
 
-    def before_batch(self, moment: Moment, weight: float) -> None:
-        """Keeps the micro-batch."""
-        self._moments.append((moment, weight))
-
-    def before_step(self, step: OptimizerStep) -> None:
-        """Notes which parameters take part; their values are read after the step."""
+    def observe(self, step: Step) -> None:
+        """Notes the batch and which parameters take part; θ is read after the step."""
         self._step = step
 
-    def discard(self) -> None:
-        """Forgets the micro-batches of a step that did not happen."""
-        self._moments = []
-
-    def hypergradient(self, validation: ValidationGradient) -> list[Tensor]:
+    def hypergradient(self, validation: ValidationGradient) -> Estimate:
         """Returns −Bᵀ v, with respect to raw λ."""
-        assert self._step is not None
-        g_v = validation.tensors()
         solve = self._cg if self.solver == "cg" else self._neumann
-        v, self.outcome = solve([g.unsqueeze(0) for g in g_v], self._step.lr)
-        _, total = self._product(v, theta_part=False)
-        self._moments, self._step = [], None
-        return [-t[0] for t in total]
-
-    def _product(self, u: list[Tensor], *, theta_part: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns H u, or Bᵀ u, of the last step's batch at the present θ."""
-        problem = self.problem
-        assert self._step is not None
-        products = problem.zeros(1, theta_part=theta_part, lambda_part=not theta_part)
-        for moment, weight in self._moments:
-            parts = problem.network_hvp(
-                moment, u, None, theta_part=theta_part, lambda_part=not theta_part
-            )
-            for total, part in zip(products, parts, strict=True):
-                if total:
-                    torch._foreach_add_(total, part, alpha=weight)
-        problem.add_penalty_hvp_(products, self._step, u)
-        return products
+        v, outcome = solve([g.unsqueeze(0) for g in validation.tensors()], self._step.lr)
+        _, total = self._step.products(v, here=True, theta_part=False)
+        del self._step
+        return Estimate([-t[0] for t in total], outcome=str(outcome))
 
     def _damped(self, u: list[Tensor]) -> list[Tensor]:
-        product, _ = self._product(u, theta_part=True)
+        product, _ = self._step.products(u, here=True, lambda_part=False)
         if self.damping:
             torch._foreach_add_(product, u, alpha=self.damping)
         return product
@@ -175,5 +148,4 @@ class Implicit(Estimator):
         return total, outcome
 
     def _dot(self, a: list[Tensor], b: list[Tensor]) -> float:
-        dots = torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)])
-        return float(sum_over_shards(dots.sum(), self.problem.sharded))
+        return float(self.space.dot(a, b))

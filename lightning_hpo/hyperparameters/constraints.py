@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Constraint:
-    """Contract of a constraint: ``value = constraint(raw)``, elementwise and twice differentiable.
+    """Contract of a constraint: ``value = constraint(raw)``, elementwise and differentiable.
 
     A subclass implements :meth:`__call__`, :meth:`inverse`, and, where not every raw tensor is
     feasible, :meth:`project`.
@@ -37,19 +37,16 @@ class Constraint:
         """Returns the feasible raw tensor nearest to ``raw``; applied after every λ update."""
         return raw
 
-    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the value and its first and second derivative with respect to ``raw``.
+    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the value and its derivative with respect to ``raw``, both of its shape.
 
-        All three have the shape of ``raw``. The default differentiates :meth:`__call__`.
+        The default differentiates :meth:`__call__`.
         """
         with torch.enable_grad():
             leaf = raw.detach().clone().requires_grad_()
             value = self(leaf)
-            (first,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
-            second = torch.zeros_like(leaf)
-            if first.requires_grad:
-                (second,) = torch.autograd.grad(first.sum(), leaf)
-        return value.detach(), first.detach(), second.detach()
+            (first,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), first
 
     def _check(self, value: Tensor, low: float, high: float) -> None:
         """Refuses a value that is not finite or lies outside ``[low, high]``."""
@@ -101,10 +98,10 @@ class Positive(Constraint):
         """Clamps ``raw`` to ``[log(low), log(high)]``."""
         return raw.clamp(math.log(self.low), math.log(self.high))
 
-    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns ``exp(raw)`` three times: the exponential is its own derivative."""
+    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``exp(raw)`` twice: the exponential is its own derivative."""
         value = raw.detach().exp()
-        return value, value, value
+        return value, value
 
 
 @dataclass(frozen=True)
@@ -139,11 +136,10 @@ class UnitInterval(Constraint):
         bound = math.log1p(-self.margin) - math.log(self.margin)
         return raw.clamp(-bound, bound)
 
-    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns s, s(1 − s) and s(1 − s)(1 − 2s) with s = sigmoid(raw)."""
+    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns s and s(1 − s) with s = sigmoid(raw)."""
         value = raw.detach().sigmoid()
-        first = value * (1 - value)
-        return value, first, first * (1 - 2 * value)
+        return value, value * (1 - value)
 
 
 @dataclass(frozen=True)
@@ -159,9 +155,9 @@ class Unconstrained(Constraint):
         self._check(value, -math.inf, math.inf)
         return value
 
-    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns ``raw``, ones and zeros."""
-        return raw.detach(), torch.ones_like(raw), torch.zeros_like(raw)
+    def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``raw`` and ones."""
+        return raw.detach(), torch.ones_like(raw)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_hpo._arguments import check_number
 from lightning_hpo.hyperparameters.constraints import Constraint, Unconstrained
 
 
@@ -31,9 +32,10 @@ class Hyperparameter(nn.Module):
             autograd.
 
     Raises:
-        TypeError: If ``init`` is not a number or a floating-point tensor, or ``constraint`` is not
-            a :class:`Constraint` instance.
-        ValueError: If ``init`` is not finite, is empty, or lies outside the constraint.
+        TypeError: If ``init`` is not a number or a floating-point tensor, ``constraint`` is not a
+            :class:`Constraint` instance, or ``difference_step`` is not a number.
+        ValueError: If ``init`` is not finite, is empty, or lies outside the constraint, or
+            ``difference_step`` is not positive and finite.
     """
 
     raw: Tensor
@@ -67,9 +69,12 @@ class Hyperparameter(nn.Module):
             )
         if value.numel() == 0:
             raise ValueError("Hyperparameter: init is empty, expected at least one number")
-        if difference_step is not None and not 0 < difference_step < math.inf:
-            raise ValueError(
-                f"Hyperparameter: difference_step={difference_step!r}, expected a positive number"
+        if difference_step is not None:
+            check_number(
+                "Hyperparameter",
+                "a positive, finite number",
+                lambda x: 0 < x < math.inf,
+                difference_step=difference_step,
             )
         self.constraint = constraint
         self.difference_step = difference_step

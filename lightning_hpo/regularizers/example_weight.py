@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_hpo._arguments import check_count
+from lightning_hpo._record import record_of, update_record
 from lightning_hpo._tensors import is_on_host
 from lightning_hpo.hyperparameters import Box, Constraint, Hyperparameter
 from lightning_hpo.regularizers._placement import check_free_name
@@ -49,24 +51,20 @@ class ExampleWeightMixin(pl.LightningModule):
                 constraint, ``name`` is taken, or there are example weights already.
         """
         check_free_name("register_example_weights", self, name)
-        known = vars(self).get("_hpo_example_weights")
+        known = record_of(self).example_weights
         if known is not None:
             raise ValueError(
                 f"register_example_weights: {type(self).__name__} has example weights already, "
                 f"self.{known}; for another vector assign a Hyperparameter of your own"
             )
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(
-                f"register_example_weights: count={count!r}, expected the number of training "
-                "examples"
-            )
+        check_count("register_example_weights", "the number of training examples", count=count)
         if isinstance(init, Tensor) and init.shape != (count,):
             raise ValueError(
                 f"register_example_weights: init has shape {tuple(init.shape)}, expected ({count},)"
             )
         value = init if isinstance(init, Tensor) else torch.full((count,), float(init))
         self.add_module(name, Hyperparameter(value, Box() if constraint is None else constraint))
-        vars(self)["_hpo_example_weights"] = name
+        update_record(self, example_weights=name)
 
     def weighted_mean(self, losses: Tensor, index: Tensor | None) -> Tensor:
         """Returns 1/B Σ_i w[index_i] · losses_i over a batch of B examples.
@@ -78,7 +76,7 @@ class ExampleWeightMixin(pl.LightningModule):
         Raises:
             ValueError: If the index is missing, has another shape, or is out of range.
         """
-        name = vars(self).get("_hpo_example_weights")
+        name = record_of(self).example_weights
         if name is None:
             raise ValueError("weighted_mean: call register_example_weights in __init__ first")
         weights: Tensor = self.get_submodule(name)()

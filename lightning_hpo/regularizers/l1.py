@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +19,26 @@ class L1Penalty(Penalty):
     none does.
     """
 
-    def function(self, weights: Sequence[Tensor]) -> Tensor:
+    def value(self, weight: Tensor, constant: Any) -> Tensor:
         """Returns ‖w‖₁."""
+        return weight.abs().sum()
+
+    def gradient(self, weight: Tensor, constant: Any) -> Tensor:
+        """Returns sign(w)."""
+        return weight.sign()
+
+    def hvp(self, weight: Tensor, u: Tensor, constant: Any) -> None:
+        """Returns None: almost everywhere the second derivative is 0."""
+
+    def total(self, weights: Sequence[Tensor]) -> Tensor:
+        """Returns ‖w‖₁ over all weights; in few kernels, where no derivative is taken."""
         if torch.is_grad_enabled():
-            return torch.stack([w.abs().sum() for w in weights]).sum()
+            return super().total(weights)
         return torch.stack(list(torch._foreach_norm(list(weights), 1))).sum()
 
-    def gradient(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Returns sign(w)."""
+    def gradients(self, which: Sequence[int], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Returns sign(w) per weight, in few kernels."""
         return list(torch._foreach_sign(list(weights)))
-
-    def hvp(self, weights: Sequence[Tensor], u: Sequence[Tensor]) -> None:
-        """Returns None: almost everywhere the second derivative is 0."""
 
 
 class L1Mixin(PenaltyMixin):
@@ -76,9 +85,9 @@ class L1Mixin(PenaltyMixin):
         Raises:
             TypeError: If ``parameters`` holds something else than parameters and names.
             ValueError: If ``granularity`` is unknown, ``name`` is taken or no attribute name,
-                ``init`` lies outside the constraint, or ``parameters`` is empty or holds what this
-                module does not own.
+                ``init`` is not one number or lies outside the constraint, or ``parameters`` is
+                empty or holds what this module does not own.
         """
         self._register_penalty(
-            L1Penalty, init, name, granularity, parameters, inside_loss, constraint
+            "register_l1", L1Penalty, init, name, granularity, parameters, inside_loss, constraint
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +15,24 @@ from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
 class L2Penalty(Penalty):
     """½ λ ‖w‖² (Luketina et al. 2016, §2.2; online-HPO paper, §3.5.1)."""
 
-    def function(self, weights: Sequence[Tensor]) -> Tensor:
+    def value(self, weight: Tensor, constant: Any) -> Tensor:
         """Returns ½ ‖w‖²."""
+        return 0.5 * weight.square().sum()
+
+    def gradient(self, weight: Tensor, constant: Any) -> Tensor:
+        """Returns w."""
+        return weight
+
+    def hvp(self, weight: Tensor, u: Tensor, constant: Any) -> Tensor:
+        """Returns u."""
+        return u
+
+    def total(self, weights: Sequence[Tensor]) -> Tensor:
+        """Returns ½ ‖w‖² over all weights; in few kernels, where no derivative is taken."""
         if torch.is_grad_enabled():
-            return 0.5 * torch.stack([w.square().sum() for w in weights]).sum()
+            return super().total(weights)
         # In one pass, but without a second derivative at 0.
         return 0.5 * torch.stack(list(torch._foreach_norm(list(weights)))).square().sum()
-
-    def gradient(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Returns w."""
-        return list(weights)
-
-    def hvp(self, weights: Sequence[Tensor], u: Sequence[Tensor]) -> list[Tensor]:
-        """Returns u."""
-        return list(u)
 
 
 class L2Mixin(PenaltyMixin):
@@ -74,9 +79,9 @@ class L2Mixin(PenaltyMixin):
         Raises:
             TypeError: If ``parameters`` holds something else than parameters and names.
             ValueError: If ``granularity`` is unknown, ``name`` is taken or no attribute name,
-                ``init`` lies outside the constraint, or ``parameters`` is empty or holds what this
-                module does not own.
+                ``init`` is not one number or lies outside the constraint, or ``parameters`` is
+                empty or holds what this module does not own.
         """
         self._register_penalty(
-            L2Penalty, init, name, granularity, parameters, inside_loss, constraint
+            "register_l2", L2Penalty, init, name, granularity, parameters, inside_loss, constraint
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
+from lightning_hpo._record import record_of, update_record
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
 from lightning_hpo.regularizers._placement import attach, check_free_name, closest
 
@@ -50,7 +51,7 @@ class LossWeightMixin(pl.LightningModule):
         constraint = Interval(0.0) if constraint is None else constraint
         for key, init in inits.items():
             attach(self, f"{name}.{key}", Hyperparameter(init, constraint))
-        vars(self)["_hpo_loss_weights"] = name
+        update_record(self, loss_weights=name)
 
     def weighted_loss(self, main: Tensor, **auxiliary: Tensor) -> Tensor:
         """Returns main + Σ ρ_k loss_k.
@@ -62,7 +63,7 @@ class LossWeightMixin(pl.LightningModule):
         Raises:
             ValueError: If a loss has no registered weight, or a weight no loss.
         """
-        name = vars(self).get("_hpo_loss_weights")
+        name = record_of(self).loss_weights
         if name is None:
             raise ValueError("weighted_loss: call register_loss_weights in __init__ first")
         weights = self.get_submodule(name)._modules

@@ -1,7 +1,8 @@
-"""Penalties λ R(w): their closed-form derivatives, and how a LightningModule applies them."""
+"""Penalties λ R(w): their derivatives, and how a LightningModule applies them."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,32 +14,143 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from lightning_hpo._record import record_of, update_record
 from lightning_hpo._tensors import add_scaled_, rows
-from lightning_hpo.distributed import local
+from lightning_hpo.distributed import broadcast_, local, world_size
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Positive
 from lightning_hpo.regularizers._placement import attach, check_free_name, closest
+from lightning_hpo.regularizers.constants import Constants, kept, refuse_sharded, tensors_of
 
 GRANULARITIES = ("model", "layer", "parameter")
 
 
 class Penalty(ABC):
-    """One term λ R(w) of the training loss: one scalar λ and the weights that it acts on.
+    r"""One term λ R(w) of the training loss, with R a sum of one function per weight.
 
-    A subclass gives R, ∇R and products with the Hessian of R; the chain rule through λ and its
-    constraint is done here. No method runs the network. Where parameters are sharded, the methods
-    see local slices: R must be a sum over the elements of the weights.
+    A subclass gives :meth:`value`, and, where a closed form is cheaper than autograd,
+    :meth:`gradient` and :meth:`hvp`. :meth:`constant` lets it keep something for each weight. The
+    chain rule through λ and its constraint is done here, and no method runs the network.
 
-    Args:
+    Example::
+
+        class L2SP(Penalty):
+            '''½ λ ‖w − w₀‖²: stay near where training started (Li et al. 2018).'''
+
+            def constant(self, weight):
+                return weight.detach().clone()
+
+            def value(self, weight, constant):
+                return 0.5 * (weight - constant).square().sum()
+
+        self.register_penalty(L2SP, init=1e-3)   # of PenaltyMixin, in __init__: self.l2sp
+
+    What constants are made of comes in by an ``__init__`` of the penalty's own, and an instance
+    is registered. Fisher values, in a dict from parameters to tensors::
+
+        class EWC(Penalty):
+            '''½ λ Σ F (w − w₀)²: elastic weight consolidation (Kirkpatrick et al. 2017).'''
+
+            def __init__(self, fisher):
+                self.fisher = fisher
+
+            def constant(self, weight):
+                return weight.detach().clone(), self.fisher[weight]
+
+            def value(self, weight, constant):
+                start, fisher = constant
+                return 0.5 * (fisher * (weight - start).square()).sum()
+
+        self.register_penalty(EWC(fisher), init=1.0)
+
+    Where parameters are sharded, weights are local slices: :meth:`value` must be a sum over the
+    elements of a weight, and constants are refused.
+
+    Attributes:
         hyperparameter: λ, of one element.
-        weights: For each weight, the module that owns it and its name there. Weights are looked up
-            when they are needed, since strategies may replace the parameters of a module.
+        constants: What :meth:`constant` returned, one entry per weight.
     """
 
-    def __init__(
+    hyperparameter: Hyperparameter
+    constants: list[Any]
+    _weights: list[tuple[nn.Module, str]]
+
+    # -------------------------------------------------------------------- what a subclass defines
+
+    @abstractmethod
+    def value(self, weight: Tensor, constant: Any) -> Tensor:
+        """Returns R of one weight, a scalar that can be differentiated twice.
+
+        Args:
+            weight: w.
+            constant: What :meth:`constant` has kept for it.
+        """
+
+    def constant(self, weight: Tensor) -> Any:
+        """Returns what is kept for a weight; called once, when the penalty is registered.
+
+        It moves with the module, is part of its state_dict, and is the first process's on all.
+
+        Args:
+            weight: The module's own parameter.
+
+        Returns:
+            A tensor, a tuple of tensors, or None. One that shares the memory of the weight is
+            copied.
+        """
+        return None
+
+    def gradient(self, weight: Tensor, constant: Any) -> Tensor:
+        """Returns ∇R, of the shape of the weight; it may be the weight itself.
+
+        The default differentiates :meth:`value`. An override must be differentiable, unless it
+        comes with an :meth:`hvp` and acts in the gradient.
+        """
+        gradient: Tensor = torch.func.grad(self.value)(weight, constant)
+        return gradient
+
+    def hvp(self, weight: Tensor, u: Tensor, constant: Any) -> Tensor | None:
+        """Returns ∇²R u for m directions, or None where that is zero.
+
+        The default differentiates :meth:`gradient`, at the cost of a backward pass through it per
+        direction.
+
+        Args:
+            weight: w.
+            u: The directions ``(m, *weight.shape)``, in float32 or better.
+            constant: What :meth:`constant` has kept.
+
+        Returns:
+            A tensor of the shape of ``u``; it may be ``u`` itself.
+        """
+
+        def gradient(w: Tensor) -> Tensor:
+            return self.gradient(w, constant)
+
+        pull_back = torch.func.vjp(gradient, weight.detach().to(u.dtype))[1]
+        return torch.stack([pull_back(direction)[0] for direction in u])
+
+    # ------------------------------------------------------------------ what the package calls
+
+    def bound(
         self, hyperparameter: Hyperparameter, weights: Sequence[tuple[nn.Module, str]]
-    ) -> None:
-        self.hyperparameter = hyperparameter
-        self._weights = list(weights)
+    ) -> Penalty:
+        """Returns a copy with a strength and weights of its own, whose constants are taken now.
+
+        Args:
+            hyperparameter: λ, of one element.
+            weights: For each weight, the module that owns it and its name there. Weights are looked
+                up when they are needed, since strategies may replace the parameters of a module.
+
+        Raises:
+            TypeError: If a constant is no tensor or tuple of tensors.
+            MisconfigurationException: If there are constants of sharded weights.
+        """
+        penalty = copy.copy(self)
+        penalty.hyperparameter = hyperparameter
+        penalty._weights = list(weights)
+        with torch.no_grad():
+            penalty.constants = [kept(self.constant(w), w) for w in penalty.weights]
+        return penalty
 
     @property
     def weights(self) -> list[Tensor]:
@@ -52,19 +164,22 @@ class Penalty(ABC):
                 )
         return [owner._parameters[name] for owner, name in self._weights]  # type: ignore[misc]
 
-    @abstractmethod
-    def function(self, weights: Sequence[Tensor]) -> Tensor:
-        """Returns R(w), a scalar."""
+    @property
+    def raw(self) -> Tensor:
+        """The raw tensor of λ."""
+        return self.hyperparameter.raw
 
-    @abstractmethod
-    def gradient(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Returns ∇R(w), one tensor per weight."""
+    @property
+    def has_constants(self) -> bool:
+        """Whether anything is kept for any weight."""
+        return any(constant is not None for constant in self.constants)
 
-    @abstractmethod
-    def hvp(self, weights: Sequence[Tensor], u: Sequence[Tensor]) -> list[Tensor] | None:
-        """Returns ∇²R(w) u for m stacked directions u, or None where it is zero."""
+    def total(self, weights: Sequence[Tensor]) -> Tensor:
+        """Returns R(w), the sum over all weights; an override may need fewer kernels."""
+        values = [self.value(w, c) for w, c in zip(weights, self.constants, strict=True)]
+        return torch.stack(values).sum()
 
-    def value(self) -> Tensor:
+    def term(self) -> Tensor:
         """Returns λ R(w) as a differentiable scalar, to be added to a loss.
 
         Costs one pass over w, and two in the backward pass.
@@ -72,69 +187,122 @@ class Penalty(ABC):
         strength: Tensor = self.hyperparameter().reshape(())
         if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
             # Neither dual tensors nor torch.func pass through the fused term.
-            return strength * self.function(self.weights)
+            return strength * self.total(self.weights)
         value: Tensor = _Term.apply(self, strength, *self.weights)
         return value
 
-    def add_gradient_(self, gradients: list[Tensor], weights: list[Tensor]) -> None:
-        """Adds λ ∇R(w) to gradients over some weights, in place; costs one pass over w."""
+    def gradients(self, which: Sequence[int], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Returns ∇R per weight; an override may need fewer kernels.
+
+        Args:
+            which: The positions of the weights in :attr:`weights`.
+            weights: Their values.
+        """
+        return [self.gradient(w, self.constants[k]) for k, w in zip(which, weights, strict=True)]
+
+    def add_gradient_(
+        self, which: Sequence[int], gradients: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> None:
+        """Adds λ ∇R to gradients, in place; costs one pass over the weights.
+
+        Args:
+            which: The positions of the weights in :attr:`weights`.
+            gradients: One per weight.
+            weights: Their values.
+        """
         if weights:
             strength = self.hyperparameter().detach().reshape(())
-            add_scaled_(gradients, self.gradient(weights), strength)
+            add_scaled_(gradients, self.gradients(which, weights), strength)
 
-    def joint_hvp_(
+    def tangent_(
         self,
+        which: Sequence[int],
         weights: Sequence[Tensor],
         u: Sequence[Tensor] | None,
         e: Sequence[float] | None,
-        theta_result: list[Tensor] | None,
-        lambda_result: Tensor | None,
+        result: Sequence[Tensor],
         gradient_weights: Tensor | None = None,
     ) -> None:
-        r"""Adds the products of the Hessian of λ(raw) R(w) over (w, raw) with m directions.
+        r"""Adds the θ part of the products with the Hessian of λ(raw) R(w), for m directions.
 
-            θ part: λ ∇²R u + (λ' e + λ a) ∇R        λ part: λ' ⟨∇R, u⟩ + λ'' R e
+            λ ∇²R u + (λ' e + λ a) ∇R        λ' = ∂λ/∂raw
 
-        with λ' and λ'' the derivatives of the constraint with respect to raw. One pass over w for
-        each term; nothing of the size of w is allocated for L2.
+        One pass over w for each term; nothing of the size of w is allocated for L2.
 
         Args:
-            weights: w, as it was when the gradient was taken.
-            u: One tensor ``(m, *w.shape)`` per weight; None stands for zeros.
-            e: m numbers; None stands for zeros.
-            theta_result: One tensor ``(m, *w.shape)`` per weight, added to; None: not wanted.
-            lambda_result: ``(m,)``, added to; None: not wanted.
+            which: The positions of the weights in :attr:`weights`.
+            weights: Their values when the gradient was taken.
+            u: Directions in w, ``(m, *w.shape)`` per weight; None stands for zeros.
+            e: Directions in raw λ, m numbers; None stands for zeros.
+            result: One tensor ``(m, *w.shape)`` per weight, added to in place.
             gradient_weights: a ``(m,)``, by which the gradient λ ∇R itself is added; None: 0.
         """
-        value, first, second = (
-            t.reshape(()) for t in self.hyperparameter.constraint.derivatives(self.raw)
-        )
-        gradient = self.gradient(weights)
-        if theta_result is not None:
-            product = None if u is None else self.hvp(weights, u)
-            if product is not None:
-                add_scaled_(theta_result, product, value)
-            for j in range(len(theta_result[0])):
-                rate = 0.0 if e is None else e[j]
-                if gradient_weights is not None:
-                    factor = first * rate + value * gradient_weights[j]
-                elif rate:
-                    factor = first * rate
-                else:
-                    continue
-                add_scaled_([t[j] for t in theta_result], gradient, factor)
-        if lambda_result is not None:
-            if u is not None:
-                dots = [rows(d) @ g.flatten() for d, g in zip(u, gradient, strict=True)]
-                lambda_result += first * torch.stack(dots).sum(0).to(lambda_result.dtype)
-            if e is not None:
-                curvature = second * self.function(weights)
-                lambda_result += curvature * torch.tensor(e).to(lambda_result)
+        value, first = self._strength()
+        if u is not None:
+            self._add_products_(which, weights, u, result, value)
+        rates = [0.0] * len(result[0]) if e is None else e
+        if gradient_weights is None and not any(rates):
+            return
+        gradients = self.gradients(which, weights)
+        for j, rate in enumerate(rates):
+            if gradient_weights is not None:
+                factor = first * rate + value * gradient_weights[j]
+            elif rate:
+                factor = first * rate
+            else:
+                continue
+            add_scaled_([t[j] for t in result], gradients, factor)
 
-    @property
-    def raw(self) -> Tensor:
-        """The raw tensor of λ."""
-        return self.hyperparameter.raw
+    def adjoint_(
+        self,
+        which: Sequence[int],
+        weights: Sequence[Tensor],
+        u: Sequence[Tensor],
+        result: Sequence[Tensor] | None,
+    ) -> Tensor:
+        r"""Multiplies m directions with the Hessian of λ(raw) R(w), from the side of w.
+
+            θ part: λ ∇²R u        λ part: λ' ⟨∇R, u⟩        λ' = ∂λ/∂raw
+
+        One pass over w for each part; nothing of the size of w is allocated for L2.
+
+        Args:
+            which: The positions of the weights in :attr:`weights`.
+            weights: Their values when the gradient was taken.
+            u: Directions, ``(m, *w.shape)`` per weight.
+            result: One tensor ``(m, *w.shape)`` per weight, to which the θ part is added in place;
+                None: not wanted.
+
+        Returns:
+            The λ part ``(m,)``, in float32 or better.
+        """
+        value, first = self._strength()
+        if result is not None:
+            self._add_products_(which, weights, u, result, value)
+        gradients = self.gradients(which, weights)
+        dots = [rows(d) @ g.flatten().to(d.dtype) for d, g in zip(u, gradients, strict=True)]
+        wide = torch.promote_types(first.dtype, torch.float32)
+        return first * torch.stack(dots).sum(0).to(wide)
+
+    def _strength(self) -> tuple[Tensor, Tensor]:
+        """Returns λ and λ' as scalars."""
+        value, first = self.hyperparameter.constraint.derivatives(self.raw)
+        return value.reshape(()), first.reshape(())
+
+    def _add_products_(
+        self,
+        which: Sequence[int],
+        weights: Sequence[Tensor],
+        u: Sequence[Tensor],
+        result: Sequence[Tensor],
+        factor: Tensor,
+    ) -> None:
+        """Adds ``factor`` times ∇²R u to the result, in place."""
+        products = [
+            self.hvp(w, d, self.constants[k]) for k, w, d in zip(which, weights, u, strict=True)
+        ]
+        pairs = [(t, p) for t, p in zip(result, products, strict=True) if p is not None]
+        add_scaled_([t for t, _ in pairs], [p for _, p in pairs], factor)
 
 
 class _Term(torch.autograd.Function):
@@ -142,7 +310,7 @@ class _Term(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, penalty: Penalty, strength: Tensor, *weights: Tensor) -> Tensor:
-        value = penalty.function(weights)
+        value = penalty.total(weights)
         ctx.penalty = penalty
         ctx.save_for_backward(strength, value, *weights)
         return strength * value
@@ -151,15 +319,15 @@ class _Term(torch.autograd.Function):
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
         strength, value, *weights = ctx.saved_tensors
         factor = bar * strength
-        directions = ctx.penalty.gradient(weights)
+        directions = ctx.penalty.gradients(range(len(weights)), weights)
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            value = ctx.penalty.function(weights)
+            value = ctx.penalty.total(weights)
             return None, bar * value, *[d * factor for d in directions]
         return None, bar * value, *torch._foreach_mul(directions, factor.to(directions[0].dtype))
 
 
 class PenaltyMixin(pl.LightningModule):
-    """Adds registered penalties to the gradient, or offers them as a term of the loss.
+    """Gives a LightningModule penalties, in the gradient or as a term of the loss.
 
     In the gradient, λ ∇R(w) is added in :meth:`on_before_optimizer_step`: after unscaling and
     before clipping, where a coupled weight decay would act. In the loss, the user adds
@@ -169,13 +337,58 @@ class PenaltyMixin(pl.LightningModule):
     batches.
     """
 
-    def _add_penalty(self, penalty: Penalty, *, inside_loss: bool) -> None:
-        registry = vars(self).setdefault("_hpo_penalties", {"loss": [], "gradient": []})
-        registry["loss" if inside_loss else "gradient"].append(penalty)
+    def register_penalty(
+        self,
+        kind: type[Penalty] | Penalty,
+        init: float,
+        name: str | None = None,
+        granularity: str = "model",
+        parameters: Iterable[nn.Parameter | str] | None = None,
+        inside_loss: bool = False,
+        constraint: Constraint | None = None,
+    ) -> None:
+        r"""Adds Σ λ R(w) to the training loss.
+
+        Call it after the network has been built, and where the penalty keeps constants, once the
+        weights have the values that these are made of (pretrained ones, say).
+
+        By default the penalty acts in the gradient: λ ∇R(w) is added before clipping, as a coupled
+        weight decay would, and ``training_step`` does not change. Without the callback the
+        strengths are simply fixed.
+
+        Args:
+            kind: A subclass of :class:`Penalty`; or an instance, of which each λ gets a copy.
+            init: Initial strength λ, in the scale of the value (not its logarithm).
+            name: The attribute under which the hyperparameters are registered, and the first part
+                of their names. Default: that of the class in lower case, without ``Penalty``.
+            granularity: ``"model"``: one λ for all weights, named ``name``. ``"layer"``: one per
+                module that owns weights, named ``name.<module>``. ``"parameter"``: one per weight,
+                named ``name.<module>.<weight>``.
+            parameters: The weights to regularize: parameters of this module, or their dotted names.
+                Default: all but biases and the parameters of normalization layers.
+            inside_loss: Whether ``training_step`` adds ``self.penalty()`` to its loss instead. Both
+                ways give the same θ and λ to rounding.
+            constraint: Default: :class:`Positive`, so that λ is tuned on a log scale.
+
+        Raises:
+            TypeError: If ``kind`` is no penalty, ``parameters`` holds something else than
+                parameters and names, or a constant is no tensor or tuple of tensors.
+            ValueError: If ``granularity`` is unknown, ``name`` is taken or no attribute name,
+                ``init`` is not one number or lies outside the constraint, or ``parameters`` is
+                empty or holds what this module does not own.
+            MisconfigurationException: If the penalty keeps constants of weights that are sharded.
+        """
+        if name is None:
+            owner = kind if isinstance(kind, type) else type(kind)
+            name = owner.__name__.removesuffix("Penalty").lower()
+        self._register_penalty(
+            "register_penalty", kind, init, name, granularity, parameters, inside_loss, constraint
+        )
 
     def _register_penalty(
         self,
-        kind: type[Penalty],
+        caller: str,
+        kind: type[Penalty] | Penalty,
         init: float,
         name: str,
         granularity: str,
@@ -183,8 +396,12 @@ class PenaltyMixin(pl.LightningModule):
         inside_loss: bool,
         constraint: Constraint | None,
     ) -> None:
-        """Registers λ R(w), as described at ``register_l2``."""
-        caller = f"register_{kind.__name__.removesuffix('Penalty').lower()}"
+        """See :meth:`register_penalty`; errors name the caller."""
+        template = kind() if isinstance(kind, type) and issubclass(kind, Penalty) else kind
+        if not isinstance(template, Penalty):
+            raise TypeError(
+                f"{caller}: kind={kind!r}, expected a subclass of Penalty or an instance of one"
+            )
         if granularity not in GRANULARITIES:
             raise ValueError(
                 f"{caller}: granularity={granularity!r}, expected one of {GRANULARITIES}"
@@ -207,23 +424,29 @@ class PenaltyMixin(pl.LightningModule):
             key = {"model": "", "layer": layer or "own", "parameter": full}[granularity]
             groups.setdefault(key, []).append((owner, leaf))
         constraint = Positive() if constraint is None else constraint
-        made = {key: Hyperparameter(init, constraint) for key in groups}
-        for key, members in groups.items():
-            attach(self, f"{name}.{key}" if key else name, made[key])
-            self._add_penalty(kind(made[key], members), inside_loss=inside_loss)
+        made = {
+            key: template.bound(_strength(caller, init, constraint), members)
+            for key, members in groups.items()
+        }
+        for key, penalty in made.items():
+            attach(self, f"{name}.{key}" if key else name, penalty.hyperparameter)
+            if penalty.has_constants:
+                penalty.hyperparameter.add_module("constants", Constants(penalty))
+        if inside_loss:
+            update_record(self, penalties_in_loss=(*self.loss_penalties, *made.values()))
+        else:
+            update_record(self, penalties_in_gradient=(*self.gradient_penalties, *made.values()))
+        update_record(self, constants_agreed=False)
 
     @property
     def gradient_penalties(self) -> list[Penalty]:
         """The penalties that act on the gradient."""
-        return self._registered("gradient")
+        return list(record_of(self).penalties_in_gradient)
 
     @property
     def loss_penalties(self) -> list[Penalty]:
         """The penalties that :meth:`penalty` sums."""
-        return self._registered("loss")
-
-    def _registered(self, place: str) -> list[Penalty]:
-        return list(vars(self).get("_hpo_penalties", {}).get(place, ()))
+        return list(record_of(self).penalties_in_loss)
 
     def penalty(self) -> Tensor:
         """Returns Σ λ R(w) over the penalties registered with ``inside_loss=True``.
@@ -239,21 +462,26 @@ class PenaltyMixin(pl.LightningModule):
                 "that act in the gradient need no term in the loss: remove the call, or register "
                 "with inside_loss=True"
             )
-        total = torch.stack([p.value() for p in penalties]).sum()
+        total = torch.stack([p.term() for p in penalties]).sum()
         # L_V is unregularized, also where validation_step shares its code with training_step.
-        return total * 0.0 if vars(self).get("_hpo_without_penalty", False) else total
+        return total * 0.0 if record_of(self).without_penalty else total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Adds the gradients of the penalties; an override must call ``super()``."""
         super().on_before_optimizer_step(optimizer)
         with torch.no_grad():
+            self._agree_on_constants()
             for penalty in self.gradient_penalties:
-                trained = [w for w in penalty.weights if w.grad is not None]
+                weights = penalty.weights
+                if penalty.has_constants:
+                    refuse_sharded(weights)
+                acting = [(k, w, w.grad) for k, w in enumerate(weights) if w.grad is not None]
                 penalty.add_gradient_(
-                    [local(w.grad) for w in trained if w.grad is not None],
-                    [local(w.detach()) for w in trained],
+                    [k for k, _, _ in acting],
+                    [local(g) for _, _, g in acting],
+                    [local(w.detach()) for _, w, _ in acting],
                 )
-        vars(self)["_hpo_penalties_applied"] = True
+        update_record(self, penalties_applied=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps the optimizer, then checks that the penalties took part in the step.
@@ -262,9 +490,19 @@ class PenaltyMixin(pl.LightningModule):
             MisconfigurationException: If an override of :meth:`on_before_optimizer_step` does not
                 call ``super()``.
         """
-        vars(self)["_hpo_penalties_applied"] = False
+        update_record(self, penalties_applied=False)
+        self._agree_on_constants()
         super().optimizer_step(*args, **kwargs)
         self.check_penalties_applied()
+
+    def _agree_on_constants(self) -> None:
+        """Takes the constants of the first process on all, as DDP does its weights; once."""
+        if record_of(self).constants_agreed:
+            return
+        if world_size() > 1 and self.trainer.world_size > 1:
+            for penalty in (*self.gradient_penalties, *self.loss_penalties):
+                broadcast_(tensors_of(penalty.constants))
+        update_record(self, constants_agreed=True)
 
     def check_penalties_applied(self) -> None:
         """Refuses a step in which :meth:`on_before_optimizer_step` of this mixin did not run.
@@ -272,13 +510,27 @@ class PenaltyMixin(pl.LightningModule):
         Raises:
             MisconfigurationException: See :meth:`optimizer_step`.
         """
-        if self.gradient_penalties and not vars(self).get("_hpo_penalties_applied", False):
+        if self.gradient_penalties and not record_of(self).penalties_applied:
             raise MisconfigurationException(
                 f"{type(self).__name__}.on_before_optimizer_step does not call "
                 "super().on_before_optimizer_step(optimizer), so the registered penalties never "
                 "reach the gradient. Call it, or register the penalties with inside_loss=True and "
                 "add self.penalty() to the loss"
             )
+
+
+def _strength(caller: str, init: float, constraint: Constraint) -> Hyperparameter:
+    """Makes the strength of a penalty; errors name the caller."""
+    try:
+        strength = Hyperparameter(init, constraint)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{caller}: {str(error).removeprefix('Hyperparameter: ')}") from None
+    if strength.raw.numel() != 1:
+        raise ValueError(
+            f"{caller}: init has {strength.raw.numel()} elements, expected one number; "
+            "granularity='layer' or 'parameter' makes several strengths"
+        )
+    return strength
 
 
 _NORMALIZATION = (

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import Lion
 from torch import optim
 
 from lightning_hpo.dynamics import (
@@ -44,6 +45,7 @@ GENERIC = [
     (optim.Adamax, {"lr": 0.01}),
     (optim.ASGD, {"lr": 0.01}),
     (optim.Rprop, {"lr": 0.01}),
+    (Lion, {"lr": 0.01, "weight_decay": 0.3, "sharpness": 0.1}),
 ]
 
 

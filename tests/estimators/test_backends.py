@@ -1,4 +1,4 @@
-"""The backends of joint_hvp under the callback, and what ``derivatives="auto"`` stands for."""
+"""The backends under the callback, and what ``derivatives="auto"`` stands for."""
 
 import math
 import warnings
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_hpo.replay_check as replay_check
+import lightning_hpo.step.replay_check as replay_check
 from lightning_hpo import (
     T1T2,
     ClipR,
@@ -34,7 +34,7 @@ from lightning_hpo import (
     UnrollK,
     named_hyperparameters,
 )
-from lightning_hpo.derivatives import finite_difference
+from lightning_hpo.derivatives import FiniteDifference, finite_difference
 
 
 class OnceTanhLayer(nn.Module):
@@ -366,7 +366,7 @@ def test_one_sided_differences_are_products():
     u = [torch.randn(2, 3)]
     before = theta[0].detach().clone()
     (gradient,) = torch.autograd.grad(loss(theta, []), theta)
-    (product,), weights = finite_difference.one_sided_differences(loss, theta, [], u)
+    (product,), weights = FiniteDifference().one_sided(loss, theta, [], u)
     product = product - weights[:, None] * gradient
     torch.testing.assert_close(product, u[0] @ matrix, rtol=1e-6, atol=1e-6)
     assert torch.equal(theta[0].detach(), before)

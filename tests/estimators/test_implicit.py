@@ -138,3 +138,29 @@ def test_the_outcome_is_kept_by_a_checkpoint(tmp_path):
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Implicit(**options)
+
+
+def test_penalties_are_differentiated_where_theta_is_now():
+    """In half precision, where the step has copies of the parameters, one step is a long way."""
+
+    class Weight(L2Mixin, pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
+            self.register_l2(0.5)
+
+        def training_step(self, batch, batch_idx):
+            return 0.5 * self.weight.square().sum()
+
+        def validation_step(self, batch, batch_idx):
+            return 0.5 * (self.weight - 1.0).square().sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    model = Weight()
+    callback = observe(Implicit(), model, steps=1, precision="bf16-true")
+    after = torch.tensor([1.0, -2.0]) * (1 - 0.5 * 1.5)
+    assert torch.equal(model.weight.detach().double(), after)
+    truth = -0.5 * after @ ((after - 1.0) / 1.5)
+    assert callback.history[-1].hypergradients["l2"].item() == pytest.approx(truth.item(), rel=0.01)

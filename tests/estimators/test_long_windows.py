@@ -63,10 +63,9 @@ def test_thinned_records_hold_no_tensors_in_between(monkeypatch):
     sizes = []
 
     class Watching(UnrollK):
-        def before_step(self, step):
-            super().before_step(step)
-            records = self._mechanism._records
-            sizes.append(sum(bool(record.step.theta) for record in records))
+        def observe(self, step):
+            super().observe(step)
+            sizes.append(sum(bool(step.point.theta) for step in self._mechanism._steps))
 
     observe(Watching(9, "reverse"), Mlp("adam"), steps=9)
     assert sizes == [1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -172,10 +171,11 @@ def test_a_long_window_holds_what_does_not_change_once():
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
             if trainer.global_step == 9:
-                self.moments = [r.moments[0][0] for r in estimator._mechanism._records]
+                window = callback._run.served[0].estimator._mechanism
+                self.moments = [step.moments[0][0] for step in window._steps]
 
-    estimator, look = UnrollK(10, "reverse"), Look()
-    fit(Large(), [OnlineHPOCallback(estimator), look])
+    callback, look = OnlineHPOCallback(UnrollK(10, "reverse")), Look()
+    fit(Large(), [callback, look])
     own = [next(s for s in m.state.values() if "table" in s[0]) for m in look.moments]
     assert len({id(buffers["table"]) for buffers, _ in own}) == 1
     assert len({id(attributes["positions"]) for _, attributes in own}) == 1

@@ -12,7 +12,7 @@ from lightning_hpo import (
     keep_probability,
     named_hyperparameters,
 )
-from lightning_hpo.derivatives import joint_hvp
+from lightning_hpo.derivatives import LambdaDifference, Reverse
 from lightning_hpo.regularizers import DropoutMixin, StackedRNN, TunableDropout
 from lightning_hpo.regularizers.dropout import _DIFFERENCE_STEP
 
@@ -48,7 +48,7 @@ def _expected_gradient(x, theta, raw):
 
 
 def _sampled(x, theta, raw, step, seed, coupled=True):
-    """The λ part Bᵀu for u = θ, with one mask for the batch, as joint_hvp estimates it."""
+    """Bᵀu for u = θ, with one mask for the batch, as differences over λ estimate it."""
     calls = itertools.count()
 
     def loss(th, lam):
@@ -59,15 +59,8 @@ def _sampled(x, theta, raw, step, seed, coupled=True):
 
     leaves = [t.clone().requires_grad_() for t in theta]
     lam = [raw.clone().requires_grad_()]
-    _, (part,) = joint_hvp(
-        loss,
-        leaves,
-        lam,
-        [t.unsqueeze(0) for t in theta],
-        None,
-        theta_part=False,
-        difference_steps=[step],
-    )
+    u = [t.unsqueeze(0) for t in theta]
+    _, (part,) = LambdaDifference(Reverse(), [step]).adjoint(loss, leaves, lam, u, theta_part=False)
     return part.item()
 
 
@@ -116,12 +109,17 @@ def test_difference_and_autograd_directions_mix(problem):
     lam = [t.requires_grad_() for t in lam]
     u = [torch.randn(3, *t.shape, generator=generator, dtype=torch.float64) for t in theta]
     e = [torch.randn(3, *t.shape, generator=generator, dtype=torch.float64) for t in lam]
-    for uu, ee in ((u, e), (u, None), (None, e)):
-        exact = joint_hvp(loss, leaves, lam, uu, ee)
-        for steps in ([1e-4, None], [None, 1e-4], [1e-4, 1e-4]):
-            mixed = joint_hvp(loss, leaves, lam, uu, ee, difference_steps=steps)
-            for left, right in zip(exact[0] + exact[1], mixed[0] + mixed[1], strict=True):
-                torch.testing.assert_close(right, left, rtol=1e-5, atol=1e-6)
+
+    def products(backend):
+        theta_part, lambda_part = backend.adjoint(loss, leaves, lam, u)
+        tangents = [backend.tangent(loss, leaves, lam, *d) for d in ((u, e), (u, None), (None, e))]
+        return [*theta_part, *lambda_part, *itertools.chain(*tangents)]
+
+    exact = products(Reverse())
+    for steps in ([1e-4, None], [None, 1e-4], [1e-4, 1e-4]):
+        mixed = products(LambdaDifference(Reverse(), steps))
+        for left, right in zip(exact, mixed, strict=True):
+            torch.testing.assert_close(right, left, rtol=1e-5, atol=1e-6)
 
 
 def test_layer_keeps_units_at_the_rate_and_scales_them():

@@ -285,7 +285,7 @@ def test_inside_the_loss_equals_in_the_gradient_while_tuning(make, optimizer, tr
 @pytest.mark.parametrize("given", ["u", "e", "both"])
 @pytest.mark.parametrize("shapes", [[(3, 2), (4,)], [(3, 2), ()]], ids=["arrays", "scalar"])
 @pytest.mark.parametrize("constraint", [None, Interval(0.0, 1.0)], ids=["log", "identity"])
-def test_joint_hvp_against_a_dense_hessian(given, shapes, constraint):
+def test_both_verbs_against_a_dense_hessian(given, shapes, constraint):
     class Owner(L2Mixin, pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -300,7 +300,7 @@ def test_joint_hvp_against_a_dense_hessian(given, shapes, constraint):
     def value(vector):
         parts = vector[:-1].split(sizes)
         shaped = [p.reshape(t.shape) for p, t in zip(parts, w, strict=True)]
-        return penalty.hyperparameter.constraint(vector[-1]) * penalty.function(shaped)
+        return penalty.hyperparameter.constraint(vector[-1]) * penalty.total(shaped)
 
     hessian = torch.autograd.functional.hessian(value, torch.cat([flat(w), penalty.raw.reshape(1)]))
     m = 3
@@ -312,12 +312,18 @@ def test_joint_hvp_against_a_dense_hessian(given, shapes, constraint):
     if given == "e":
         stacked = torch.zeros_like(stacked)
     truth = torch.cat([stacked, e[:, None]], dim=1) @ hessian
-    theta_part, lambda_part = [torch.zeros(m, *t.shape) for t in w], torch.zeros(m)
+    theta_part, which = [torch.zeros(m, *t.shape) for t in w], range(len(w))
     directions = None if given == "e" else u, None if given == "u" else e.tolist()
-    penalty.joint_hvp_(w, *directions, theta_part, lambda_part)
+    penalty.tangent_(which, w, *directions, theta_part)
     result = torch.cat([t.reshape(m, -1) for t in theta_part], dim=1)
     torch.testing.assert_close(result, truth[:, :-1], rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(lambda_part, truth[:, -1], rtol=1e-11, atol=1e-13)
+    if given == "u":
+        theta_part = [torch.zeros(m, *t.shape) for t in w]
+        lambda_part = penalty.adjoint_(which, w, u, theta_part)
+        result = torch.cat([t.reshape(m, -1) for t in theta_part], dim=1)
+        torch.testing.assert_close(result, truth[:, :-1], rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(lambda_part, truth[:, -1], rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(penalty.adjoint_(which, w, u, None), lambda_part)
 
 
 def test_the_gradient_that_is_added_is_that_of_the_term_in_the_loss():
@@ -335,7 +341,7 @@ def test_the_gradient_that_is_added_is_that_of_the_term_in_the_loss():
 def test_the_fused_term_has_the_derivatives_of_the_plain_one(kind):
     """First and second, with respect to the weights and to raw λ."""
     net = nn.Linear(3, 2)
-    penalty = kind(Hyperparameter(0.3, Positive()), [(net, "weight"), (net, "bias")])
+    penalty = kind().bound(Hyperparameter(0.3, Positive()), [(net, "weight"), (net, "bias")])
     raw = penalty.raw.requires_grad_()
     leaves = [*net.parameters(), raw]
     directions = [torch.randn_like(t) for t in leaves]
@@ -345,8 +351,8 @@ def test_the_fused_term_has_the_derivatives_of_the_plain_one(kind):
         along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
         return [value, *first, *torch.autograd.grad(along, leaves)]
 
-    fused = derivatives(penalty.value())
-    plain = derivatives(penalty.hyperparameter() * penalty.function(penalty.weights))
+    fused = derivatives(penalty.term())
+    plain = derivatives(penalty.hyperparameter() * penalty.total(penalty.weights))
     torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-14)
-    plain_gradient = torch.autograd.grad(penalty.value(), leaves)
+    plain_gradient = torch.autograd.grad(penalty.term(), leaves)
     torch.testing.assert_close(list(plain_gradient), fused[1:4], rtol=1e-12, atol=1e-14)

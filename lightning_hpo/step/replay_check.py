@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import filled, separate, widened
-from lightning_hpo.distributed import local
-from lightning_hpo.estimators import Problem
+from lightning_hpo.distributed import average_, local
 from lightning_hpo.objectives import Moment
+from lightning_hpo.step.training_map import TrainingMap
 
 # Steps after which the gradient is compared again.
 EVERY = 100
@@ -26,34 +27,33 @@ class ReplayCheck:
     replayed at their batches from then on.
 
     Args:
-        problem: The problem; its ``reuses_gradient`` is set here.
+        training: What all steps share; its ``reuses_gradient`` is set here.
         hooks_may_change: Whether hooks may change gradients after the backward pass.
 
     Attributes:
-        step: The step at which they were compared last; 0: not yet.
         forbids_delay: Whether such a replay has been seen not to be that of the step.
     """
 
-    def __init__(self, problem: Problem, hooks_may_change: Callable[[], bool]) -> None:
-        self.step = 0
-        self._problem = problem
+    def __init__(self, training: TrainingMap, hooks_may_change: Callable[[], bool]) -> None:
+        self.forbids_delay = False
+        self._compared_at = 0  # the step at which they were compared last; 0: not yet
+        self._training = training
         self._hooks_may_change = hooks_may_change
         self._expected: list[Tensor] | None = None
         self._is_regular = False
         self._moment: Moment | None = None
-        self.forbids_delay = False
 
     def is_due(self, step: int) -> bool:
         """Whether it is time to compare again, at a step after which λ is updated.
 
         At other steps the host would have to wait for the device.
         """
-        return step - self.step >= EVERY
+        return step - self._compared_at >= EVERY
 
     def look_at_hooks(self) -> None:
         """Gives up the step's own gradient where a hook has come since."""
-        if self._problem.reuses_gradient and self._hooks_may_change():
-            self._problem.reuses_gradient = False
+        if self._training.reuses_gradient and self._hooks_may_change():
+            self._training.reuses_gradient = False
 
     def expect(self, gradients: list[Tensor | None] | None, *, is_regular: bool = False) -> None:
         """Keeps the gradient of a replay.
@@ -66,12 +66,13 @@ class ReplayCheck:
         self._is_regular = is_regular
         if gradients is not None:
             # Ranks may differ in which parameters they use, but not in what they average.
-            self._expected = separate(filled(gradients, self._problem.theta))
-            self._problem.average_(self._expected)
+            self._expected = separate(filled(gradients, self._training.theta))
+            if not self._training.sharded:
+                average_(self._expected)
 
     def watch(self, moment: Moment) -> None:
         """Keeps a micro-batch that will be replayed right before the step, if it is compared."""
-        if self._expected is not None and not self._problem.sharded:
+        if self._expected is not None and not self._training.sharded:
             self._moment = moment
 
     def forget(self) -> None:
@@ -88,26 +89,26 @@ class ReplayCheck:
         moment, self._moment = self._moment, None
         if expected is None:
             return
-        problem = self._problem
+        training = self._training
         error = self._error(expected)
         if error is None:
             return
-        is_first = self.step == 0
+        is_first = self._compared_at == 0
         counts = is_first or self._is_regular
         if counts:
-            self.step = step
+            self._compared_at = step
         # A difference is divided by √ε, in which more than rounding would be seen.
         rounding = 8 * min(torch.finfo(widened(g).dtype).eps for g in expected)
         if moment is not None:
             del expected
-            self.expect(problem.objective.gradient(moment, problem.theta))
+            self.expect(training.objective.gradient(moment, training.theta))
             late, self._expected = self._error(self._expected or []), None
             is_late = late is not None and late > max(rounding, 2 * error)
             self.forbids_delay |= counts and is_late
-        problem.reuses_gradient = (
+        training.reuses_gradient = (
             error <= rounding
             and not self.forbids_delay
-            and (is_first or problem.reuses_gradient)
+            and (is_first or training.reuses_gradient)
             and not self._hooks_may_change()
         )
         if error > 0.05:
@@ -119,11 +120,25 @@ class ReplayCheck:
                 stacklevel=2,
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what has been found out so far."""
+        return {
+            "reuses_gradient": self._training.reuses_gradient,
+            "compared_at": self._compared_at,
+            "forbids_delay": self.forbids_delay,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self._training.reuses_gradient = bool(state["reuses_gradient"])
+        self._compared_at = int(state["compared_at"])
+        self.forbids_delay = bool(state["forbids_delay"])
+
     def _error(self, expected: list[Tensor]) -> float | None:
         """Returns the relative error of a gradient; None where the step has none."""
         pairs = [
             (widened(g), widened(local(p.grad)))
-            for p, g in zip(self._problem.theta, expected, strict=False)
+            for p, g in zip(self._training.theta, expected, strict=False)
             if p.grad is not None
         ]
         if not pairs:

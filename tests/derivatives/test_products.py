@@ -1,4 +1,7 @@
-"""The three backends of joint_hvp against a dense Hessian."""
+"""The two products of the three backends against a dense Hessian."""
+
+import itertools
+import weakref
 
 import pytest
 import torch
@@ -7,7 +10,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from lightning_hpo.derivatives import BACKENDS, is_missing_derivative, joint_hvp
+from lightning_hpo.derivatives import (
+    BACKENDS,
+    FiniteDifference,
+    LambdaDifference,
+    Reverse,
+    is_missing_derivative,
+)
 
 EXACT = ("reverse", "forward")
 TOLERANCE = {"reverse": 1e-10, "forward": 1e-10, "finite_difference": 1e-4}
@@ -17,7 +26,7 @@ DIRECTIONS = pytest.mark.parametrize("given", ["u", "e", "both"])
 
 
 class Problem:
-    """A smooth loss in which every block of the joint Hessian is dense.
+    """A smooth loss in which H and B are dense.
 
     λ is a noise level, a decay strength, and a weight per class, so that it comes in three shapes
     and acts on the network, beside it, and after it.
@@ -52,8 +61,18 @@ class Problem:
         e = [self.draw(m, *t.shape) for t in self.lam] if given in ("e", "both") else None
         return u, e
 
+    def tangent(self, backend, u, e, **options):
+        return backend.tangent(self.loss, self.theta, self.lam, u, e, **options)
+
+    def adjoint(self, backend, u, **options):
+        return backend.adjoint(self.loss, self.theta, self.lam, u, **options)
+
+    def all_products(self, backend, u, e):
+        """Returns H u + B e, H u and Bᵀ u, one after the other."""
+        return [*self.tangent(backend, u, e), *itertools.chain(*self.adjoint(backend, u))]
+
     def dense_product(self, u, e):
-        """Multiplies with the whole Hessian, a matrix."""
+        """Multiplies with the whole Hessian over (θ, λ), a matrix."""
         joint = [*self.theta, *self.lam]
         sizes = [t.numel() for t in joint]
 
@@ -86,42 +105,103 @@ def assert_near(products, truth, tolerance):
 def test_against_a_dense_hessian(backend, given, m):
     problem = Problem()
     u, e = problem.directions(given, m)
-    theta_part, lambda_part = joint_hvp(
-        problem.loss, problem.theta, problem.lam, u, e, backend=backend
-    )
     true_theta, true_lambda = problem.dense_product(u, e)
     assert all(t.norm() > 0 for t in (*true_theta[:-1], *true_lambda))
+    theta_part = problem.tangent(BACKENDS[backend](), u, e)
     assert_near(theta_part, true_theta, TOLERANCE[backend])
-    assert_near(lambda_part, true_lambda, TOLERANCE[backend])
+    if given == "u":
+        theta_part, lambda_part = problem.adjoint(BACKENDS[backend](), u)
+        assert_near(theta_part, true_theta, TOLERANCE[backend])
+        assert_near(lambda_part, true_lambda, TOLERANCE[backend])
 
 
 @ALL_BACKENDS
-@DIRECTIONS
-@pytest.mark.parametrize("wanted", ["theta", "lambda"])
-def test_one_part_alone(backend, given, wanted):
+def test_the_lambda_part_alone(backend):
     problem = Problem()
-    u, e = problem.directions(given, 3)
-    parts = joint_hvp(
-        problem.loss,
-        problem.theta,
-        problem.lam,
-        u,
-        e,
-        backend=backend,
-        theta_part=wanted == "theta",
-        lambda_part=wanted == "lambda",
-    )
-    truth = problem.dense_product(u, e)
-    position = ("theta", "lambda").index(wanted)
-    assert parts[1 - position] == []
-    assert_near(parts[position], truth[position], TOLERANCE[backend])
+    u, _ = problem.directions("u", 3)
+    theta_part, lambda_part = problem.adjoint(BACKENDS[backend](), u, theta_part=False)
+    assert theta_part == []
+    assert_near(lambda_part, problem.dense_product(u, None)[1], TOLERANCE[backend])
+
+
+@ALL_BACKENDS
+def test_a_loss_without_hyperparameters(backend):
+    """H u is the same either way, and Bᵀ u is empty."""
+    problem = Problem()
+    u, _ = problem.directions("u", 2)
+    product = BACKENDS[backend]()
+
+    def loss(theta, lam):
+        assert not lam
+        return problem.loss(theta, [t.detach() for t in problem.lam])
+
+    truth, _ = problem.dense_product(u, None)
+    assert_near(product.tangent(loss, problem.theta, [], u, None), truth, TOLERANCE[backend])
+    theta_part, lambda_part = product.adjoint(loss, problem.theta, [], u)
+    assert_near(theta_part, truth, TOLERANCE[backend])
+    assert lambda_part == []
+    problem.loss = None  # where nothing is wanted there is nothing to evaluate
+    assert product.adjoint(problem.loss, problem.theta, [], u, theta_part=False) == ([], [])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "lambda_difference"])
+def test_whether_a_backend_needs_more_than_a_gradient(backend):
+    """So that the loss is evaluated on kernels that have the derivatives."""
+    if backend == "lambda_difference":
+        assert LambdaDifference(Reverse(), [0.1]).is_exact
+        assert not LambdaDifference(FiniteDifference(), [0.1]).is_exact
+    else:
+        assert BACKENDS[backend]().is_exact is BACKENDS[backend].is_exact is (backend in EXACT)
+
+
+def test_tangents_of_one_evaluation_share_its_graph():
+    """Whatever their kinds of directions; the last one lets go of everything."""
+    problem = Problem()
+    backend = Reverse()
+    graphs = []
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            graphs.append(weakref.ref(ctx))
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    def loss(theta, lam):
+        return problem.loss([Marked.apply(theta[0]), *theta[1:]], lam)
+
+    kinds = ("e", "u", "both")
+    for position, (given, m) in enumerate(zip(kinds, (1, 3, 2), strict=True)):
+        u, e = problem.directions(given, m)
+        is_last = position == len(kinds) - 1
+        found = backend.tangent(loss, problem.theta, problem.lam, u, e, is_last=is_last)
+        assert len(graphs) == 1
+        assert (graphs[0]() is None) is is_last
+        assert_near(found, problem.dense_product(u, e)[0], TOLERANCE["reverse"])
+    backend.tangent(loss, problem.theta, problem.lam, u, e)
+    assert len(graphs) == 2
+    assert graphs[1]() is None
+
+
+def test_a_graph_that_was_left_behind_is_not_used():
+    problem, other = Problem(), Problem()
+    other.x = other.x + 1
+    u, e = problem.directions("both", 2)
+    backend = Reverse()
+    problem.tangent(backend, u, e, is_last=False)
+    assert_near(other.tangent(backend, u, e), other.dense_product(u, e)[0], TOLERANCE["reverse"])
 
 
 def test_more_directions_than_one_vectorized_backward_carries():
     problem = Problem()
     u, e = problem.directions("both", 70)
-    parts = joint_hvp(problem.loss, problem.theta, problem.lam, u, e, backend="reverse")
-    for part, truth in zip(parts, problem.dense_product(u, e), strict=True):
+    assert_near(problem.tangent(Reverse(), u, e), problem.dense_product(u, e)[0], 1e-10)
+    for part, truth in zip(
+        problem.adjoint(Reverse(), u), problem.dense_product(u, None), strict=True
+    ):
         assert_near(part, truth, 1e-10)
 
 
@@ -154,16 +234,20 @@ def test_operators_that_cannot_be_vectorized():
     def loss(operator):
         return lambda th, la: (operator(operator(th[0])) * la[0].exp()).sum()
 
-    plain = joint_hvp(loss(lambda x: x**3), theta, lam, u, e)
-    result = joint_hvp(loss(Refusing.apply), theta, lam, u, e)
-    torch.testing.assert_close(result, plain, rtol=1e-12, atol=0)
+    def products(operator):
+        tangent = Reverse().tangent(loss(operator), theta, lam, u, e)
+        return tangent, Reverse().adjoint(loss(operator), theta, lam, u)
+
+    plain = products(lambda x: x**3)
+    torch.testing.assert_close(products(Refusing.apply), plain, rtol=1e-12, atol=0)
 
 
 @ALL_BACKENDS
 def test_a_parameter_that_the_loss_does_not_depend_on_gets_zeros(backend):
     problem = Problem()
     u, e = problem.directions("both", 3)
-    theta_part, _ = joint_hvp(problem.loss, problem.theta, problem.lam, u, e, backend=backend)
+    theta_part, _ = problem.adjoint(BACKENDS[backend](), u)
+    assert torch.equal(problem.tangent(BACKENDS[backend](), u, e)[-1], torch.zeros(3, 2))
     assert torch.equal(theta_part[-1], torch.zeros(3, 2))
 
 
@@ -171,14 +255,13 @@ def test_a_parameter_that_the_loss_does_not_depend_on_gets_zeros(backend):
 def test_a_loss_that_is_linear_gets_zeros(backend):
     theta = [torch.tensor([1.0, 2.0], requires_grad=True)]
     lam = [torch.tensor(3.0, requires_grad=True)]
-    parts = joint_hvp(
-        lambda th, la: th[0].sum() + la[0],
-        theta,
-        lam,
-        [torch.ones(2, 2)],
-        [torch.ones(2)],
-        backend=backend,
-    )
+
+    def loss(th, la):
+        return th[0].sum() + la[0]
+
+    u, e = [torch.ones(2, 2)], [torch.ones(2)]
+    assert torch.equal(BACKENDS[backend]().tangent(loss, theta, lam, u, e)[0], torch.zeros(2, 2))
+    parts = BACKENDS[backend]().adjoint(loss, theta, lam, u)
     assert torch.equal(parts[0][0], torch.zeros(2, 2))
     assert torch.equal(parts[1][0], torch.zeros(2))
 
@@ -187,8 +270,10 @@ def test_a_loss_that_is_linear_gets_zeros(backend):
 def test_a_step_without_a_loss_gets_zeros(backend):
     problem = Problem()
     u, e = problem.directions("both", 2)
-    parts = joint_hvp(lambda th, la: None, problem.theta, problem.lam, u, e, backend=backend)
-    for part, like in zip(parts, (u, e), strict=True):
+    problem.loss = lambda th, la: None
+    tangent = problem.tangent(BACKENDS[backend](), u, e)
+    parts = problem.adjoint(BACKENDS[backend](), u)
+    for part, like in zip((tangent, *parts), (u, u, e), strict=True):
         assert [t.shape for t in part] == [t.shape for t in like]
         assert not any(t.any() for t in part)
 
@@ -197,8 +282,8 @@ def test_a_step_without_a_loss_gets_zeros(backend):
 def test_products_have_the_dtype_of_the_model(backend):
     problem = Problem(torch.float32)
     u, e = problem.directions("both", 2)
-    parts = joint_hvp(problem.loss, problem.theta, problem.lam, u, e, backend=backend)
-    assert {t.dtype for part in parts for t in part} == {torch.float32}
+    products = problem.all_products(BACKENDS[backend](), u, e)
+    assert {t.dtype for t in products} == {torch.float32}
 
 
 @ALL_BACKENDS
@@ -206,7 +291,7 @@ def test_theta_and_lambda_are_bit_identical_afterwards(backend):
     problem = Problem(torch.float32)
     u, e = problem.directions("both", 3)
     before = [t.detach().clone() for t in (*problem.theta, *problem.lam)]
-    joint_hvp(problem.loss, problem.theta, problem.lam, u, e, backend=backend)
+    problem.all_products(BACKENDS[backend](), u, e)
     for tensor, saved in zip((*problem.theta, *problem.lam), before, strict=True):
         assert torch.equal(tensor, saved)
         assert tensor.grad is None
@@ -221,16 +306,18 @@ def test_finite_differences_in_place_are_those_on_copies(dtype):
     memory = [t.data_ptr() for t in problem.theta]
     addresses = []
 
+    original = problem.loss
+
     def loss(theta, lam):
         addresses.append([t.data_ptr() for t in theta])
-        return problem.loss(theta, lam)
+        return original(theta, lam)
+
+    problem.loss = loss
 
     def product(**options):
         addresses.clear()
-        parts = joint_hvp(
-            loss, problem.theta, problem.lam, u, e, backend="finite_difference", **options
-        )
-        return torch.cat([t.flatten() for part in parts for t in part])
+        products = problem.all_products(FiniteDifference(**options), u, e)
+        return torch.cat([t.flatten() for t in products])
 
     copied = product()
     assert memory not in addresses[:2]
@@ -255,7 +342,7 @@ def test_finite_differences_restore_when_the_loss_raises(given):
         raise KeyError("a bug of the user's")
 
     with pytest.raises(KeyError, match="a bug of the user's"):
-        joint_hvp(loss, problem.theta, problem.lam, u, e, backend="finite_difference")
+        FiniteDifference().tangent(loss, problem.theta, problem.lam, u, e)
     assert displaced == [True]
     for tensor, saved in zip((*problem.theta, *problem.lam), before, strict=True):
         assert torch.equal(tensor, saved)
@@ -267,13 +354,11 @@ def test_finite_differences_at_any_scale_of_the_direction(scale):
     problem = Problem()
     u, e = problem.directions("both", 1)
     u = [d * scale for d in u]
-    parts = joint_hvp(
-        problem.loss, problem.theta, problem.lam, u, None, backend="finite_difference"
-    )
+    parts = problem.adjoint(FiniteDifference(), u)
     for part, truth in zip(parts, problem.dense_product(u, None), strict=True):
         assert_near(part, truth, 1e-4)
     # Together with an e of size 1: what u contributes must not be lost to e's rounding.
-    both, _ = joint_hvp(problem.loss, problem.theta, problem.lam, u, e, backend="finite_difference")
+    both = problem.tangent(FiniteDifference(), u, e)
     truth, _ = problem.dense_product(u, e)
     assert_near(both, truth, 1e-4)
 
@@ -281,28 +366,19 @@ def test_finite_differences_at_any_scale_of_the_direction(scale):
 def test_finite_differences_of_a_zero_direction_are_zero():
     problem = Problem()
     u = [torch.zeros(2, *t.shape) for t in problem.theta]
-    parts = joint_hvp(
-        problem.loss, problem.theta, problem.lam, u, None, backend="finite_difference"
-    )
-    assert not any(t.any() for part in parts for t in part)
+    products = problem.all_products(FiniteDifference(), u, None)
+    assert not any(t.any() for t in products)
 
 
-def test_an_unknown_backend():
+@pytest.mark.parametrize(
+    "backend", [*(make() for make in BACKENDS.values()), LambdaDifference(Reverse(), [None] * 3)]
+)
+def test_nothing_to_do_is_refused(backend):
     problem = Problem()
-    u, e = problem.directions("both", 1)
-    with pytest.raises(ValueError, match=r"backend='dense'.*finite_difference.*reverse"):
-        joint_hvp(problem.loss, problem.theta, problem.lam, u, e, backend="dense")
-
-
-@pytest.mark.parametrize("nothing", ["direction", "part"])
-def test_nothing_to_do_is_refused(nothing):
-    problem = Problem()
-    u, e = problem.directions("both", 1) if nothing == "part" else ([], None)
-    wanted = nothing == "direction"
     with pytest.raises(ValueError, match="needs a direction"):
-        joint_hvp(
-            problem.loss, problem.theta, problem.lam, u, e, theta_part=wanted, lambda_part=wanted
-        )
+        problem.tangent(backend, [], None)
+    with pytest.raises(ValueError, match="needs a direction"):
+        problem.adjoint(backend, [])
 
 
 class OnceSquare(torch.autograd.Function):
@@ -327,15 +403,10 @@ def attention(x):
 def test_a_missing_derivative_is_recognized(operator, backend):
     """The very messages of torch, which decide whether ``auto`` falls back."""
     theta = [torch.randn(16, requires_grad=True)]
+    u = [torch.randn(1, 16)]
     with pytest.raises(RuntimeError) as caught:
-        joint_hvp(
-            lambda th, la: operator(th[0]).square().sum(),
-            theta,
-            [],
-            [torch.randn(1, 16)],
-            None,
-            backend=backend,
-            lambda_part=False,
+        BACKENDS[backend]().tangent(
+            lambda th, la: operator(th[0]).square().sum(), theta, [], u, None
         )
     assert is_missing_derivative(caught.value)
 

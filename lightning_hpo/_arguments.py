@@ -1,0 +1,93 @@
+"""Checks of arguments, whose errors say what was received and what was expected.
+
+Each takes the name of the owner (the class or function whose arguments they are), what is expected,
+and the arguments by their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+
+def check_flag(owner: str, /, **flags: Any) -> None:
+    """Checks that arguments are True or False.
+
+    Raises:
+        TypeError: If one is not a bool.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{owner}: {name}={value!r}, expected True or False")
+
+
+def check_integer(owner: str, least: int, unit: str = "", /, **numbers: Any) -> None:
+    """Checks that arguments are integers.
+
+    Args:
+        owner: Whose arguments they are.
+        least: The least value.
+        unit: What ``least`` counts, for the message.
+        **numbers: The arguments.
+
+    Raises:
+        TypeError: If one is no integer; a bool is none.
+        ValueError: If one is less than ``least``.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(
+                f"{owner}: {name}={value!r} is a {type(value).__name__}, expected an integer"
+            )
+        if value < least:
+            raise ValueError(f"{owner}: {name}={value}, expected at least {least} {unit}".rstrip())
+
+
+def check_count(owner: str, expected: str = "a positive integer", /, **counts: Any) -> None:
+    """Checks that arguments are positive integers.
+
+    Args:
+        owner: Whose arguments they are.
+        expected: What they are, for the message.
+        **counts: The arguments.
+
+    Raises:
+        ValueError: If one is no integer, or is not positive.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{owner}: {name}={value!r}, expected {expected}")
+
+
+def check_number(
+    owner: str, expected: str, holds: Callable[[Any], bool], /, **numbers: Any
+) -> None:
+    """Checks that arguments are numbers in some range.
+
+    Args:
+        owner: Whose arguments they are.
+        expected: The range in words, for the message.
+        holds: Whether a number lies in it; to be False for NaN.
+        **numbers: The arguments.
+
+    Raises:
+        TypeError: If one is no real number; a bool is none.
+        ValueError: If one lies outside the range.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{owner}: {name}={value!r}, expected a number")
+        if not holds(value):
+            raise ValueError(f"{owner}: {name}={value!r}, expected {expected}")
+
+
+def check_choice(owner: str, options: Sequence[str], /, **values: Any) -> None:
+    """Checks that arguments are among the options.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for name, value in values.items():
+        if value not in options:
+            raise ValueError(f"{owner}: {name}={value!r}, expected one of {options}")

@@ -1,0 +1,46 @@
+"""Lightning's trainer and its parts: in which state it appears, and what is not its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import RunningStage
+
+
+@contextmanager
+def stage(trainer: pl.Trainer, running: RunningStage) -> Iterator[None]:
+    """Lets the trainer appear in another stage, for hooks that ask."""
+    before = trainer.state.stage
+    trainer.state.stage = running
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
+
+
+@contextmanager
+def counted_as(trainer: pl.Trainer, global_step: int, epoch: int) -> Iterator[None]:
+    """Lets ``global_step`` and ``current_epoch`` read as they did, for losses with a schedule."""
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    total = loop.optim_progress.optimizer.step.total
+    epochs = trainer.fit_loop.epoch_progress.current
+    before = total.completed, epochs.completed
+    total.completed, epochs.completed = global_step, epoch
+    try:
+        yield
+    finally:
+        total.completed, epochs.completed = before
+
+
+def overrides(owner: Any, hook: str, *kinds: type) -> bool:
+    """Whether a hook of an object, its own or its class's, is none of the given classes."""
+    inherited = getattr(type(owner), hook, None)
+    return hook in vars(owner) or all(inherited is not getattr(k, hook, None) for k in kinds)
+
+
+def is_foreign(plugin: Any) -> bool:
+    """Whether a plugin or strategy is not one of Lightning itself."""
+    return not type(plugin).__module__.startswith(("lightning.", "lightning_fabric."))

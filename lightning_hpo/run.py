@@ -1,0 +1,424 @@
+"""One training with the callback: set-up, first batch, steps, updates, state, release."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_hpo import compatibility
+from lightning_hpo.data import T2Stream, find_t2_source, to_device
+from lightning_hpo.distributed import gather, together
+from lightning_hpo.dynamics import Dynamics, OptimizerOptions, OptimizerStep, make_dynamics
+from lightning_hpo.estimators import Estimate, Estimator
+from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory
+from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
+from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
+from lightning_hpo.rng import ResumedRandomState
+from lightning_hpo.step import (
+    Recorder,
+    Snapshot,
+    Space,
+    TrainingMap,
+    ValidationGradient,
+    settle,
+)
+from lightning_hpo.values import fixed_options, remember_options
+
+# What state_dict() returns changes with it; the number is part of a checkpoint.
+FORMAT = 2
+
+
+@dataclass
+class Settings:
+    """The arguments of the callback that a run needs; see :class:`OnlineHPOCallback`."""
+
+    estimators: Mapping[str, Estimator]
+    optimizer: OptimizerFactory
+    dataloader: Iterable[Any] | None
+    derivatives: str
+    scale_lr_with_model: bool
+    validation_loss: Callable[[pl.LightningModule, Any], Tensor] | None
+    monitor: str
+    dataloader_idx: int
+    seed: int
+    optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter]
+    strict: bool
+    should_update: Callable[[int], bool]
+
+
+@dataclass
+class Waiting:
+    """Before a training has started: what a checkpoint says about it, if it goes on from one."""
+
+    state: dict[str, Any] = field(default_factory=dict)
+    rng: ResumedRandomState = field(default_factory=ResumedRandomState)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the checkpoint said."""
+        return self.state
+
+
+@dataclass
+class Finished:
+    """After a training: its state, for a checkpoint that is written later."""
+
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state at the end."""
+        return self.state
+
+
+@dataclass
+class Served:
+    """An estimator at work, and what it serves."""
+
+    estimator: Estimator
+    space: Space
+
+    def observes(self, step: int, should_update: Callable[[int], bool]) -> bool:
+        """Whether it needs to see a step, counted from 1."""
+        window = self.estimator.window
+        if window is None:
+            return step % self.estimator.stride == 0
+        return any(should_update(step + i) for i in range(window))
+
+
+@dataclass
+class Update:
+    """What one λ update did.
+
+    Attributes:
+        step: The number of optimizer steps taken.
+        gradients: dL_V/d(raw λ), by name.
+        norms: ‖dθ/d(raw λ)‖, by name; None where no estimator keeps tangents.
+        outcome: How the estimates came about, where that can fail.
+        is_applied: Whether λ has moved: not where a hypergradient is not finite.
+    """
+
+    step: int
+    gradients: dict[str, Tensor]
+    norms: dict[str, Tensor] | None
+    outcome: str | None
+    is_applied: bool
+
+
+class Run:
+    """One training: everything that it needs lives here, and is dropped with it.
+
+    Args:
+        settings: The callback's arguments.
+        trainer: The trainer, with optimizers and dataloaders in place.
+        module: The LightningModule.
+        callback: The callback in whose name this happens.
+        resumed: What a checkpoint says, if the training goes on from one.
+
+    Attributes:
+        hyperparameters: All λ that are tuned, by name.
+        served: The estimators at work; empty until the first batch that has a loss.
+        steps: The number of optimizer steps taken.
+        rng: The random state of a checkpoint, until it has been put in place.
+
+    Raises:
+        MisconfigurationException: If the module, the data or the trainer do not fit; all findings
+            in one message.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        callback: pl.Callback,
+        resumed: Waiting,
+    ) -> None:
+        self.rng = resumed.rng
+        self.steps = 0
+        self.served: list[Served] = []
+        self._settings = settings
+        self._trainer = trainer
+        self._module = module
+        self._resumed = resumed.state
+        self._start: Snapshot | None = None  # where the window began, if θ is to return there
+        known = named_hyperparameters(module)
+        self.hyperparameters = {name: h for name, h in known.items() if not h.frozen}
+        tuned = self._tuned_options()
+        index = settings.dataloader_idx
+        source = find_t2_source(trainer, module, settings.dataloader, index)
+        names = [*self.hyperparameters, *(f"optimizer.{option}" for option in tuned)]
+        frozen = [*(known.keys() - self.hyperparameters), *fixed_options(module)]
+        self._assigned, findings = compatibility.assign(settings.estimators, names, frozen)
+        findings += compatibility.check_trainer(trainer, module, names, settings.derivatives)
+        findings += compatibility.check_example_weights(module, trainer.train_dataloader)
+        if source is None:
+            findings.append(
+                "There are no held-out (T2) data. Pass dataloader=, define hpo_dataloader() on the "
+                "module or the datamodule, or give the Trainer a validation dataloader"
+            )
+        compatibility.refuse(findings)
+        assert source is not None
+
+        options = self._make_options(tuned)
+        self.training = TrainingMap(
+            objective=TrainingObjective(trainer, module, list(self.hyperparameters.values())),
+            hyperparameters=self.hyperparameters,
+            penalties=compatibility.gradient_penalties(module),
+            dynamics=make_dynamics(trainer.optimizers[0]),
+            options=options,
+            derivatives=settings.derivatives,
+        )
+        self._stream = T2Stream(
+            source, settings.seed, trainer.global_rank, max(1, trainer.world_size)
+        )
+        self._validation = ValidationObjective(
+            trainer, module, settings.validation_loss, settings.monitor, index
+        )
+        self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
+        verify = partial(_verify, self.training.dynamics)
+        self.recorder = Recorder(trainer, module, callback, self.training, verify)
+
+    def _tuned_options(self) -> dict[str, Hyperparameter | None]:
+        """Returns the optimizer's options to tune, without those that are frozen."""
+        names = self._settings.optimizer_hyperparameters
+        given = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
+        fixed = fixed_options(self._module)
+        return {name: h for name, h in given.items() if f"optimizer.{name}" not in fixed}
+
+    def _make_options(self, tuned: dict[str, Hyperparameter | None]) -> OptimizerOptions | None:
+        """Makes hyperparameters of the optimizer's options that are to be tuned."""
+        options = None
+        if tuned:
+            scheduled = bool(self._trainer.lr_scheduler_configs)
+            options = OptimizerOptions(self._trainer.optimizers[0], tuned, scheduled=scheduled)
+            for h in options.hyperparameters.values():
+                h.to(self._module.device)
+            self.hyperparameters |= options.hyperparameters
+        remember_options(self._module, {} if options is None else options.hyperparameters)
+        return options
+
+    # --------------------------------------------------------------------------------- first batch
+
+    def _first_batch(self, batch: Any, batch_idx: int) -> None:
+        """Makes the checks that need data, then starts the estimators."""
+        training = self.training
+        moment = training.objective.moment(batch, batch_idx)
+        # The forward pass of sharded parameters is itself a collective.
+        with nullcontext() if training.sharded else together():
+            gradients = self._try_losses(moment)
+        if gradients is None or None in gather(None if gradients is None else True):
+            return  # a skipped batch shows nothing; look again at the next
+        served = [
+            Served(
+                copy.copy(estimator),
+                Space(
+                    training,
+                    names,
+                    uses_hessian=estimator.uses_hessian,
+                    window=estimator.window,
+                ),
+            )
+            for estimator, names in self._assigned
+        ]
+        for each in served:
+            each.estimator.setup(each.space)
+        if self._resumed:
+            self._restore(self._resumed, served)
+            self._resumed = {}
+        if any(each.space.replays for each in served):
+            training.derivatives = settle(training, moment, gradients)
+        if self._trainer.accumulate_grad_batches == 1:
+            self.recorder.check.expect(gradients)
+        self.served = served
+
+    def _try_losses(self, moment: Moment) -> list[Tensor | None] | None:
+        """Takes the gradient of both losses once; returns that of the training loss over θ."""
+        training = self.training
+        theta = training.theta
+        versions = [p._version for p in theta]
+        before = [] if training.sharded else [p.detach().clone() for p in theta]
+        batch_t2 = to_device(self._trainer, self._stream.peek(), self._settings.dataloader_idx)
+        self._validation.gradient(batch_t2, self._stream.consumed, theta)
+
+        objective = training.objective
+        gradients = objective.gradient(moment, theta, objective.leaves())
+        findings = compatibility.check_untouched(self._module, theta, versions)
+        if findings:
+            for p, value in zip(theta, before, strict=True):
+                p.data.copy_(value)
+        compatibility.refuse(findings)
+        del before
+        if gradients is None:
+            return None
+        training.in_loss = frozenset(
+            name
+            for name, g in zip(self.hyperparameters, gradients[len(theta) :], strict=True)
+            if g is not None
+        )
+        options = {} if training.options is None else training.options.hyperparameters
+        compatibility.refuse(
+            compatibility.check_dependence(
+                self._module,
+                {n: h for n, h in self.hyperparameters.items() if n not in options},
+                training.in_loss,
+                training.penalties,
+                theta,
+            )
+        )
+        return gradients[: len(theta)]
+
+    # --------------------------------------------------------------------------------------- steps
+
+    def _observing(self) -> list[Served]:
+        """Lists the estimators that need to see the coming step."""
+        should_update = self._settings.should_update
+        return [each for each in self.served if each.observes(self.steps + 1, should_update)]
+
+    def before_batch(self, batch: Any, batch_idx: int) -> None:
+        """Arranges to look at a micro-batch just before it is trained on, θ_t in place."""
+        self.rng.on_batch_start(self._trainer.strategy.root_device)
+        is_seen = not self.served or bool(self._observing())
+        self.recorder.begin((lambda: self._see(batch, batch_idx)) if is_seen else None)
+
+    def _see(self, batch: Any, batch_idx: int) -> None:
+        if not self.served:
+            self._first_batch(batch, batch_idx)
+        observing = self._observing()
+        if not observing:
+            return
+        if self._start is None and any(each.estimator.restart for each in observing):
+            self._start = Snapshot(self.training)
+        self.recorder.see(
+            batch,
+            batch_idx,
+            [(each.space, each.estimator.observe) for each in observing],
+            self.steps + 1,
+            compares=self._settings.should_update(self.steps + 1),
+        )
+
+    def before_step(self) -> None:
+        """Compares the gradient with that of a replay, where that is due."""
+        self.recorder.check.compare(self.steps + 1)
+
+    def after_batch(self) -> Update | None:
+        """Updates λ where the optimizer has stepped and an update is due."""
+        if not self.recorder.stepped:
+            return None
+        self.steps += 1
+        if not (self.served and self._settings.should_update(self.steps)):
+            return None
+        return self._update()
+
+    @torch.no_grad()
+    def _update(self) -> Update | None:
+        """Estimates the hypergradient and moves λ; None where no window is complete."""
+        batch = to_device(self._trainer, self._stream.next(), self._settings.dataloader_idx)
+        validation = ValidationGradient(
+            self.training,
+            self._validation,
+            batch,
+            self._stream.consumed,
+            is_shared=len(self.served) > 1,
+        )
+        gradients: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
+        outcomes: list[str] = []
+        for each in self.served:
+            estimate: Estimate | None = each.estimator.hypergradient(validation)
+            if estimate is None:
+                continue
+            names = each.space.hyperparameters
+            gradients.update(zip(names, estimate.gradients, strict=True))
+            norms.update(zip(names, estimate.norms or (), strict=estimate.norms is not None))
+            outcomes += [] if estimate.outcome is None else [estimate.outcome]
+        is_applied = False
+        if gradients:
+            scale = self.recorder.lr if self._settings.scale_lr_with_model else 1.0
+            found = [gradients.get(name) for name in self.hyperparameters]
+            is_applied = self._hyper_optimizer.step(found, scale)
+        if self._start is not None:
+            self._start.restore()
+            self._start = None
+        if not gradients:
+            return None
+        outcome = ", ".join(outcomes) or None
+        return Update(self.steps, gradients, norms or None, outcome, is_applied)
+
+    # --------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns counters, λ-optimizer and estimators, for a checkpoint."""
+        if not self.served:
+            return self._resumed  # nothing has moved yet
+        options = self.training.options
+        return {
+            "format": FORMAT,
+            "steps": self.steps,
+            "consumed": self._stream.consumed,
+            "hyperparameters": {n: list(h.raw.shape) for n, h in self.hyperparameters.items()},
+            "optimizer": {
+                "kind": type(self._hyper_optimizer.optimizer).__name__,
+                "state": self._hyper_optimizer.state_dict(),
+            },
+            "estimators": [
+                {
+                    "kind": each.estimator.kind,
+                    "names": list(each.space.hyperparameters),
+                    "state": each.estimator.state_dict(),
+                }
+                for each in self.served
+            ],
+            "start": None if self._start is None else self._start.state_dict(),
+            "derivatives": self.training.derivatives,
+            "check": self.recorder.check.state_dict(),
+            "options": {n: {"value": v} for n, v in fixed_options(self._module).items()}
+            | {
+                name: {"value": h().tolist(), "raw": h.raw.clone()}
+                for name, h in (options.hyperparameters if options else {}).items()
+            },
+        }
+
+    def _restore(self, state: dict[str, Any], served: list[Served]) -> None:
+        differences = compatibility.compare_checkpoint(
+            state,
+            FORMAT,
+            self.hyperparameters,
+            [(each.estimator.kind, list(each.space.hyperparameters)) for each in served],
+            type(self._hyper_optimizer.optimizer).__name__,
+        )
+        if self._settings.strict:
+            compatibility.refuse(differences.values())
+        training = self.training
+        self.steps = state["steps"]
+        self._stream.skip_to(state["consumed"])
+        if not differences.keys() & {"hyperparameters", "optimizer"}:
+            self._hyper_optimizer.load_state_dict(state["optimizer"]["state"])
+        if not differences.keys() & {"hyperparameters", "estimator"}:
+            for each, saved in zip(served, state["estimators"], strict=True):
+                each.estimator.load_state_dict(saved["state"])
+            if state["start"] is not None:
+                self._start = Snapshot(training, state["start"])
+            self.recorder.check.load_state_dict(state["check"])
+            if training.is_automatic and state["derivatives"] == "finite_difference":
+                training.derivatives = state["derivatives"]  # it had fallen back
+        if training.options is not None:
+            for name, h in training.options.hyperparameters.items():
+                raw = state["options"].get(name, {"raw": h.raw})["raw"]
+                if raw.shape == h.raw.shape:
+                    h.raw.copy_(raw)
+
+    def close(self) -> None:
+        """Takes all hooks away; the run can then be let go of as a whole."""
+        self.recorder.close()
+
+
+def _verify(dynamics: Dynamics, step: OptimizerStep) -> None:
+    """Refuses an optimizer whose step has no derivative, before it moves θ."""
+    compatibility.refuse(compatibility.check_step(dynamics, step))

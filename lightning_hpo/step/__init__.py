@@ -1,0 +1,26 @@
+"""One training step as a map, and its derivative."""
+
+from lightning_hpo.step.effect import Effect
+from lightning_hpo.step.network import settle
+from lightning_hpo.step.recompute import rebuild
+from lightning_hpo.step.recorder import Observer, Recorder
+from lightning_hpo.step.snapshot import Snapshot
+from lightning_hpo.step.space import Space
+from lightning_hpo.step.step import Step
+from lightning_hpo.step.tangents import Tangents
+from lightning_hpo.step.training_map import TrainingMap
+from lightning_hpo.step.validation import ValidationGradient
+
+__all__ = [
+    "Effect",
+    "Observer",
+    "Recorder",
+    "Snapshot",
+    "Space",
+    "Step",
+    "Tangents",
+    "TrainingMap",
+    "ValidationGradient",
+    "rebuild",
+    "settle",
+]

@@ -1,0 +1,246 @@
+"""From batches to steps: looks at a training while it goes on, and hands each step out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_hpo._tensors import widened
+from lightning_hpo.distributed import local
+from lightning_hpo.dynamics import GradientClipping, OptimizerStep
+from lightning_hpo.regularizers import PenaltyMixin
+from lightning_hpo.shield import Shadow
+from lightning_hpo.step.batches import Batches
+from lightning_hpo.step.hooks import may_change_gradients, may_interfere
+from lightning_hpo.step.replay_check import ReplayCheck
+from lightning_hpo.step.space import Space
+from lightning_hpo.step.step import Step
+from lightning_hpo.step.training_map import TrainingMap
+
+Observer = tuple[Space, Callable[[Step], None]]
+"""An estimator's space, and what is called with each of its steps."""
+
+
+class Recorder:
+    """Watches the optimizer, the clipping and the batches of a training; all between two hooks.
+
+    For each micro-batch: :meth:`begin`, then :meth:`see` with θ_t in place. When the gradient of
+    the step is final, and θ has not moved yet, observers get the step. Afterwards ``stepped`` says
+    whether the optimizer has made it.
+
+    Args:
+        trainer: The trainer, with its optimizer in place.
+        module: The LightningModule.
+        callback: The callback in whose name this happens: its own hooks interfere with nothing.
+        training: What all steps share.
+        verify: Refuses an optimizer whose step has no derivative; called with the first step.
+
+    Attributes:
+        stepped: Whether the optimizer has stepped at the end of this micro-batch.
+        lr: The learning rate of the last step, of the first parameter group.
+        check: Compares gradients with their replays.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        callback: pl.Callback,
+        training: TrainingMap,
+        verify: Callable[[OptimizerStep], None],
+    ) -> None:
+        self.stepped = False
+        self.check = ReplayCheck(training, partial(may_change_gradients, trainer, module, callback))
+        self._trainer = trainer
+        self._module = module
+        self._training = training
+        self._verify = verify
+        self._is_verified = False
+        self._interferes = partial(may_interfere, trainer, module, callback)
+        self._observers: Sequence[Observer] = ()
+        self._batches: Batches | None = None
+        self._clipped: tuple[GradientClipping, list[Tensor | None]] | None = None
+        self._lr: Any = 0.0
+        self._shadow: Shadow | None = None
+        optimizer = training.dynamics.optimizer
+        self._handles: list[RemovableHandle | Shadow] = [
+            optimizer.register_step_pre_hook(self._before_optimizer_step),
+            optimizer.register_step_post_hook(self._after_optimizer_step),
+            self._watch_clipping(),
+        ]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step, of the first parameter group."""
+        return float(self._lr)
+
+    def close(self) -> None:
+        """Takes all hooks away."""
+        self._unshadow()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._observers, self._batches = (), None
+
+    # ------------------------------------------------------------------------------------- batches
+
+    def begin(self, then: Callable[[], None] | None) -> None:
+        """Starts a micro-batch.
+
+        Args:
+            then: Called right before ``training_step``, unless None: after the module's own
+                ``on_train_batch_start``, which Lightning calls after those of all callbacks. Any of
+                them may draw random numbers or set what the loss depends on.
+        """
+        self.stepped = False
+        self._observers = ()
+        self._clipped = None  # of a step that overflowed
+        self.check.forget()
+        self._unshadow()
+        if then is None:
+            return
+        hook = self._module.on_train_batch_start
+
+        def after_the_module(*args: Any, **kwargs: Any) -> Any:
+            self._unshadow()
+            response = hook(*args, **kwargs)
+            if response != -1:  # the module ends the epoch
+                then()
+            return response
+
+        self._shadow = Shadow(self._module, "on_train_batch_start", after_the_module)
+
+    def see(
+        self,
+        batch: Any,
+        batch_idx: int,
+        observers: Sequence[Observer],
+        step: int,
+        *,
+        compares: bool,
+    ) -> None:
+        """Prepares what observers will need of a micro-batch: θ_t is in place.
+
+        Args:
+            batch: The batch, on the device.
+            batch_idx: Its index in the epoch.
+            observers: Who observes the coming step.
+            step: Its number, counted from 1.
+            compares: Whether its gradient may be compared with that of a replay.
+        """
+        training = self._training
+        objective = training.objective
+        accumulated = self._trainer.accumulate_grad_batches
+        self._observers = observers
+        if self._batches is None or batch_idx % accumulated == 0:
+            self._batches = Batches(training)  # what is left of a step that overflowed goes
+        at_once = accumulated > 1 or self.check.forbids_delay or self._interferes()
+        self.check.look_at_hooks()
+        if compares and training.is_one_sided and not at_once and self.check.is_due(step):
+            moment = objective.moment(batch, batch_idx)
+            gradients = objective.gradient(moment, training.theta)
+            self.check.expect(gradients, is_regular=True)
+        replaying = [space for space, _ in observers if space.replays]
+        followed = [tangents for space in replaying for tangents in space.followed]
+        windows = [space.window for space in replaying if not space.followed]
+        is_late = bool(followed) and not at_once
+        if windows:
+            shares = any(window is not None and window > 1 for window in windows)
+            moment = objective.moment(batch, batch_idx, keep=True, share=shares)
+            self._batches.moments.append((moment, 1 / accumulated))
+        elif followed:
+            moment = objective.moment(batch, batch_idx, keep=is_late)
+        if is_late:
+            self.check.watch(moment)
+            self._batches.expect(moment, followed)
+        elif followed:
+            self._batches.multiply(moment, 1 / accumulated, followed)
+
+    # ------------------------------------------------------------------------------------ the step
+
+    def _before_optimizer_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Looks at the step as soon as its gradient is final, which is inside Lightning's closure.
+
+        With a gradient scaler there is no closure, and the gradient is final already.
+        """
+        if self._training.options is not None:
+            self._training.options.set_()
+        if not self._observers and self._is_verified:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._hand_out()
+            return None
+
+        def observed() -> Any:
+            result = closure()
+            self._hand_out()
+            return result
+
+        if len(args) > 1:
+            return (args[0], observed, *args[2:]), kwargs
+        return args, {**kwargs, "closure": observed}
+
+    @torch.no_grad()
+    def _hand_out(self) -> None:
+        """Shows the step to its observers."""
+        point = self._training.dynamics.capture()
+        if not self._is_verified:
+            if isinstance(self._module, PenaltyMixin):
+                self._module.check_penalties_applied()
+            self._verify(point)
+            self._is_verified = True
+        if self._clipped is not None:
+            (point.clipping, point.unclipped), self._clipped = self._clipped, None
+        batches, self._batches = self._batches, None
+        if batches is None:
+            return
+        try:
+            for space, observe in self._observers:
+                is_shared = len(self._observers) > 1
+                observe(Step(space, point, batches.moments, batches, is_shared=is_shared))
+        finally:
+            batches.close()
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.stepped = True
+        lr = optimizer.param_groups[0]["lr"]
+        self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes to it in place
+        if self._training.options is not None:
+            self._training.options.restore_()
+
+    # ------------------------------------------------------------------------------------ clipping
+
+    def _watch_clipping(self) -> Shadow:
+        """Looks at gradients just before they are clipped: penalties and all hooks have acted."""
+        plugin = self._trainer.precision_plugin
+        clip = plugin.clip_gradients
+
+        def watched(optimizer: torch.optim.Optimizer, value: float, algorithm: str) -> None:
+            if self._observers and value > 0:
+                self._keep_unclipped(float(value), by_value=algorithm == "value")
+            clip(optimizer, value, algorithm)  # type: ignore[arg-type]
+
+        return Shadow(plugin, "clip_gradients", watched)
+
+    def _keep_unclipped(self, value: float, *, by_value: bool) -> None:
+        """Keeps the gradient, which the derivative of clipping needs, if anything is clipped."""
+        training = self._training
+        clipping = GradientClipping(value, by_value, training.sharded)
+        gradients = [None if p.grad is None else local(p.grad.detach()) for p in training.theta]
+        if clipping.acts_on(gradients):
+            copies = [None if g is None else widened(g.clone()) for g in gradients]
+            self._clipped = clipping, copies
+
+    def _unshadow(self) -> None:
+        if self._shadow is not None:
+            self._shadow.remove()
+            self._shadow = None

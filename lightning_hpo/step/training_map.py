@@ -1,0 +1,96 @@
+"""What all steps of one training share: the parts of which the map is composed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_hpo._tensors import widened
+from lightning_hpo.distributed import is_sharded, local
+from lightning_hpo.dynamics import Dynamics, OptimizerOptions, OptimizerStep
+from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.objectives import TrainingObjective
+from lightning_hpo.regularizers import Penalty
+
+
+@dataclass
+class TrainingMap:
+    """The parts of s' = Φ(s, clip(∇L_T + Σ λ ∇R), λ), and how its derivatives are taken.
+
+    Where parameters are sharded (``fully_shard``), all that is shaped like θ is a local slice, and
+    gradients of a loss over θ come averaged over the ranks.
+
+    Attributes:
+        objective: L_T without the penalties that act in the gradient.
+        hyperparameters: All λ, by name.
+        penalties: The penalties that act in the gradient.
+        dynamics: The optimizer's step Φ.
+        options: The optimizer's own options that are tuned; None where there are none.
+        derivatives: The name of the backend, or ``"auto"`` before the first product.
+        is_automatic: Whether another backend may take its place where an operator needs it.
+        is_agreed: Whether all ranks use the same backend.
+        in_loss: The names of the λ that the training loss itself depends on.
+        reuses_gradient: Whether the gradient of the real step has been seen to be that of a replay.
+    """
+
+    objective: TrainingObjective
+    hyperparameters: dict[str, Hyperparameter]
+    penalties: list[Penalty]
+    dynamics: Dynamics
+    options: OptimizerOptions | None
+    derivatives: str
+    is_automatic: bool = field(init=False)
+    is_agreed: bool = True
+    in_loss: frozenset[str] = frozenset()
+    reuses_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        self.is_automatic = self.derivatives == "auto"
+        self.sharded = is_sharded(self.theta)
+
+    @property
+    def theta(self) -> list[Tensor]:
+        """The parameters that the optimizer moves, in its order; more may join them."""
+        return self.dynamics.theta
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether one-sided differences may take the place of central ones.
+
+        They reuse the step's own gradient, so it has to be that of the replay to rounding.
+        """
+        in_loss = [self.hyperparameters[name] for name in self.in_loss]
+        return (
+            self.reuses_gradient
+            and self.is_agreed
+            and self.derivatives == "finite_difference"
+            and not self.sharded
+            and self.objective.rounding is None  # √ε would be far too wide
+            and {t.dtype for t in (*self.theta, *(h.raw for h in in_loss))}
+            in ({torch.float32}, {torch.float64})
+            and all(h.difference_step is None for h in in_loss)
+        )
+
+    def penalties_in(self, step: OptimizerStep) -> Iterator[tuple[Penalty, list[int], list[int]]]:
+        """Yields the penalties that acted in a step: on weights that had a gradient.
+
+        Yields:
+            The penalty, the positions of these weights among its own, and those in θ.
+        """
+        positions = {id(p): i for i, p in enumerate(self.theta)}
+        for penalty in self.penalties:
+            found = [
+                (k, i)
+                for k, w in enumerate(penalty.weights)
+                if (i := positions.get(id(w))) is not None and step.gradients[i] is not None
+            ]
+            if found:
+                which, index = zip(*found, strict=True)
+                yield penalty, list(which), list(index)
+
+    def values(self) -> list[Tensor]:
+        """Returns θ as it is now, in float32 or better: the parameters' own memory, or a copy."""
+        return [widened(local(p.detach())) for p in self.theta]

@@ -1,0 +1,99 @@
+"""g_V: the gradient of the validation loss at an update, taken once for all estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hpo._tensors import filled, rows, separate, widened
+from lightning_hpo.distributed import average_, sum_over_shards
+from lightning_hpo.objectives import ValidationObjective
+from lightning_hpo.step.training_map import TrainingMap
+
+
+class ValidationGradient:
+    """g_V = ∇θ L_V(θ_{t+1}) on one held-out batch, taken when it is asked for.
+
+    Args:
+        training: What all steps of the training share.
+        objective: L_V.
+        batch: The batch, on the device.
+        batch_idx: Its index.
+        is_shared: Whether several estimators ask for it. It is then kept, in |θ|, so that it is
+            taken once.
+    """
+
+    def __init__(
+        self,
+        training: TrainingMap,
+        objective: ValidationObjective,
+        batch: Any,
+        batch_idx: int,
+        *,
+        is_shared: bool = False,
+    ) -> None:
+        self._training = training
+        self._objective = objective
+        self._batch = batch
+        self._batch_idx = batch_idx
+        self._is_shared = is_shared
+        self._kept: list[Tensor] | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Returns g_V, averaged over the ranks; zeros where L_V does not depend on a parameter.
+
+        One tensor per parameter, in float32 or better, which may be used as work space.
+        """
+        if self._is_shared:
+            return [g.clone() for g in self._shared()]
+        return self._take()
+
+    def products(self, stacks: Sequence[Tensor | None]) -> list[Tensor]:
+        """Returns ⟨g_V, y⟩ for each parameter, averaged over the ranks.
+
+        Unless it is shared, each part of g_V is freed once it has been multiplied: the whole never
+        exists.
+
+        Args:
+            stacks: Directions y, ``(m, *p.shape)`` for each parameter p, the same on all ranks;
+                None where none is wanted. m may differ between parameters.
+
+        Returns:
+            One tensor ``(m,)`` for each parameter, ``(0,)`` where there is no direction.
+        """
+        training = self._training
+        found: list[Tensor | None]
+        if self._is_shared:
+            found = [
+                None if y is None else rows(y) @ g.flatten().to(y.dtype)
+                for y, g in zip(stacks, self._shared(), strict=True)
+            ]
+        else:
+            found = self._objective.gradient_products(
+                self._batch, self._batch_idx, training.theta, stacks
+            )
+        sizes = [0 if y is None else len(y) for y in stacks]
+        parts = [
+            torch.zeros(size, device=p.device) if dots is None else dots
+            for dots, size, p in zip(found, sizes, training.theta, strict=True)
+        ]
+        total = sum_over_shards(torch.cat(parts), training.sharded)
+        if not (training.sharded or self._is_shared):  # those come averaged
+            average_([total])
+        return list(total.split(sizes))
+
+    def _shared(self) -> list[Tensor]:
+        if self._kept is None:
+            self._kept = self._take()
+        return self._kept
+
+    def _take(self) -> list[Tensor]:
+        theta = self._training.theta
+        gradients = self._objective.gradient(self._batch, self._batch_idx, theta)
+        result = separate([widened(g) for g in filled(gradients, theta)])
+        if not self._training.sharded:
+            average_(result)
+        return result
