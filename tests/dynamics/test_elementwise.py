@@ -292,13 +292,6 @@ def test_blocks_of_elements_are_the_whole(at, monkeypatch):
     torch.testing.assert_close(adjoints[1], adjoints[0], rtol=1e-12, atol=1e-15)
 
 
-class Spelled(Lion):
-    spelling = None
-
-    def sign_(self, x):
-        return self.spelling(x)
-
-
 @pytest.mark.parametrize("spelling", ["sign_", "sign", "sgn_", "sgn", "torch.sgn", "torch.sign"])
 def test_the_sign_has_no_derivative(spelling):
     """What remains is the weight decay of θ, and the momentum.
@@ -307,8 +300,8 @@ def test_the_sign_has_no_derivative(spelling):
     process.
     """
 
-    class Signed(Spelled):
-        def spelling(self, x):
+    class Signed(Lion):
+        def sign_(self, x):
             if spelling.startswith("torch."):
                 return getattr(torch, spelling.removeprefix("torch."))(x)
             return getattr(x, spelling)()
