@@ -36,7 +36,7 @@ _LARGE = 1e6
 
 # The same function for real numbers. The derivative of sgn is a tensor without memory, which ends
 # the process by a segmentation fault inside allow_mutation_on_saved_tensors (torch 2.14).
-_AS_SIGN: dict[Any, Callable[[Tensor], Tensor]] = {
+_AS_SIGN: dict[Any, Callable[..., Tensor]] = {
     torch.sgn: torch.sign,
     Tensor.sgn: Tensor.sign,
     Tensor.sgn_: Tensor.sign_,
@@ -343,14 +343,12 @@ class _Differentiable(TorchFunctionMode):
             return _sqrt(args[0])
         if func is Tensor.sqrt_:
             return args[0].copy_(_sqrt(args[0]))
-        if func in _AS_SIGN:
-            return _AS_SIGN[func](args[0])
         if func is torch.maximum and kwargs.get("out") is not None:
             return kwargs["out"].copy_(torch.maximum(*args))
         if func is Tensor.detach:
             # SGD detaches the first momentum buffer, which cuts dθ/dλ off from that step.
             return args[0]
-        return func(*args, **kwargs)
+        return _AS_SIGN.get(func, func)(*args, **kwargs)
 
 
 def is_elementwise(kind: type[torch.optim.Optimizer]) -> bool:
