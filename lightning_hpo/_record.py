@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from lightning_hpo.hyperparameters import Hyperparameter
-    from lightning_hpo.regularizers import Penalty
+from lightning_hpo.hyperparameters import Hyperparameter
 
 _ATTRIBUTE = "_hpo_record"
 
@@ -24,7 +22,8 @@ class ModuleRecord:
     attributes, whether or not those were copied for it.
 
     Attributes:
-        penalties_in_loss: The penalties that ``penalty()`` sums.
+        penalties_in_loss: The penalties that ``penalty()`` sums; see
+            :class:`~lightning_hpo.regularizers.Penalty`.
         penalties_in_gradient: Those that are added to the gradient.
         penalties_applied: Whether that has happened in the step under way.
         constants_agreed: Whether all processes have the same constants of penalties.
@@ -36,8 +35,8 @@ class ModuleRecord:
         fixed_options: Options of the optimizer that are fixed, by ``optimizer.<option>``.
     """
 
-    penalties_in_loss: tuple[Penalty, ...] = ()
-    penalties_in_gradient: tuple[Penalty, ...] = ()
+    penalties_in_loss: tuple[Any, ...] = ()
+    penalties_in_gradient: tuple[Any, ...] = ()
     penalties_applied: bool = False
     constants_agreed: bool = True
     without_penalty: bool = False

@@ -114,10 +114,10 @@ def test_lambda_stay_equal_over_a_hundred_steps():
 
 def test_no_collective_is_made_between_updates(monkeypatch):
     """Counts the collectives of one process that pretends to be one of several."""
-    from lightning_hpo.step import batches, network, replay_check, tangents, validation
+    from lightning_hpo.step import backends, batches, replay_check, space, tangents, validation
 
     counts = {}
-    places = [("gradient", m) for m in (batches, network, replay_check, validation)]
+    places = [("gradient", m) for m in (backends, batches, replay_check, space, validation)]
     for name, module in (*places, ("hypergradient", tangents)):
         monkeypatch.setattr(
             module, "average_", lambda tensors, n=name: counts.update({n: counts.get(n, 0) + 1})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from lightning_hpo._tensors import separate
 from lightning_hpo.distributed import is_sharded
 
-if TYPE_CHECKING:
-    from lightning_hpo.regularizers.penalty import Penalty
+
+class Keeper(Protocol):
+    """Whatever keeps constants: a :class:`Penalty`."""
+
+    constants: list[Any]
 
 
 class Constants(nn.Module):
@@ -26,7 +29,7 @@ class Constants(nn.Module):
         penalty: The penalty that keeps them.
     """
 
-    def __init__(self, penalty: Penalty) -> None:
+    def __init__(self, penalty: Keeper) -> None:
         super().__init__()
         self.penalty = penalty
 

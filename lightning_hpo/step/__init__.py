@@ -1,7 +1,7 @@
 """One training step as a map, and its derivative."""
 
+from lightning_hpo.step.backends import settle
 from lightning_hpo.step.effect import Effect
-from lightning_hpo.step.network import settle
 from lightning_hpo.step.recompute import rebuild
 from lightning_hpo.step.recorder import Observer, Recorder
 from lightning_hpo.step.snapshot import Snapshot

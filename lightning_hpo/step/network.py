@@ -1,32 +1,19 @@
-"""Products with the Hessian of the loss of one micro-batch, by the backend that can form them."""
+"""Products with the Hessian of the loss of one micro-batch."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_hpo._tensors import filled, holding, separate, stacked_zeros
-from lightning_hpo.derivatives import (
-    BACKENDS,
-    Backend,
-    FiniteDifference,
-    LambdaDifference,
-    Loss,
-    is_missing_derivative,
-)
-from lightning_hpo.distributed import average_, world_size
+from lightning_hpo._tensors import holding, separate, stacked_zeros
+from lightning_hpo.derivatives import Backend, FiniteDifference, Loss
 from lightning_hpo.dynamics import OptimizerStep
-from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.objectives import Moment
+from lightning_hpo.step.backends import Result, make_backend, with_fallback
 from lightning_hpo.step.training_map import TrainingMap
-
-Result = TypeVar("Result")
 
 
 class Network:
@@ -166,66 +153,19 @@ class Network:
         ]
 
     def _multiply(self, product: Callable[..., Result]) -> Result:
-        """Calls ``product(backend, loss, θ, λ)``; falls back where an operator lacks a derivative.
-
-        With the first product of ``"auto"`` all ranks agree. Later, an operator that a rank has not
-        met before makes that rank fall back by itself: its products are as good as those of the
-        others, but no parts of them can be shared.
-        """
-        training = self._training
-        is_first = training.derivatives == "auto"
-        reason = ""
-        try:
-            result = product(*self._open())
-        except RuntimeError as error:
-            if not is_missing_derivative(error):
-                raise
-            if not training.is_automatic:
-                raise RuntimeError(
-                    f"OnlineHPOCallback(derivatives={training.derivatives!r}): an operator of this "
-                    f"model lacks the derivative that this backend needs ({error}). Use "
-                    "derivatives='auto' or 'finite_difference'"
-                ) from error
-            reason = f"{_NO_DOUBLE_BACKWARD}: {error}"
-        if is_first and world_size() > 1:
-            fallen = torch.tensor(float(bool(reason)), device=training.theta[0].device)
-            average_([fallen])
-            reason = reason or (_NO_DOUBLE_BACKWARD if fallen > 0 else "")
-        elif reason:
-            training.is_agreed = world_size() == 1
-        if reason:
-            self.close()
-            training.derivatives = _fall_back(reason)
-            return product(*self._open())
-        if is_first:
-            training.derivatives = "reverse"
-        return result
+        """Calls ``product(backend, loss, θ, λ)``; see :func:`with_fallback`."""
+        return with_fallback(self._training, lambda: product(*self._open()), self.close)
 
     def _open(self) -> tuple[Backend, Loss, list[Tensor], list[Tensor]]:
         """Returns the backend, and the loss as a function of the active θ and of λ."""
         if self._opened is None:
-            backend = self._make_backend()
+            backend = make_backend(
+                self._training, self._names, theta_is_scratch=self._at is not None
+            )
             # On kernels that have the derivatives which the backend needs.
             loss = self._loss(exact=backend.is_exact)
             self._opened = backend, *self._stack.enter_context(loss)
         return self._opened
-
-    def _make_backend(self) -> Backend:
-        training = self._training
-        hyperparameters = [training.hyperparameters[name] for name in self._names]
-        steps = [h.difference_step for h in hyperparameters]
-        backend: Backend
-        if training.derivatives == "finite_difference":
-            backend = FiniteDifference(
-                rounding=training.objective.rounding,
-                reach=[_reach(h) for h in hyperparameters if h.difference_step is None],
-                theta_is_scratch=self._at is not None,
-            )
-        else:
-            exact = "reverse" if training.derivatives == "auto" else training.derivatives
-            backend = BACKENDS[exact]()
-        is_smooth = all(step is None for step in steps)
-        return backend if is_smooth else LambdaDifference(backend, steps)
 
     @contextmanager
     def _loss(self, *, exact: bool) -> Iterator[tuple[Loss, list[Tensor], list[Tensor]]]:
@@ -260,72 +200,6 @@ class Network:
         if (scale := self._training.objective.scale) != 1:
             torch._foreach_div_(result, scale)
         return result
-
-
-_NO_DOUBLE_BACKWARD = "an operator of this model has no double backward"
-
-
-def settle(training: TrainingMap, moment: Moment, gradients: Sequence[Tensor | None]) -> str:
-    """Decides by which backend products are formed, as far as the start of a training can tell.
-
-    ``"auto"`` takes finite differences where the parameters are sharded, or where the kernels that
-    exact backends need draw other random numbers than those of the training: inductor's dropout is
-    not that of eager mode. Else it is decided at the first product.
-
-    Args:
-        training: What all steps of the training share.
-        moment: A micro-batch, at the present θ.
-        gradients: Its gradient, one per parameter, on the kernels of the training.
-
-    Returns:
-        The name of the backend, or still ``"auto"``.
-    """
-    if training.derivatives == "finite_difference":
-        return training.derivatives
-    if training.sharded:
-        return _fall_back("the parameters are sharded")
-    theta = training.theta
-    exact = training.objective.gradient(moment, theta, exact=True) or [None] * len(theta)
-    parts = [
-        torch.stack([(a - b).norm(), b.norm()]).double()
-        for a, b in zip(filled(exact, theta), filled(gradients, theta), strict=True)
-    ]
-    norms = torch.stack(parts).norm(dim=0)
-    average_([norms])  # all ranks must come to the same decision
-    difference, scale = norms.tolist()
-    if not difference > 0.05 * scale:
-        return training.derivatives
-    reason = (
-        "eager mode and the kernels that have second derivatives give another gradient "
-        f"({difference / scale:.0%} apart) than the training's own: they draw other random numbers"
-    )
-    remedy = "with torch.compile, torch._inductor.config.fallback_random = True avoids that"
-    if training.is_automatic:
-        return _fall_back(f"{reason}; {remedy}")
-    warnings.warn(
-        f"OnlineHPOCallback(derivatives={training.derivatives!r}): {reason}, so that "
-        "hypergradients belong to other noise and dropout masks than the step. Use "
-        f"derivatives='auto' or 'finite_difference'; {remedy}",
-        stacklevel=2,
-    )
-    return training.derivatives
-
-
-def _fall_back(reason: str) -> str:
-    """Says once why finite differences are used, and returns their name."""
-    warnings.warn(
-        f"OnlineHPOCallback(derivatives='auto') uses finite differences, because {reason}",
-        stacklevel=2,
-    )
-    return "finite_difference"
-
-
-def _reach(h: Hyperparameter) -> Tensor:
-    """How far differences may move raw λ: until the value has changed by about a tenth."""
-    value, rate = h.constraint.derivatives(h.raw.detach())
-    distance = 0.1 * (value / rate).abs()
-    is_known = torch.isfinite(distance) & (distance > 0)
-    return torch.where(is_known, distance, math.inf)
 
 
 @contextmanager
