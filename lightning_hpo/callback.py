@@ -37,8 +37,9 @@ class OnlineHPOCallback(pl.Callback):
         estimator: How the hypergradient is estimated. Default: ``ClipR()``. A mapping from patterns
             of hyperparameter names to estimators, such as ``{"keep*": T1T2(), "*": ClipR()}``,
             gives each hyperparameter the estimator of the first pattern that fits (``*``, ``?`` and
-            ``[...]`` as in :mod:`fnmatch`). They share replays and validation gradients, and all λ
-            are updated together.
+            ``[...]`` as in :mod:`fnmatch`). They share the copies of batches, and the validation
+            batch with its gradient; tangents share the graph of a replay. All λ are updated
+            together.
         optimizer: Makes the λ-optimizer from the list of raw tensors. Default: Adam with learning
             rate 0.01.
         every_n_steps: Optimizer steps between two updates. Default: the estimator's own horizon (1

@@ -331,10 +331,10 @@ def compare_checkpoint(
         )
     if state.get("format") != version:
         differences["estimator"] = (
-            "The checkpoint was written by another version of lightning_hpo (its callback state "
-            f"has the format {state.get('format', 1)}, expected {version}), whose estimator cannot "
-            "be continued. Resume with that version, or pass strict=False to OnlineHPOCallback to "
-            "go on with a new one"
+            "The checkpoint was written by other code of lightning_hpo (its callback state has the "
+            f"format {state.get('format', 1)}, expected {version}), whose estimator cannot be "
+            "continued. Resume with the version that wrote it, or pass strict=False to "
+            "OnlineHPOCallback to go on with a new one"
         )
     else:
         saved = [(each["kind"], each["names"]) for each in state["estimators"]]
@@ -427,7 +427,7 @@ def _indices(dataset: Any) -> Iterator[Sequence[int]]:
 
 def assign(
     estimators: Mapping[str, Estimator], names: Sequence[str], frozen: Sequence[str]
-) -> tuple[list[tuple[Estimator, list[str]]], list[str]]:
+) -> tuple[list[tuple[str, Estimator, list[str]]], list[str]]:
     """Finds the estimator of each hyperparameter: that of the first pattern that fits its name.
 
     Args:
@@ -436,7 +436,7 @@ def assign(
         frozen: Those that are not, which a pattern may be meant for all the same.
 
     Returns:
-        The estimators that serve any, in the order of the patterns, each with its names; and one
+        The patterns and estimators that serve any, in their order, each with its names; and one
         sentence per finding: names that no pattern matches, and patterns that match nothing, or
         nothing that an earlier one has left.
     """
@@ -461,7 +461,7 @@ def assign(
             f"earlier pattern has left; the names are {list(names)}. Correct or remove them"
         )
     tuned = {pattern: [name for name in own if name in names] for pattern, own in served.items()}
-    return [(estimators[pattern], own) for pattern, own in tuned.items() if own], findings
+    return [(pattern, estimators[pattern], own) for pattern, own in tuned.items() if own], findings
 
 
 def check_arguments(

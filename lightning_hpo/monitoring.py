@@ -36,7 +36,8 @@ class HistoryRecord:
         skipped: How many updates have been skipped so far because their hypergradient was not
             finite, this one included.
         outcome: How the solver of an implicit estimator ended (the value of a
-            :class:`~lightning_hpo.estimators.SolverOutcome`); None for other estimators.
+            :class:`~lightning_hpo.estimators.SolverOutcome`); None for other estimators. Of several
+            estimators, ``"pattern: outcome"`` for each that has one, separated by commas.
     """
 
     step: int

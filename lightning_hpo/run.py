@@ -21,6 +21,7 @@ from lightning_hpo.estimators import Estimate, Estimator
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory
 from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
+from lightning_hpo.regularizers import PenaltyMixin
 from lightning_hpo.rng import ResumedRandomState
 from lightning_hpo.step import (
     Recorder,
@@ -79,8 +80,15 @@ class Finished:
 
 @dataclass
 class Served:
-    """An estimator at work, and what it serves."""
+    """An estimator at work, and what it serves.
 
+    Attributes:
+        pattern: The pattern of names that it was given for.
+        estimator: A copy of the user's.
+        space: θ, and the λ that it serves.
+    """
+
+    pattern: str
     estimator: Estimator
     space: Space
 
@@ -90,6 +98,34 @@ class Served:
         if window is None:
             return step % self.estimator.stride == 0
         return any(should_update(step + i) for i in range(window))
+
+    def estimate(self, validation: ValidationGradient) -> Estimate | None:
+        """Returns the estimate, if its parts are what they must be.
+
+        Raises:
+            TypeError: If it is no :class:`Estimate`.
+            ValueError: If it has other shapes than raw λ.
+        """
+        name = type(self.estimator).__name__
+        estimate = self.estimator.hypergradient(validation)
+        if estimate is None:
+            return None
+        if not isinstance(estimate, Estimate):
+            raise TypeError(
+                f"{name}.hypergradient returned a {type(estimate).__name__}, expected an Estimate "
+                "or None"
+            )
+        expected = [tuple(raw.shape) for raw in self.space.raws]
+        for part in (estimate.gradients, estimate.norms):
+            found = expected if part is None else [tuple(t.shape) for t in part]
+            if found != expected:
+                raise ValueError(
+                    f"{name}.hypergradient returned tensors of the shapes {found}, expected "
+                    f"{expected}: one per hyperparameter of {list(self.space.hyperparameters)}, "
+                    "shaped like its raw tensor; space.split() makes them from one number per "
+                    "scalar"
+                )
+        return estimate
 
 
 @dataclass
@@ -209,6 +245,8 @@ class Run:
     def _first_batch(self, batch: Any, batch_idx: int) -> None:
         """Makes the checks that need data, then starts the estimators."""
         training = self.training
+        if isinstance(self._module, PenaltyMixin):
+            self._module.agree_on_constants()
         moment = training.objective.moment(batch, batch_idx)
         # The forward pass of sharded parameters is itself a collective.
         with nullcontext() if training.sharded else together():
@@ -217,6 +255,7 @@ class Run:
             return  # a skipped batch shows nothing; look again at the next
         served = [
             Served(
+                pattern,
                 copy.copy(estimator),
                 Space(
                     training,
@@ -225,7 +264,7 @@ class Run:
                     window=estimator.window,
                 ),
             )
-            for estimator, names in self._assigned
+            for pattern, estimator, names in self._assigned
         ]
         for each in served:
             each.estimator.setup(each.space)
@@ -329,15 +368,16 @@ class Run:
         )
         gradients: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
-        outcomes: list[str] = []
+        outcomes: dict[str, str] = {}
         for each in self.served:
-            estimate: Estimate | None = each.estimator.hypergradient(validation)
+            estimate = each.estimate(validation)
             if estimate is None:
                 continue
             names = each.space.hyperparameters
             gradients.update(zip(names, estimate.gradients, strict=True))
             norms.update(zip(names, estimate.norms or (), strict=estimate.norms is not None))
-            outcomes += [] if estimate.outcome is None else [estimate.outcome]
+            if estimate.outcome is not None:
+                outcomes[each.pattern] = estimate.outcome
         is_applied = False
         if gradients:
             scale = self.recorder.lr if self._settings.scale_lr_with_model else 1.0
@@ -348,8 +388,11 @@ class Run:
             self._start = None
         if not gradients:
             return None
-        outcome = ", ".join(outcomes) or None
-        return Update(self.steps, gradients, norms or None, outcome, is_applied)
+        parts = [
+            outcome if len(self.served) == 1 else f"{pattern}: {outcome}"
+            for pattern, outcome in outcomes.items()
+        ]
+        return Update(self.steps, gradients, norms or None, ", ".join(parts) or None, is_applied)
 
     # --------------------------------------------------------------------------------------- state
 

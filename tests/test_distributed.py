@@ -90,15 +90,31 @@ class BuiltElsewhere(Sharded):
                     constant += self.global_rank
 
 
+class Hooked(BuiltElsewhere):
+    """Hooks of its own: one that does not call ``super()``, one that has steps replayed at once."""
+
+    def on_fit_start(self):
+        pass
+
+    def on_before_zero_grad(self, optimizer):
+        pass
+
+
+@pytest.mark.filterwarnings("error:.*the gradient differs from that of a replay")
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("kind", [BuiltElsewhere, Hooked])
 @pytest.mark.parametrize("inside_loss", [False, True])
-def test_the_constants_of_a_penalty_are_those_of_the_first_rank(inside_loss):
+def test_the_constants_of_a_penalty_are_those_of_the_first_rank(inside_loss, kind, accumulated):
     """As its weights are, which DDP sends to the others."""
 
     def run(devices):
-        model = BuiltElsewhere("momentum", inside_loss=inside_loss)
+        model = kind("momentum", inside_loss=inside_loss)
         callback = OnlineHPOCallback(ClipR(2.0), optimizer=lambda raw: torch.optim.SGD(raw, lr=3.0))
         make_trainer(
-            callbacks=callback, devices=devices, strategy="ddp_fork" if devices > 1 else "auto"
+            callbacks=callback,
+            devices=devices,
+            strategy="ddp_fork" if devices > 1 else "auto",
+            accumulate_grad_batches=accumulated,
         ).fit(model)
         theta = torch.cat([p.detach().flatten() for p in model.net.parameters()])
         return theta, model.near.raw

@@ -21,12 +21,13 @@ from lightning_hpo import (
     T1T2,
     ClipR,
     GaussianNoiseMixin,
+    Hyperparameter,
     Implicit,
     OnlineHPOCallback,
     UnrollK,
     freeze,
 )
-from lightning_hpo.estimators import Estimator
+from lightning_hpo.estimators import Estimate, Estimator
 
 
 class Noisy(GaussianNoiseMixin, Mlp):
@@ -272,3 +273,39 @@ def test_products_and_tangents_do_not_mix():
 
     with pytest.raises(RuntimeError, match="its batches were not kept"):
         observe(Both(), Mlp(), steps=1)
+
+
+def test_outcomes_stand_beside_their_patterns():
+    callback = observe({"l2*": Implicit(), "noise": Implicit("neumann", 2), "x": T1T2()}, Named())
+    assert callback.history[0].outcome == "l2*: negative curvature, noise: iteration limit"
+
+
+class Named(Noisy):
+    def __init__(self):
+        super().__init__()
+        self.x = Hyperparameter(1.0)
+
+    def training_step(self, batch, batch_idx):
+        return self.x() * super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (lambda found: found.gradients, TypeError, "returned a list, expected an Estimate or None"),
+        (lambda found: Estimate(found.gradients[:1]), ValueError, r"\[\(\)\], expected \[\(\), "),
+        (
+            lambda found: Estimate([g.reshape(1) for g in found.gradients]),
+            ValueError,
+            r"shapes \[\(1,\).*space.split",
+        ),
+        (lambda found: Estimate(found.gradients, []), ValueError, r"shapes \[\], expected"),
+    ],
+)
+def test_an_estimate_of_another_shape_is_refused(answer, error, message):
+    class Wrong(T1T2):
+        def hypergradient(self, validation):
+            return answer(super().hypergradient(validation))
+
+    with pytest.raises(error, match=message):
+        observe(Wrong(), Mlp(), steps=1)

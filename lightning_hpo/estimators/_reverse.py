@@ -8,7 +8,7 @@ from typing import Any
 from lightning_hpo.distributed import world_size
 from lightning_hpo.dynamics import THETA, State
 from lightning_hpo.estimators.base import Estimate
-from lightning_hpo.step import Space, Step, ValidationGradient, rebuild
+from lightning_hpo.step import Space, Step, ValidationGradient
 
 # Windows up to this length keep every step.
 KEPT_STEPS = 256
@@ -78,7 +78,8 @@ class Window:
         """Makes the steps since the last one that was kept again, if they are thinned."""
         if self._steps[-1].is_thinned:
             kept = max(i for i, step in enumerate(self._steps) if not step.is_thinned)
-            self._steps[kept + 1 :] = rebuild(self._steps[kept], self._steps[kept + 1 :])
+            for i in range(kept + 1, len(self._steps)):
+                self._steps[i] = self._steps[i].remade(self._steps[i - 1])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the steps of the window, where they can be saved, and their number.

@@ -31,7 +31,8 @@ class Estimator(ABC):
     """Estimates dL_V/dλ, the total derivative along the training as far back as it can see.
 
     Each training works on a shallow copy of its own, which is dropped at the end: :meth:`setup` may
-    set any attribute, and what the constructor has set is never changed. For every optimizer step
+    set any attribute. Lists and dicts that the constructor has made are shared with the original;
+    what changes belongs into :meth:`setup`. For every optimizer step
     that the estimator asks for, :meth:`observe` gets the :class:`Step` when the gradient is final
     and θ has not moved; where an update is due, :meth:`hypergradient` follows after θ has moved to
     θ_{t+1}. ``examples/extending.md`` writes one.

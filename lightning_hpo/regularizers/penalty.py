@@ -176,7 +176,7 @@ class Penalty(ABC):
 
     def total(self, weights: Sequence[Tensor]) -> Tensor:
         """Returns R(w), the sum over all weights; an override may need fewer kernels."""
-        values = [self.value(w, c) for w, c in zip(weights, self.constants, strict=True)]
+        values = [self.value(w, self._constant(k, w)) for k, w in enumerate(weights)]
         return torch.stack(values).sum()
 
     def term(self) -> Tensor:
@@ -198,7 +198,7 @@ class Penalty(ABC):
             which: The positions of the weights in :attr:`weights`.
             weights: Their values.
         """
-        return [self.gradient(w, self.constants[k]) for k, w in zip(which, weights, strict=True)]
+        return [self.gradient(w, self._constant(k, w)) for k, w in zip(which, weights, strict=True)]
 
     def add_gradient_(
         self, which: Sequence[int], gradients: Sequence[Tensor], weights: Sequence[Tensor]
@@ -284,6 +284,13 @@ class Penalty(ABC):
         wide = torch.promote_types(first.dtype, torch.float32)
         return first * torch.stack(dots).sum(0).to(wide)
 
+    def _constant(self, k: int, weight: Tensor) -> Any:
+        """Returns what is kept for the k-th weight, in the precision of a value of that weight."""
+        constant = self.constants[k]
+        if isinstance(constant, tuple):
+            return tuple(_like(part, weight) for part in constant)
+        return None if constant is None else _like(constant, weight)
+
     def _strength(self) -> tuple[Tensor, Tensor]:
         """Returns λ and λ' as scalars."""
         value, first = self.hyperparameter.constraint.derivatives(self.raw)
@@ -299,10 +306,15 @@ class Penalty(ABC):
     ) -> None:
         """Adds ``factor`` times ∇²R u to the result, in place."""
         products = [
-            self.hvp(w, d, self.constants[k]) for k, w, d in zip(which, weights, u, strict=True)
+            self.hvp(w, d, self._constant(k, w)) for k, w, d in zip(which, weights, u, strict=True)
         ]
         pairs = [(t, p) for t, p in zip(result, products, strict=True) if p is not None]
         add_scaled_([t for t, _ in pairs], [p for _, p in pairs], factor)
+
+
+def _like(constant: Tensor, weight: Tensor) -> Tensor:
+    """Estimators hold θ in float32 where the weights themselves are in half precision."""
+    return constant.to(weight.dtype) if constant.is_floating_point() else constant
 
 
 class _Term(torch.autograd.Function):
@@ -397,7 +409,15 @@ class PenaltyMixin(pl.LightningModule):
         constraint: Constraint | None,
     ) -> None:
         """See :meth:`register_penalty`; errors name the caller."""
-        template = kind() if isinstance(kind, type) and issubclass(kind, Penalty) else kind
+        template: Any = kind
+        if isinstance(kind, type) and issubclass(kind, Penalty):
+            try:
+                template = kind()
+            except TypeError as error:
+                raise TypeError(
+                    f"{caller}: {kind.__name__} cannot be made without arguments ({error}); pass "
+                    f"an instance, {kind.__name__}(...), instead of the class"
+                ) from None
         if not isinstance(template, Penalty):
             raise TypeError(
                 f"{caller}: kind={kind!r}, expected a subclass of Penalty or an instance of one"
@@ -470,7 +490,7 @@ class PenaltyMixin(pl.LightningModule):
         """Adds the gradients of the penalties; an override must call ``super()``."""
         super().on_before_optimizer_step(optimizer)
         with torch.no_grad():
-            self._agree_on_constants()
+            self.agree_on_constants()
             for penalty in self.gradient_penalties:
                 weights = penalty.weights
                 if penalty.has_constants:
@@ -483,6 +503,11 @@ class PenaltyMixin(pl.LightningModule):
                 )
         update_record(self, penalties_applied=True)
 
+    def on_fit_start(self) -> None:
+        """Lets all processes have the same constants; an override calls ``super()``."""
+        super().on_fit_start()
+        self.agree_on_constants()
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps the optimizer, then checks that the penalties took part in the step.
 
@@ -491,12 +516,17 @@ class PenaltyMixin(pl.LightningModule):
                 call ``super()``.
         """
         update_record(self, penalties_applied=False)
-        self._agree_on_constants()
+        self.agree_on_constants()
         super().optimizer_step(*args, **kwargs)
         self.check_penalties_applied()
 
-    def _agree_on_constants(self) -> None:
-        """Takes the constants of the first process on all, as DDP does its weights; once."""
+    def agree_on_constants(self) -> None:
+        """Takes the constants of the first process on all, as DDP does its weights; once.
+
+        All processes must call it together. It happens at the start of a fit, and for an override
+        of :meth:`on_fit_start` that does not call ``super()``, before the first batch under the
+        callback, or at the first step without it.
+        """
         if record_of(self).constants_agreed:
             return
         if world_size() > 1 and self.trainer.world_size > 1:

@@ -2,7 +2,6 @@
 
 from lightning_hpo.step.backends import settle
 from lightning_hpo.step.effect import Effect
-from lightning_hpo.step.recompute import rebuild
 from lightning_hpo.step.recorder import Observer, Recorder
 from lightning_hpo.step.snapshot import Snapshot
 from lightning_hpo.step.space import Space
@@ -21,6 +20,5 @@ __all__ = [
     "Tangents",
     "TrainingMap",
     "ValidationGradient",
-    "rebuild",
     "settle",
 ]

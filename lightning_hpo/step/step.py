@@ -14,6 +14,7 @@ from lightning_hpo._tensors import add_scaled_, rows, stacked_zeros
 from lightning_hpo.distributed import sum_over_shards
 from lightning_hpo.dynamics import (
     THETA,
+    GenericDynamics,
     GradientClipping,
     OptimizerStep,
     State,
@@ -26,7 +27,7 @@ from lightning_hpo.dynamics import (
 from lightning_hpo.objectives import Moment, is_plain
 from lightning_hpo.step.batches import Batches
 from lightning_hpo.step.effect import Effect
-from lightning_hpo.step.network import Network
+from lightning_hpo.step.network import Network, in_place
 from lightning_hpo.step.space import Space
 from lightning_hpo.step.tangents import Tangents
 
@@ -38,9 +39,9 @@ class Step:
         s' = Φ(s, ĝ, λ),   ĝ = clip(g),   g = Σ_batches weight · ∇L_T + Σ_penalties λ ∇R
 
     An estimator gets it right before θ moves. :meth:`jvp_` is used then; what is to be
-    differentiated after the step is :meth:`kept`, or made into an :meth:`effect`. Nobody else
-    composes network, penalties, clipping, optimizer and tuned options; by which backend products
-    are formed, and when, is decided here.
+    differentiated after the step is :meth:`kept`, or made into an :meth:`effect`. Nothing outside
+    of this package composes network, penalties, clipping, optimizer and tuned options; by which
+    backend products are formed, and when, is decided here.
 
     Attributes:
         space: θ, and the λ with respect to which it is differentiated.
@@ -299,7 +300,7 @@ class Step:
         Args:
             is_first: Whether only ḡ and λ̄ will be asked for, since before this step θ does not
                 depend on λ. ∂Φ/∂g then takes the place of the gradient and the state.
-            rebuilds: Whether steps after this one are :meth:`thinned`, and will be made again.
+            rebuilds: Whether steps after this one are :meth:`thinned`, and will be :meth:`remade`.
             through_optimizer: See the attribute.
         """
         dynamics = self.space.training.dynamics
@@ -340,6 +341,45 @@ class Step:
     def is_thinned(self) -> bool:
         """Whether θ has been left out."""
         return not self.point.theta
+
+    def remade(self, before: Step) -> Step:
+        """Makes a thinned step again from the complete one before it; costs a gradient.
+
+        The gradient is taken again with the same batches and random draws, and gets the penalties
+        and the clipping; θ and the state are those to which the optimizer's own formula leads.
+        """
+        training = self.space.training
+        theta, state = GenericDynamics(training.dynamics.optimizer).advance(before.point)
+        gradients = self._regularized_gradient(theta)
+        unclipped = None
+        if self.point.clipping is not None:
+            unclipped = [None if g is None else g.clone() for g in gradients]
+            self.point.clipping.clip_(gradients)
+        point = replace(
+            self.point, theta=theta, state=state, gradients=gradients, unclipped=unclipped
+        )
+        return replace(self, point=point)
+
+    def _regularized_gradient(self, theta: list[Tensor]) -> list[Tensor | None]:
+        """Returns g at θ, before clipping."""
+        training = self.space.training
+        active = [i for i, g in enumerate(self.point.gradients) if g is not None]
+        own = [training.theta[i] for i in active]
+        result: list[Tensor | None] = [None] * len(theta)
+        for i in active:
+            result[i] = torch.zeros_like(theta[i])
+        total = [g for g in result if g is not None]
+        with in_place(training.theta, theta, active):
+            for moment, weight in self.moments:
+                parts = training.objective.gradient(moment, own)
+                for part, whole in zip(parts or (), total, strict=bool(parts)):
+                    if part is not None:
+                        whole.add_(part, alpha=weight)
+        self.space.average_(total)
+        for penalty, which, index in training.penalties_in(self.point):
+            own = [total[active.index(i)] for i in index]
+            penalty.add_gradient_(which, own, [theta[i] for i in index])
+        return result
 
     def _after(self, point: OptimizerStep, through_optimizer: bool = True) -> Step:
         return Step(self.space, point, list(self.moments), None, through_optimizer)

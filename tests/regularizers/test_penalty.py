@@ -560,3 +560,47 @@ def test_a_penalty_needs_a_value():
 
     with pytest.raises(TypeError, match="abstract"):
         Mlp().register_penalty(Empty, 0.1, name="own")
+
+
+class Mahalanobis(Penalty):
+    """½ λ ⟨w − w₀, (w − w₀) C⟩: a matrix product with what is kept."""
+
+    def constant(self, weight):
+        n = weight.shape[-1]
+        return weight.detach().clone(), torch.eye(n) + torch.ones(n, n)
+
+    def value(self, weight, constant):
+        start, matrix = constant
+        difference = weight - start
+        return 0.5 * ((difference @ matrix) * difference).sum()
+
+
+@pytest.mark.parametrize(
+    "make", [T1T2, ClipR, lambda: Implicit(damping=5.0), lambda: UnrollK(2, "reverse")]
+)
+def test_constants_come_in_the_precision_of_the_weights_that_a_penalty_gets(make):
+    """Estimators hold θ in float32 where the weights are in half precision."""
+
+    class Half(Mlp):
+        def __init__(self):
+            super().__init__("sgd")
+            self.register_penalty(Mahalanobis, 0.5)
+
+    found = [
+        observe(make(), Half(), steps=4, precision=precision).history[-1]
+        for precision in ("bf16-true", "64-true")
+    ]
+    half, exact = (record.hypergradients["mahalanobis"].item() for record in found)
+    assert half == pytest.approx(exact, rel=0.1)
+
+
+def test_a_penalty_that_needs_arguments_is_passed_as_an_instance():
+    with pytest.raises(TypeError, match=r"pass an instance, EWC\(\.\.\.\), instead of the class"):
+        Mlp().register_penalty(EWC, 0.1)
+
+
+def test_the_name_of_a_penalty_is_that_of_its_class():
+    model = Mlp()
+    model.register_penalty(L2SP, init=0.1, granularity="layer", parameters=["net.0.weight"])
+    model.register_penalty(L2Penalty, 0.1, inside_loss=True, name="other")
+    assert named_hyperparameters(model).keys() >= {"l2sp.net.0", "other"}
