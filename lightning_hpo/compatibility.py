@@ -532,7 +532,8 @@ def check_arguments(
             f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
             "tensors to a torch.optim.Optimizer"
         )
-    if isinstance(dataloader, (Dataset, Iterator)):
+    is_loader = isinstance(dataloader, CombinedLoader)  # an iterator, but one that begins anew
+    if isinstance(dataloader, (Dataset, Iterator)) and not is_loader:
         raise TypeError(
             f"OnlineHPOCallback: dataloader is a {type(dataloader).__name__}, expected a "
             "DataLoader, or another iterable of batches that can be iterated again and again"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache, partial
 from itertools import count
-from types import FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,8 +37,9 @@ _CLOSED = {
     *("multiprocessing", "threading", "logging"),
     *("lightning", "lightning_fabric", "pytorch_lightning"),
 }
+# Of these a copy goes on where they are, and takes nothing from them.
 _ITERATORS: tuple[type, ...] = (
-    *(type(iter(kind())) for kind in (list, tuple, str, bytes, partial(range, 0))),
+    *(type(iter(sequence)) for sequence in ([], (), "", b"", range(0))),
     count,
 )
 _MISSING = object()
@@ -108,7 +109,7 @@ class PrivateState:
         """Puts a copy in the place of an iterator, which cannot be put back itself."""
         if isinstance(iterator, _BaseDataLoaderIter):
             stand_in = None  # a second iterator over the loader would reset the workers of this one
-        elif isinstance(iterator, _ITERATORS):
+        elif isinstance(iterator, _ITERATORS) and holder is not None:
             stand_in = copy(iterator)
         else:
             self._warn(name, iterator)
@@ -190,6 +191,11 @@ class _Found:
             self._waiting += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, MethodType):
             self._waiting += [value.__self__, value.__func__]
+        elif isinstance(value, BuiltinMethodType):
+            self._waiting.append(value.__self__)
+        elif _is_position(value):
+            if not any(known is value for _, _, known in self.iterators):
+                self.iterators.append((None, type(value).__name__, value))
         elif isinstance(value, FunctionType):
             self._function(value)
         elif type(value).__module__.partition(".")[0] not in _CLOSED:
@@ -332,8 +338,13 @@ class _Found:
         self._waiting.append(value)
 
     def _iterator(self, holder: Any, name: Any, value: Any) -> None:
-        if isinstance(value, Iterator) and not hasattr(value, "__dict__"):
+        if _is_position(value):
             self.iterators.append((holder, name, value))
+
+
+def _is_position(value: Any) -> bool:
+    """Whether an object is an iterator that shows nothing of itself."""
+    return isinstance(value, Iterator) and not hasattr(value, "__dict__")
 
 
 @lru_cache(maxsize=1024)
