@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
@@ -404,11 +405,17 @@ def _metrics_with_graphs(module: nn.Module) -> Iterator[None]:
     """Lets ``update`` of metrics keep the graph of what it is given: one may be logged as L_V."""
     metrics = [m for m in module.modules() if isinstance(m, Metric)]
     before = [m._enable_grad for m in metrics]
+    collections = [m for m in module.modules() if isinstance(m, MetricCollection)]
     for metric in metrics:
         metric._enable_grad = True
+    for collection in collections:
+        # By default it copies states that its metrics share, and a graph cannot be copied.
+        vars(collection)["items"] = partial(collection.items, copy_state=False)
     try:
         yield
     finally:
+        for collection in collections:
+            del vars(collection)["items"]
         for metric, enable in zip(metrics, before, strict=True):
             metric._enable_grad = enable
 

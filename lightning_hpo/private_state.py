@@ -39,7 +39,11 @@ _CLOSED = {
 }
 # Of these a copy goes on where they are, and takes nothing from them.
 _ITERATORS: tuple[type, ...] = (
-    *(type(iter(sequence)) for sequence in ([], (), "", b"", range(0))),
+    type(iter([])),
+    type(iter(())),
+    type(iter("")),
+    type(iter(b"")),
+    type(iter(range(0))),
     count,
 )
 _MISSING = object()

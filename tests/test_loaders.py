@@ -141,7 +141,7 @@ def test_a_wrapped_loader_with_persistent_workers():
     assert [first, *(b[0].tolist() for b in users)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-# ----------------------------------------------------------------------------------- several loaders
+# ---------------------------------------------------------------------------------- several loaders
 
 
 def shifted(shift):
