@@ -46,17 +46,21 @@ class OnlineHPOCallback(pl.Callback):
             for T1T2 and ClipR, K for UnrollK); of several estimators, the longest.
         warmup_steps: Optimizer steps before the first update; tangents advance meanwhile.
         dataloader: Held-out batches. Default: ``hpo_dataloader()`` of the module or the datamodule,
-            else the validation dataloader, reshuffled.
+            else the validation dataloader, reshuffled. Several loaders, in a list or a dict, count
+            as those of the validation do; a ``CombinedLoader`` makes batches of batches in any mode
+            but ``"sequential"``.
         derivatives: ``"auto"``, ``"reverse"``, ``"forward"`` or ``"finite_difference"``; see
             :mod:`lightning_hpo.derivatives`. ``"auto"`` takes ``"reverse"`` where the model
             supports it and falls back to finite differences, saying so once.
         scale_lr_with_model: Multiplies the λ-optimizer's learning rate c by the model's learning
             rate η in force at that step (that of its first parameter group): c·η of Algorithm 1 of
             the online-HPO paper.
-        validation_loss: L_V as a function of the module and a batch. Default: what
-            ``validation_step`` returns, or else logs under ``monitor``.
-        monitor: The name under which ``validation_step`` logs its loss, where it returns none.
-        dataloader_idx: Which of several validation dataloaders to draw from.
+        validation_loss: L_V as a function of the module and a batch. Default: that of
+            ``validation_step``.
+        monitor: The name under which ``validation_step`` logs its loss, a tensor or a metric.
+            Default: what it returns, or else logs as ``val_loss``, ``valid_loss`` or
+            ``validation_loss``.
+        dataloader_idx: Which of several dataloaders to draw from, of the validation or given.
         seed: Seed of the order in which held-out batches are drawn.
         strict: Whether a checkpoint of other hyperparameters, or of another estimator, is refused.
             With False the training goes on with what fits: the states of the λ-optimizer and of
@@ -89,7 +93,7 @@ class OnlineHPOCallback(pl.Callback):
         derivatives: compatibility.Derivatives = "auto",
         scale_lr_with_model: bool = False,
         validation_loss: Callable[[pl.LightningModule, Any], Tensor] | None = None,
-        monitor: str = "val_loss",
+        monitor: str | None = None,
         dataloader_idx: int = 0,
         seed: int = 0,
         optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter] = (),

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
@@ -96,6 +97,45 @@ def check_trainer(
             "be differentiated"
         )
     return findings
+
+
+def check_steps(module: pl.LightningModule) -> list[str]:
+    """Refuses training steps whose batch is not known before they run."""
+    if not is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return []
+    return [
+        f"{type(module).__name__}.training_step takes a dataloader_iter, and fetches its batch "
+        "itself, so that it cannot be replayed. Let it take (batch, batch_idx)"
+    ]
+
+
+class SkippedBatches:
+    """Warns where batches that are None change how gradients accumulate."""
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+        self._warned = False
+
+    def look(self, batch_idx: int, accumulated: int) -> None:
+        """Looks at the index of a micro-batch that Lightning trains on.
+
+        Lightning clears the gradient with the first micro-batch of a window. Where that is None,
+        the gradient of the window before stays in the next.
+        """
+        last, self._last = self._last, batch_idx
+        if self._warned or accumulated == 1 or last is None:
+            return
+        last = -1 if last >= batch_idx else last  # another epoch
+        first = batch_idx - batch_idx % accumulated
+        if last < first < batch_idx:
+            self._warned = True
+            warnings.warn(
+                f"OnlineHPOCallback: batch {first} was None, the first of a window of "
+                f"accumulate_grad_batches={accumulated}; Lightning then adds the gradient of the "
+                "window before once more, which hypergradients leave out. Let the loader leave "
+                "such batches out instead of yielding None",
+                stacklevel=2,
+            )
 
 
 def check_strategy(strategy: Any) -> list[str]:
@@ -492,7 +532,8 @@ def check_arguments(
             f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
             "tensors to a torch.optim.Optimizer"
         )
-    if isinstance(dataloader, (Dataset, Iterator)):
+    is_loader = isinstance(dataloader, CombinedLoader)  # an iterator, but one that begins anew
+    if isinstance(dataloader, (Dataset, Iterator)) and not is_loader:
         raise TypeError(
             f"OnlineHPOCallback: dataloader is a {type(dataloader).__name__}, expected a "
             "DataLoader, or another iterable of batches that can be iterated again and again"

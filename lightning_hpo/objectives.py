@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,13 +15,16 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
 from lightning_hpo._trainer import counted_as, stage
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
+from lightning_hpo.held_out import HeldOutBatch
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.kernels import (
     differentiable_checkpoints,
@@ -31,6 +35,8 @@ from lightning_hpo.kernels import (
 from lightning_hpo.regularizers.penalty import PenaltyMixin
 from lightning_hpo.rng import RandomState
 from lightning_hpo.shield import ModuleState, Shield, capture_state, own_attributes
+from lightning_hpo.validation_entry import ValidationEntry
+from lightning_hpo.validation_value import DetachedMetric, check_loss, find_loss
 
 _EPS_BF16 = torch.finfo(torch.bfloat16).eps
 _EPS_FP16 = torch.finfo(torch.float16).eps
@@ -278,15 +284,15 @@ class ValidationObjective:
     """L_V(θ; batch): the unregularized loss on held-out data, in evaluation mode.
 
     The loss is, in this order: ``loss_function(module, batch)`` where one is given; what
-    ``validation_step`` returns (a tensor, or a mapping with ``"loss"``); the value that it logs
-    under ``monitor``.
+    ``validation_step`` logs under ``monitor`` where that is given; what it returns (a scalar, or a
+    mapping with ``"loss"``); what it logs under ``val_loss``, ``valid_loss`` or
+    ``validation_loss``. A logged metric counts by its value on the batch.
 
     Args:
         trainer: The trainer.
         module: The LightningModule.
         loss_function: See above.
         monitor: The name under which ``validation_step`` logs its loss.
-        dataloader_idx: Passed to a ``validation_step`` that takes it.
     """
 
     def __init__(
@@ -294,30 +300,41 @@ class ValidationObjective:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         loss_function: Callable[[pl.LightningModule, Any], Tensor] | None = None,
-        monitor: str = "val_loss",
-        dataloader_idx: int = 0,
+        monitor: str | None = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._loss_function = loss_function
         self._monitor = monitor
-        self._dataloader_idx = dataloader_idx
         self._shield = Shield(trainer, module)
+        self._entry = ValidationEntry(trainer, module)
+        self._metrics_keep_graphs = False
 
-    def gradient(self, batch: Any, batch_idx: int, theta: Sequence[Tensor]) -> list[Tensor | None]:
+    def settle(self, batch: HeldOutBatch, theta: Sequence[Tensor]) -> None:
+        """Finds out which of the module's hooks can be called, before anything has moved."""
+        with self._shield(), stage(self._trainer, RunningStage.VALIDATING):
+            self._entry.settle(batch, theta)
+
+    def gradient(self, batch: HeldOutBatch, theta: Sequence[Tensor]) -> list[Tensor | None]:
         """Takes the gradient of L_V at the parameters in place.
 
         Raises:
             MisconfigurationException: If there is no loss, it is not a scalar, or it does not
                 depend on the parameters.
         """
-        with self._at(batch, batch_idx) as (loss, scale):
-            return _unscaled(gradient(loss, theta), scale)
+        try:
+            with self._at(batch) as (loss, scale):
+                return _unscaled(gradient(loss, theta), scale)
+        except DetachedMetric:
+            if self._metrics_keep_graphs:
+                raise
+        # Only where it is needed: metrics compute without graphs, and some can do nothing else.
+        self._metrics_keep_graphs = True
+        return self.gradient(batch, theta)
 
     def gradient_products(
         self,
-        batch: Any,
-        batch_idx: int,
+        batch: HeldOutBatch,
         theta: Sequence[Tensor],
         stacks: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
@@ -326,11 +343,11 @@ class ValidationObjective:
         Raises:
             MisconfigurationException: As for :meth:`gradient`.
         """
-        with self._at(batch, batch_idx) as (loss, scale):
+        with self._at(batch) as (loss, scale):
             return _unscaled(gradient_products(loss, theta, stacks), scale)
 
     @contextmanager
-    def _at(self, batch: Any, batch_idx: int) -> Iterator[tuple[Tensor, float]]:
+    def _at(self, batch: HeldOutBatch) -> Iterator[tuple[Tensor, float]]:
         """Gives L_V times the factor of the gradient scaler, and that factor."""
         module = self._module
         logged: dict[str, Any] = {}
@@ -346,14 +363,14 @@ class ValidationObjective:
             differentiable_checkpoints(),
             self._shield(log=log),
             stage(self._trainer, RunningStage.VALIDATING),
+            self._entry(batch),
+            _metrics_with_graphs(module) if self._metrics_keep_graphs else nullcontext(),
         ):
-            module.eval()
             for part in module.modules():
                 if isinstance(part, PenaltyMixin):
                     update_record(part, without_penalty=True)
             with self._trainer.precision_plugin.val_step_context():
-                output, origin = self._evaluate(copy_batch(batch), batch_idx, logged)
-            loss = _check_validation_loss(output, origin)
+                loss = self._evaluate(batch, logged)
             # As in training: without its factor, gradients in float16 would vanish.
             scale = _scaler_factor(self._trainer)
             if scale != 1:
@@ -361,47 +378,61 @@ class ValidationObjective:
             with without_hooks(module.parameters()):
                 yield loss * scale, scale
 
-    def _evaluate(self, batch: Any, batch_idx: int, logged: dict[str, Any]) -> tuple[Any, str]:
-        """Returns the loss, and where it comes from."""
+    def _evaluate(self, held_out: HeldOutBatch, logged: dict[str, Any]) -> Tensor:
         module = self._module
+        batch = copy_batch(held_out.batch)
         if self._loss_function is not None:
-            return self._loss_function(module, batch), "the loss function"
+            return check_loss(self._loss_function(module, batch), "the loss function")
+        step = module.validation_step
         origin = f"{type(module).__name__}.validation_step"
-        arguments = _step_arguments(module.validation_step, batch, batch_idx, self._dataloader_idx)
-        output: Any = module.validation_step(*arguments)
-        if isinstance(output, dict):
-            output = output.get("loss")
-        if output is None:
-            output = logged.get(self._monitor)
-            origin += f", logged as {self._monitor!r},"
-        if output is None:
-            raise MisconfigurationException(
-                f"{type(module).__name__}.validation_step returned no loss and logged "
-                f"{sorted(logged) or 'nothing'}. Return the loss (a tensor, or a dict with "
-                "'loss'), or pass monitor= (the name under which it is logged) or "
-                "validation_loss= (a function of the module and a batch) to OnlineHPOCallback"
-            )
-        return output, origin
+        if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+            item = batch, held_out.batch_idx, held_out.dataloader_idx or 0
+            try:
+                output: Any = step(iter([item]))
+            except StopIteration:
+                raise MisconfigurationException(
+                    f"{origin} takes more than one batch from its dataloader_iter, which a "
+                    "held-out batch cannot give. Take one, or pass "
+                    "validation_loss=lambda module, batch: ... to OnlineHPOCallback"
+                ) from None
+        else:
+            output = step(*_validation_arguments(step, batch, held_out))
+        return find_loss(output, logged, self._monitor, origin)
 
 
-def _check_validation_loss(value: Any, origin: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise MisconfigurationException(
-            f"The validation loss of {origin} is a {type(value).__name__}, expected a tensor with "
-            "a graph; do not call .item() on it"
-        )
-    if value.numel() != 1:
-        raise MisconfigurationException(
-            f"The validation loss of {origin} has shape {tuple(value.shape)}, expected a scalar; "
-            "reduce it, for example with .mean()"
-        )
-    if not value.requires_grad:
-        raise MisconfigurationException(
-            f"The validation loss of {origin} is detached from the parameters. Compute it without "
-            "torch.no_grad() and without .detach(); Lightning itself disables gradients where they "
-            "are not needed"
-        )
-    return value.reshape(())
+@contextmanager
+def _metrics_with_graphs(module: nn.Module) -> Iterator[None]:
+    """Lets ``update`` of metrics keep the graph of what it is given: one may be logged as L_V."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    before = [m._enable_grad for m in metrics]
+    collections = [m for m in module.modules() if isinstance(m, MetricCollection)]
+    for metric in metrics:
+        metric._enable_grad = True
+    for collection in collections:
+        # By default it copies states that its metrics share, and a graph cannot be copied.
+        vars(collection)["items"] = partial(collection.items, copy_state=False)
+    try:
+        yield
+    finally:
+        for collection in collections:
+            del vars(collection)["items"]
+        for metric, enable in zip(metrics, before, strict=True):
+            metric._enable_grad = enable
+
+
+def _validation_arguments(
+    step: Callable[..., Any], batch: Any, held_out: HeldOutBatch
+) -> tuple[Any, ...]:
+    """Returns (batch, batch_idx, dataloader_idx) as Lightning gives them to a validation step.
+
+    A step that insists on a dataloader_idx gets one, though there be only one loader.
+    """
+    index = held_out.dataloader_idx
+    needed = inspect.signature(step).parameters.get("dataloader_idx")
+    if index is None and needed is not None and needed.default is needed.empty:
+        index = 0
+    given = (batch, held_out.batch_idx) if index is None else (batch, held_out.batch_idx, index)
+    return _step_arguments(step, *given)
 
 
 def _step_arguments(step: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:

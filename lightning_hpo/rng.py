@@ -74,6 +74,23 @@ def forked_rng(device: torch.device, state: RandomState | None = None) -> Iterat
         before.restore(device)
 
 
+@contextmanager
+def seeded_rng(device: torch.device, seed: int, k: int) -> Iterator[int]:
+    """Runs a block under random numbers that belong to item k of a stream.
+
+    Yields:
+        The seed, below 2³².
+    """
+    with forked_rng(device):
+        own = (seed * 1_000_003 + k) % 2**32
+        torch.default_generator.manual_seed(own)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(own)
+        np.random.seed(own)  # noqa: NPY002
+        random.seed(own)
+        yield own
+
+
 class ResumedRandomState:
     """Puts the random state of a checkpoint in place, when the training that was saved would go on.
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lightning_hpo import compatibility
-from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.dynamics import Dynamics, OptimizerOptions, OptimizerStep, make_dynamics
 from lightning_hpo.estimators import Estimate, Estimator
+from lightning_hpo.held_out import HeldOut
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory
 from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
@@ -47,7 +47,7 @@ class Settings:
     derivatives: str
     scale_lr_with_model: bool
     validation_loss: Callable[[pl.LightningModule, Any], Tensor] | None
-    monitor: str
+    monitor: str | None
     dataloader_idx: int
     seed: int
     optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter]
@@ -183,24 +183,31 @@ class Run:
         self._trainer = trainer
         self._module = module
         self._resumed = resumed.state
+        self._skips = compatibility.SkippedBatches()
         self._start: Snapshot | None = None  # where the window began, if θ is to return there
         known = named_hyperparameters(module)
         self.hyperparameters = {name: h for name, h in known.items() if not h.frozen}
         tuned = self._tuned_options()
-        index = settings.dataloader_idx
-        source = find_t2_source(trainer, module, settings.dataloader, index)
+        self._held_out = HeldOut(
+            trainer,
+            module,
+            settings.dataloader,
+            settings.dataloader_idx,
+            settings.seed,
+            moves=settings.validation_loss is not None,
+        )
         names = [*self.hyperparameters, *(f"optimizer.{option}" for option in tuned)]
         frozen = [*(known.keys() - self.hyperparameters), *fixed_options(module)]
         self._assigned, findings = compatibility.assign(settings.estimators, names, frozen)
+        findings += compatibility.check_steps(module)
         findings += compatibility.check_trainer(trainer, module, names, settings.derivatives)
         findings += compatibility.check_example_weights(module, trainer.train_dataloader)
-        if source is None:
+        if not self._held_out.is_found:
             findings.append(
                 "There are no held-out (T2) data. Pass dataloader=, define hpo_dataloader() on the "
                 "module or the datamodule, or give the Trainer a validation dataloader"
             )
         compatibility.refuse(findings)
-        assert source is not None
 
         options = self._make_options(tuned)
         self.training = TrainingMap(
@@ -211,11 +218,8 @@ class Run:
             options=options,
             derivatives=settings.derivatives,
         )
-        self._stream = T2Stream(
-            source, settings.seed, trainer.global_rank, max(1, trainer.world_size)
-        )
         self._validation = ValidationObjective(
-            trainer, module, settings.validation_loss, settings.monitor, index
+            trainer, module, settings.validation_loss, settings.monitor
         )
         self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
         verify = partial(_verify, self.training.dynamics)
@@ -283,8 +287,9 @@ class Run:
         theta = training.theta
         versions = [p._version for p in theta]
         before = [] if training.sharded else [p.detach().clone() for p in theta]
-        batch_t2 = to_device(self._trainer, self._stream.peek(), self._settings.dataloader_idx)
-        self._validation.gradient(batch_t2, self._stream.consumed, theta)
+        held_out = self._held_out.peek()
+        self._validation.settle(held_out, theta)
+        self._validation.gradient(held_out, theta)
 
         objective = training.objective
         gradients = objective.gradient(moment, theta, objective.leaves())
@@ -323,6 +328,7 @@ class Run:
     def before_batch(self, batch: Any, batch_idx: int) -> None:
         """Arranges to look at a micro-batch just before it is trained on, θ_t in place."""
         self.rng.on_batch_start(self._trainer.strategy.root_device)
+        self._skips.look(batch_idx, self._trainer.accumulate_grad_batches)
         is_seen = not self.served or bool(self._observing())
         self.recorder.begin((lambda: self._see(batch, batch_idx)) if is_seen else None)
 
@@ -348,7 +354,7 @@ class Run:
 
     def after_batch(self) -> Update | None:
         """Updates λ where the optimizer has stepped and an update is due."""
-        if not self.recorder.stepped:
+        if not self.recorder.take_step():
             return None
         self.steps += 1
         if not (self.served and self._settings.should_update(self.steps)):
@@ -358,12 +364,10 @@ class Run:
     @torch.no_grad()
     def _update(self) -> Update | None:
         """Estimates the hypergradient and moves λ; None where no window is complete."""
-        batch = to_device(self._trainer, self._stream.next(), self._settings.dataloader_idx)
         validation = ValidationGradient(
             self.training,
             self._validation,
-            batch,
-            self._stream.consumed,
+            self._held_out.next(),
             is_shared=len(self.served) > 1,
         )
         gradients: dict[str, Tensor] = {}
@@ -404,7 +408,7 @@ class Run:
         return {
             "format": FORMAT,
             "steps": self.steps,
-            "consumed": self._stream.consumed,
+            "consumed": self._held_out.consumed,
             "hyperparameters": {n: list(h.raw.shape) for n, h in self.hyperparameters.items()},
             "optimizer": {
                 "kind": type(self._hyper_optimizer.optimizer).__name__,
@@ -440,7 +444,7 @@ class Run:
             compatibility.refuse(differences.values())
         training = self.training
         self.steps = state["steps"]
-        self._stream.skip_to(state["consumed"])
+        self._held_out.skip_to(state["consumed"])
         if not differences.keys() & {"hyperparameters", "optimizer"}:
             self._hyper_optimizer.load_state_dict(state["optimizer"]["state"])
         if not differences.keys() & {"hyperparameters", "estimator"}:

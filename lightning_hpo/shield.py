@@ -13,11 +13,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_hpo.distributed import is_sharded, reshard
+from lightning_hpo.muted_logger import MutedLogger
 from lightning_hpo.rng import RandomState, forked_rng
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
@@ -110,7 +110,7 @@ class Shield:
                         metrics += self._swap_metrics(module)
                     if isinstance(module, pl.LightningModule):
                         _mute(module, log or _nothing)
-                trainer.loggers = [DummyLogger() for _ in loggers]
+                trainer.loggers = [MutedLogger(each) for each in loggers]  # type: ignore[misc]
                 for p, _ in grads:
                     p.grad = None
                 yield

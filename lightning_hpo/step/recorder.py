@@ -42,7 +42,6 @@ class Recorder:
         verify: Refuses an optimizer whose step has no derivative; called with the first step.
 
     Attributes:
-        stepped: Whether the optimizer has stepped at the end of this micro-batch.
         lr: The learning rate of the last step, of the first parameter group.
         check: Compares gradients with their replays.
     """
@@ -55,7 +54,7 @@ class Recorder:
         training: TrainingMap,
         verify: Callable[[OptimizerStep], None],
     ) -> None:
-        self.stepped = False
+        self._stepped = False
         self.check = ReplayCheck(training, partial(may_change_gradients, trainer, module, callback))
         self._trainer = trainer
         self._module = module
@@ -80,6 +79,14 @@ class Recorder:
         """The learning rate of the last step, of the first parameter group."""
         return float(self._lr)
 
+    def take_step(self) -> bool:
+        """Tells once whether the optimizer has stepped, at the end of a micro-batch.
+
+        Lightning ends batches that it never began: those that are None.
+        """
+        stepped, self._stepped = self._stepped, False
+        return stepped
+
     def close(self) -> None:
         """Takes all hooks away."""
         self._unshadow()
@@ -98,7 +105,7 @@ class Recorder:
                 ``on_train_batch_start``, which Lightning calls after those of all callbacks. Any of
                 them may draw random numbers or set what the loss depends on.
         """
-        self.stepped = False
+        self._stepped = False
         self._observers = ()
         self._clipped = None  # of a step that overflowed
         self.check.forget()
@@ -211,7 +218,7 @@ class Recorder:
             batches.close()
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self.stepped = True
+        self._stepped = True
         lr = optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes to it in place
         if self._training.options is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import filled, rows, separate, widened
 from lightning_hpo.distributed import average_, sum_over_shards
+from lightning_hpo.held_out import HeldOutBatch
 from lightning_hpo.objectives import ValidationObjective
 from lightning_hpo.step.training_map import TrainingMap
 
@@ -20,8 +20,7 @@ class ValidationGradient:
     Args:
         training: What all steps of the training share.
         objective: L_V.
-        batch: The batch, on the device.
-        batch_idx: Its index.
+        batch: The held-out batch.
         is_shared: Whether several estimators ask for it. It is then kept, in |θ|, so that it is
             taken once.
     """
@@ -30,15 +29,13 @@ class ValidationGradient:
         self,
         training: TrainingMap,
         objective: ValidationObjective,
-        batch: Any,
-        batch_idx: int,
+        batch: HeldOutBatch,
         *,
         is_shared: bool = False,
     ) -> None:
         self._training = training
         self._objective = objective
         self._batch = batch
-        self._batch_idx = batch_idx
         self._is_shared = is_shared
         self._kept: list[Tensor] | None = None
 
@@ -72,9 +69,7 @@ class ValidationGradient:
                 for y, g in zip(stacks, self._shared(), strict=True)
             ]
         else:
-            found = self._objective.gradient_products(
-                self._batch, self._batch_idx, training.theta, stacks
-            )
+            found = self._objective.gradient_products(self._batch, training.theta, stacks)
         sizes = [0 if y is None else len(y) for y in stacks]
         parts = [
             torch.zeros(size, device=p.device) if dots is None else dots
@@ -92,7 +87,7 @@ class ValidationGradient:
 
     def _take(self) -> list[Tensor]:
         theta = self._training.theta
-        gradients = self._objective.gradient(self._batch, self._batch_idx, theta)
+        gradients = self._objective.gradient(self._batch, theta)
         result = separate([widened(g) for g in filled(gradients, theta)])
         if not self._training.sharded:
             average_(result)

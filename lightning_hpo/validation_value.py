@@ -1,0 +1,110 @@
+"""Where L_V comes from: what a validation step returns, and what it logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torchmetrics import Metric
+
+# The names under which a loss is looked for where none was given.
+NAMES = ("val_loss", "valid_loss", "validation_loss")
+
+_REMEDY = (
+    "Return the loss (a tensor, or a dict with 'loss'), or pass monitor= (the name under which it "
+    "is logged) or validation_loss=lambda module, batch: ... (the loss itself) to OnlineHPOCallback"
+)
+
+
+class DetachedMetric(MisconfigurationException):
+    """A metric was logged as L_V, and its value has no graph."""
+
+
+def find_loss(output: Any, logged: Mapping[str, Any], monitor: str | None, origin: str) -> Tensor:
+    """Finds the loss of a validation step.
+
+    An explicit ``monitor`` wins. Then come a returned scalar with a graph, or ``"loss"`` of a
+    returned dict, and what is logged under ``val_loss``, ``valid_loss`` or ``validation_loss``.
+
+    Args:
+        output: What the step returned.
+        logged: What it logged, by name.
+        monitor: The callback's argument.
+        origin: Whose loss it is, for messages.
+
+    Returns:
+        A tensor of no dimension, with a graph.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    if monitor is not None:
+        if monitor not in logged:
+            raise MisconfigurationException(
+                f"{origin} returned no loss and logged {sorted(logged) or 'nothing'}. {_REMEDY}"
+                if output is None
+                else f"{origin} does not log monitor={monitor!r}; it logged "
+                f"{sorted(logged) or 'nothing'}. {_REMEDY}"
+            )
+        return check_loss(logged[monitor], f"{origin}, logged as {monitor!r},")
+    returned = output.get("loss") if isinstance(output, Mapping) else output
+    if _is_loss(returned):
+        return check_loss(returned, origin)
+    name = next((name for name in NAMES if name in logged), None)
+    if name is not None:
+        return check_loss(logged[name], f"{origin}, logged as {name!r},")
+    if returned is None:
+        raise MisconfigurationException(
+            f"{origin} returned no loss and logged {sorted(logged) or 'nothing'}. {_REMEDY}"
+        )
+    return check_loss(returned, origin)
+
+
+def check_loss(value: Any, origin: str) -> Tensor:
+    """Returns a loss without dimensions; refuses what is no scalar with a graph.
+
+    Raises:
+        MisconfigurationException: See above.
+    """
+    is_metric = isinstance(value, Metric)
+    if is_metric:
+        value = _value_of(value)
+    if not isinstance(value, Tensor):
+        raise MisconfigurationException(
+            f"The validation loss of {origin} is a {type(value).__name__}, expected a tensor with "
+            f"a graph; do not call .item() on it. {_REMEDY}"
+        )
+    if value.numel() != 1:
+        raise MisconfigurationException(
+            f"The validation loss of {origin} has shape {tuple(value.shape)}, expected a scalar; "
+            f"reduce it, for example with .mean(). {_REMEDY}"
+        )
+    if not value.requires_grad:
+        kind = ", a metric whose value has no graph," if is_metric else ""
+        error = DetachedMetric if is_metric else MisconfigurationException
+        raise error(
+            f"The validation loss of {origin}{kind} is detached from the parameters. Compute it "
+            "without torch.no_grad() and without .detach(); Lightning itself disables gradients "
+            "where they are not needed. Or pass validation_loss=lambda module, batch: ... to "
+            "OnlineHPOCallback"
+        )
+    return value.reshape(())
+
+
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad
+
+
+def _value_of(metric: Metric) -> Any:
+    """Returns the value of a metric on the present batch, of which it has seen no other."""
+    if isinstance(metric._forward_cache, Tensor) and metric._forward_cache.requires_grad:
+        return metric._forward_cache
+    # Other processes compute theirs at other times, and sharing it would lose the graph.
+    to_sync, metric._to_sync = metric._to_sync, False
+    metric._computed = None
+    try:
+        return metric.compute()
+    finally:
+        metric._to_sync = to_sync
