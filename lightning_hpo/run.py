@@ -29,6 +29,7 @@ from lightning_hpo.step import (
     Space,
     TrainingMap,
     ValidationGradient,
+    read_as_numbers,
     settle,
 )
 from lightning_hpo.values import fixed_options, remember_options
@@ -306,6 +307,7 @@ class Run:
             for name, g in zip(self.hyperparameters, gradients[len(theta) :], strict=True)
             if g is not None
         )
+        training.in_loss |= read_as_numbers(training, moment)
         options = {} if training.options is None else training.options.hyperparameters
         compatibility.refuse(
             compatibility.check_dependence(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from lightning_hpo._tensors import stacked_zeros
 from lightning_hpo.derivatives.backend import direction_count
+from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.derivatives.loss import Loss
 
 
@@ -21,10 +22,14 @@ class Forward:
 
         tangent: d/dε ∇θL(θ + εu, λ + εe)        adjoint: d/dε ∇(θ,λ)L(θ + εu, λ)
 
-    at ε = 0: the loss is called with dual tensors in the place of θ and λ.
+    at ε = 0: the loss is called with dual tensors in the place of θ and λ. Parameters that it also
+    reaches by another path (a list, a closure, the optimizer) are found by their gradient; the loss
+    is then evaluated again with these themselves made dual, for which they are written to, with
+    what they hold.
 
     Cost: 3.6–5.3 gradients of the loss per direction (measured on CPU); nothing is shared between
-    directions or calls.
+    directions or calls. One more evaluation per call, and one more tangent of them in memory, where
+    there are such parameters.
 
     Source: Pearlmutter (1994), whose R{·} operator this is.
     """
@@ -73,31 +78,70 @@ def _products(
     if not targets:
         return []
     products = stacked_zeros(targets, m)
+    direct: set[int] = set()
     for j in range(m):
-        with torch.enable_grad(), forward_ad.dual_level():
-            dual_theta = _duals(theta, u, j)
-            dual_lam = _duals(lam, e, j)
-            value = loss(dual_theta, dual_lam)
-            if value is None:
-                continue
-            gradients = torch.autograd.grad(
-                value, [*dual_theta, *dual_lam][wanted], allow_unused=True
-            )
-            for product, gradient in zip(products, gradients, strict=True):
-                if gradient is None:
-                    continue
-                tangent = forward_ad.unpack_dual(gradient).tangent
-                if tangent is not None:
-                    # A forward derivative can come in float64 for a float32 model: copy_ casts.
-                    product[j].copy_(tangent.detach())
+        at = ([d[j] for d in u] if u else None, [d[j] for d in e] if e else None)
+        tangents, missed = _evaluate(loss, theta, lam, *at, wanted, direct)
+        while missed:
+            direct |= missed
+            tangents, missed = _evaluate(loss, theta, lam, *at, wanted, direct)
+        for product, tangent in zip(products, tangents, strict=True):
+            if tangent is not None:
+                # A forward derivative can come in float64 for a float32 model: copy_ casts.
+                product[j].copy_(tangent)
     return products
 
 
-def _duals(primals: Sequence[Tensor], directions: Sequence[Tensor] | None, j: int) -> list[Tensor]:
-    leaves = [p.detach().requires_grad_() for p in primals]
-    if not directions:
+def _evaluate(
+    loss: Loss,
+    theta: Sequence[Tensor],
+    lam: Sequence[Tensor],
+    u: Sequence[Tensor] | None,
+    e: Sequence[Tensor] | None,
+    wanted: slice,
+    direct: Set[int],
+) -> tuple[list[Tensor | None], set[int]]:
+    """Returns the derivatives of ∇L along one direction, and which θ the duals do not stand for.
+
+    Args:
+        loss: L.
+        theta: θ.
+        lam: λ.
+        u: The direction in θ.
+        e: The direction in λ.
+        wanted: A slice of (θ, λ).
+        direct: The positions of the θ that are made dual themselves.
+    """
+    with torch.enable_grad(), forward_ad.dual_level():
+        dual_theta, dual_lam = _duals(theta, u, direct), _duals(lam, e)
+        value = loss(dual_theta, dual_lam)
+        if value is None:
+            return [None] * len([*theta, *lam][wanted]), set()
+        others = [i for i in range(len(theta)) if i not in direct]
+        duals = [*dual_theta, *dual_lam][wanted]
+        gradients = gradient(value, [*duals, *(theta[i] for i in others)])
+        tangents = [
+            None if g is None else forward_ad.unpack_dual(g).tangent
+            for g in gradients[: len(duals)]
+        ]
+        reached = zip(others, gradients[len(duals) :], strict=True)
+        missed = {i for i, g in reached if g is not None}
+        return [None if t is None else t.detach() for t in tangents], missed
+
+
+def _duals(
+    primals: Sequence[Tensor], direction: Sequence[Tensor] | None, direct: Set[int] = frozenset()
+) -> list[Tensor]:
+    """Returns leaves with tangents: new ones, but for those that are made dual themselves."""
+    leaves = [p if i in direct else p.detach().requires_grad_() for i, p in enumerate(primals)]
+    if not direction:
         return leaves
-    return [
-        forward_ad.make_dual(leaf, direction[j].to(leaf, non_blocking=True))
-        for leaf, direction in zip(leaves, directions, strict=True)
-    ]
+    duals = []
+    for leaf, part, primal in zip(leaves, direction, primals, strict=True):
+        tangent = part.to(leaf, non_blocking=True)
+        if leaf is primal:
+            with torch.no_grad():  # only an operator that writes can give it a tangent
+                duals.append(leaf.copy_(forward_ad.make_dual(leaf.detach(), tangent)))
+        else:
+            duals.append(forward_ad.make_dual(leaf, tangent))
+    return duals

@@ -1,11 +1,6 @@
 """Regularizers with tunable strengths: one file each, with its layer and its mixin."""
 
-from lightning_hpo.regularizers.dropout import (
-    DropoutMixin,
-    StackedRNN,
-    TunableDropout,
-    keep_probability,
-)
+from lightning_hpo.regularizers.dropout import DropoutMixin
 from lightning_hpo.regularizers.example_weight import ExampleWeightMixin, IndexedDataset
 from lightning_hpo.regularizers.l1 import L1Mixin, L1Penalty
 from lightning_hpo.regularizers.l2 import L2Mixin, L2Penalty
@@ -13,6 +8,8 @@ from lightning_hpo.regularizers.label_smoothing import LabelSmoothing
 from lightning_hpo.regularizers.loss_weight import LossWeightMixin
 from lightning_hpo.regularizers.noise import GaussianNoise, GaussianNoiseMixin
 from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
+from lightning_hpo.regularizers.stacked_rnn import StackedRNN
+from lightning_hpo.regularizers.tunable_dropout import TunableDropout, keep_probability
 
 __all__ = [
     "DropoutMixin",

@@ -1,91 +1,32 @@
-"""Dropout with a tunable keep probability."""
+"""Turns the dropout of a module into tunable dropout."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_hpo.hyperparameters import Hyperparameter, UnitInterval
+from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
-
-# In logits. The variance with common draws falls as 1/ε and the bias grows as ε²; independent masks
-# have about 1/ε times that variance.
-_DIFFERENCE_STEP = 0.05
+from lightning_hpo.regularizers.live_rate import follow_keep_probability, is_following
+from lightning_hpo.regularizers.stacked_rnn import StackedRNN
+from lightning_hpo.regularizers.tunable_dropout import TunableDropout, keep_probability
 
 # Their number of spatial dimensions.
-_KINDS: dict[type[nn.Module], int] = {
+_SPATIAL: dict[type[nn.Module], int] = {
     nn.Dropout: 0,
     nn.Dropout1d: 1,
     nn.Dropout2d: 2,
     nn.Dropout3d: 3,
 }
 
-
-def keep_probability(init: float) -> Hyperparameter:
-    """Makes a keep probability: a logit, whose derivative is taken by differences.
-
-    Args:
-        init: Initial keep probability (1 − drop rate), strictly between 0 and 1.
-
-    Raises:
-        ValueError: If ``init`` is not within the margins of :class:`UnitInterval`.
-    """
-    return Hyperparameter(init, UnitInterval(), difference_step=_DIFFERENCE_STEP)
-
-
-class TunableDropout(nn.Module):
-    r"""Keeps each unit with probability λ and scales it by 1/λ, in training only.
-
-        y = x · 1[u < λ] / λ,   u ~ U(0, 1)
-
-    One u is drawn per unit whatever λ is, so the masks at λ + ε and λ − ε are coupled as in
-    eq. 10 of the online-HPO paper (§3.5.2): they differ only where u lies between the two. The
-    derivative with respect to λ is the central difference over λ with common u.
-
-    Args:
-        keep: The keep probability: its initial value, or what :func:`keep_probability` returned, to
-            share it between layers.
-        spatial: 0 drops units; 1, 2 and 3 drop channels as ``nn.Dropout1d``, ``2d`` and ``3d`` do,
-            for inputs with and without a batch dimension.
-
-    Raises:
-        ValueError: If the keep probability is not between 0 and 1, or is a
-            :class:`Hyperparameter` of another kind.
-    """
-
-    def __init__(self, keep: float | Hyperparameter, spatial: int = 0) -> None:
-        super().__init__()
-        if not isinstance(keep, Hyperparameter):
-            keep = keep_probability(keep)
-        elif not isinstance(keep.constraint, UnitInterval) or keep.difference_step is None:
-            raise ValueError(
-                f"TunableDropout: keep={keep}, expected a number, or what keep_probability(0.5) "
-                "returns: the derivative with respect to it must be taken by differences"
-            )
-        self.keep = keep
-        self.spatial = spatial
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns a tensor of the shape of ``x``; ``x`` itself in evaluation mode."""
-        if not self.training:
-            return x
-        keep: Tensor = self.keep().to(x.dtype)
-        mask = torch.rand(self._mask_shape(x), dtype=x.dtype, device=x.device) < keep.detach()
-        scaled: Tensor = x * (mask / keep)
-        return scaled
-
-    def _mask_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Returns one entry per unit, or per example and channel."""
-        if self.spatial == 0:
-            return tuple(x.shape)
-        # nn.Dropout2d takes three dimensions for (N, C, L); the others allow for a missing batch.
-        unbatched = self.spatial != 2 and x.dim() == self.spatial + 1
-        leading = 1 if unbatched else 2
-        return (*x.shape[:leading], *[1] * (x.dim() - leading))
+# Under what names modules of elsewhere keep their drop rate.
+_RATES = ("p", "dropout", "drop_prob", "dropout_p", "drop_rate")
 
 
 class DropoutMixin(pl.LightningModule):
@@ -104,44 +45,42 @@ class DropoutMixin(pl.LightningModule):
         tied: bool = True,
         at: Sequence[str] | None = None,
     ) -> None:
-        """Replaces dropout layers in place. Call it after the network has been built.
+        """Makes dropout layers tunable, in place. Call it after the network has been built.
 
-        Replaced are ``nn.Dropout``, ``nn.Dropout1d``, ``2d``, ``3d``, and ``nn.LSTM`` and
-        ``nn.GRU`` with dropout between their layers, which become stacks of single layers with the
-        same weights (:class:`StackedRNN`; the names of their parameters change).
+        ``nn.Dropout``, ``nn.Dropout1d``, ``2d`` and ``3d`` are replaced, ``nn.LSTM`` and
+        ``nn.GRU`` with dropout between their layers become stacks of single layers with the same
+        weights (:class:`StackedRNN`; the names of their parameters change). The other modules of
+        torch that drop out, and subclasses of all of them, stay what they are and read their rate
+        from the keep probability: ``nn.AlphaDropout``, ``nn.FeatureAlphaDropout``, ``nn.RNN``,
+        ``nn.MultiheadAttention`` (as in ``nn.TransformerEncoderLayer``).
+
+        Layers with a rate of 0 are left out, as is what drops out under another class (paths,
+        blocks), or by a number that a module passes to a function; a warning names them. ``at``
+        tunes them all the same.
 
         Args:
-            init: Initial *keep* probability, 1 − p of the layers replaced. Default: theirs.
+            init: Initial *keep* probability, 1 − p of the layers found. Default: theirs.
             name: The attribute under which the keep probabilities are registered, and the first
                 part of their names.
             tied: Whether all layers share one keep probability, named ``name``. Otherwise there is
                 one each, named ``name.<module>``.
-            at: The dotted names of the layers to replace. Default: all.
+            at: The dotted names of the modules, or of numbers that modules keep as attributes
+                (``"encoder.layers.0.attention_dropout"``). Default: all modules of torch's kinds.
 
         Raises:
-            ValueError: If there is nothing to replace, a named module does not exist (the closest
+            ValueError: If there is nothing to tune, a named module does not exist (the closest
                 names are listed) or is no dropout, ``name`` is taken, the keep probability is not
                 between 0 and 1, or layers with different rates are to share one without ``init``.
         """
         check_free_name("register_dropout", self, name)
-        found = {path: m for path, m in self.named_modules() if _rate(m) is not None}
-        if at is not None:
-            find_modules("register_dropout", self, at)
-            wrong = [path for path in at if path not in found]
-            if wrong:
-                raise ValueError(
-                    f"register_dropout: {wrong} are no dropout layers; {type(self).__name__} has "
-                    f"{list(found) or 'none'}"
-                )
-            found = {path: found[path] for path in at}
-        if not found:
+        found = _named(self, at) if at is not None else _found(self, init is not None)
+        keeps = {path: 1.0 - site.rate if init is None else init for path, site in found.items()}
+        off = [path for path, keep in keeps.items() if keep == 1.0]
+        if off and init is None:
             raise ValueError(
-                f"register_dropout: {type(self).__name__} has no nn.Dropout, and no nn.LSTM or "
-                "nn.GRU with dropout between its layers; call it after the network has been built"
+                f"register_dropout: {_listed(off)} have a rate of 0, from which a keep probability "
+                "cannot start; pass init=, a keep probability below 1"
             )
-        keeps = {
-            path: 1.0 - (_rate(m) or 0.0) if init is None else init for path, m in found.items()
-        }
         if tied and len(set(keeps.values())) > 1:
             raise ValueError(
                 f"register_dropout: the layers have different keep probabilities, {keeps}; pass "
@@ -149,117 +88,158 @@ class DropoutMixin(pl.LightningModule):
             )
         shared = keep_probability(next(iter(keeps.values()))) if tied else None
         made = {path: shared or keep_probability(keep) for path, keep in keeps.items()}
-        for path, module in found.items():
-            replacement = _replacement(module, made[path]).train(module.training)
-            parent, _, leaf = path.rpartition(".")
-            setattr(self.get_submodule(parent), leaf, replacement)
+        for path, site in found.items():
+            site.tune(self, made[path])
             if shared is None:
                 attach(self, f"{name}.{path}", made[path])
         if shared is not None:
             attach(self, name, shared)
 
 
-def _rate(module: nn.Module) -> float | None:
-    """Returns the drop rate of a module that can be replaced, else None."""
-    if type(module) in _KINDS:
-        return float(module.p)  # type: ignore[arg-type]
-    if type(module) in (nn.LSTM, nn.GRU) and module.num_layers > 1 and module.dropout > 0:  # type: ignore[operator]
-        return float(module.dropout)  # type: ignore[arg-type]
-    return None
+@dataclass
+class _Site:
+    """A place with dropout: a module, and the attribute that holds its rate."""
 
-
-def _replacement(module: nn.Module, keep: Hyperparameter) -> nn.Module:
-    if isinstance(module, (nn.LSTM, nn.GRU)):
-        return StackedRNN(module, keep)
-    return TunableDropout(keep, _KINDS[type(module)])
-
-
-def _rows(
-    hx: Tensor | tuple[Tensor, Tensor] | None, rows: slice
-) -> Tensor | tuple[Tensor, Tensor] | None:
-    """Picks one layer's part of the states of all layers."""
-    if hx is None or isinstance(hx, Tensor):
-        return None if hx is None else hx[rows]
-    return hx[0][rows], hx[1][rows]
-
-
-_RNN_ATTRIBUTES = (
-    "mode",
-    "input_size",
-    "hidden_size",
-    "num_layers",
-    "bias",
-    "batch_first",
-    "bidirectional",
-    "proj_size",
-)
-
-
-class StackedRNN(nn.Module):
-    """An ``nn.LSTM`` or ``nn.GRU`` as single layers with tunable dropout in between.
-
-    Called, and returning, as the module that it replaces, PackedSequence included; it has the same
-    attributes (``hidden_size``, ``num_layers`` …).
-
-    Args:
-        rnn: The module to take apart. Its parameters are copied.
-        keep: The keep probability between the layers.
-    """
-
-    def __init__(self, rnn: nn.LSTM | nn.GRU, keep: Hyperparameter) -> None:
-        super().__init__()
-        for name in _RNN_ATTRIBUTES:
-            setattr(self, name, getattr(rnn, name))
-        self.directions = 2 if rnn.bidirectional else 1
-        width = (rnn.proj_size or rnn.hidden_size) * self.directions
-        own = rnn.state_dict()
-        layers = []
-        for k in range(rnn.num_layers):
-            options = {
-                "bias": rnn.bias,
-                "batch_first": rnn.batch_first,
-                "bidirectional": rnn.bidirectional,
-                **({"proj_size": rnn.proj_size} if isinstance(rnn, nn.LSTM) else {}),
-            }
-            layer = type(rnn)(rnn.input_size if k == 0 else width, rnn.hidden_size, **options)
-            layer.load_state_dict(
-                {name: own[name.replace("_l0", f"_l{k}")] for name in layer.state_dict()}
-            )
-            layer = layer.to(own["weight_ih_l0"])
-            for name, parameter in layer.named_parameters():
-                trained = getattr(rnn, name.replace("_l0", f"_l{k}")).requires_grad
-                parameter.requires_grad_(trained)
-            layers.append(layer)
-        self.layers = nn.ModuleList(layers)
-        self.between = TunableDropout(keep)
+    module: nn.Module
+    attribute: str
 
     @property
-    def dropout(self) -> float:
-        """The drop rate between the layers."""
-        return 1.0 - float(self.between.keep())
+    def rate(self) -> float:
+        return float(vars(self.module)[self.attribute])
 
-    def flatten_parameters(self) -> None:
-        """Lays out the weights of each layer as cuDNN wants them."""
-        for layer in self.layers:
-            layer.flatten_parameters()  # type: ignore[operator]
+    def tune(self, root: nn.Module, keep: Hyperparameter) -> None:
+        """Puts a keep probability in the place of the rate."""
+        module = self.module
+        replacement: nn.Module
+        if type(module) in _SPATIAL and self.attribute == "p":
+            inplace = bool(module.inplace)
+            replacement = TunableDropout(keep, _SPATIAL[type(module)], inplace)
+        elif type(module) in (nn.LSTM, nn.GRU) and self.attribute == "dropout":
+            replacement = StackedRNN(module, keep)  # type: ignore[arg-type]
+        else:
+            follow_keep_probability(module, self.attribute, keep)
+            return
+        replacement.train(module.training)
+        places = [
+            (parent, leaf)
+            for parent in root.modules()
+            for leaf, child in parent._modules.items()
+            if child is module
+        ]
+        for parent, leaf in places:
+            setattr(parent, leaf, replacement)
 
-    def forward(
-        self,
-        x: Tensor | PackedSequence,
-        hx: Tensor | tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, ...]]:
-        """Returns the last layer's output and the final states of all layers."""
-        finals = []
-        for k, layer in enumerate(self.layers):
-            if k > 0:
-                x = (
-                    x._replace(data=self.between(x.data))
-                    if isinstance(x, PackedSequence)
-                    else self.between(x)
-                )
-            rows = slice(k * self.directions, (k + 1) * self.directions)
-            x, final = layer(x, _rows(hx, rows))
-            finals.append(final)
-        if isinstance(finals[0], Tensor):
-            return x, torch.cat(finals)
-        return x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+
+def _number(module: nn.Module, attribute: str) -> float | None:
+    """Returns a number that a module keeps as a plain attribute."""
+    value = vars(module).get(attribute)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number else None  # type: ignore[arg-type]
+
+
+def _torch_site(module: nn.Module) -> _Site | None:
+    """Returns the dropout of a module of torch's kinds, which may do nothing now."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    attribute = ""
+    if isinstance(module, _DropoutNd):
+        attribute = "p"
+    elif isinstance(module, nn.MultiheadAttention) or (
+        isinstance(module, nn.RNNBase) and module.num_layers > 1
+    ):
+        attribute = "dropout"
+    return None if _number(module, attribute) is None else _Site(module, attribute)
+
+
+def _found(root: nn.Module, has_init: bool) -> dict[str, _Site]:
+    """Finds what is tuned when nothing is named, and warns of what else drops out."""
+    sites = {path: s for path, m in root.named_modules() if (s := _torch_site(m)) is not None}
+    acting = {path: s for path, s in sites.items() if s.rate > 0}
+    others = _other_dropout(root)
+    if not acting and not (sites and has_init):
+        rest = _listed([*sites, *others])
+        hint = f"; it has {rest}: to tune these, name them in at=, with init=" if rest else ""
+        raise ValueError(
+            f"register_dropout: {type(root).__name__} has no nn.Dropout, and no nn.LSTM, nn.GRU or "
+            "nn.MultiheadAttention with dropout; call it after the network has been built" + hint
+        )
+    off = [path for path in sites if path not in acting] if acting else []
+    parts = []
+    if off:
+        parts.append(f"{_listed(off)} with a rate of 0")
+    if others:
+        parts.append(f"{_listed(others)}, which may drop out too")
+    if parts:
+        warnings.warn(
+            f"register_dropout leaves out {'; and '.join(parts)}. To tune them, name them in at=",
+            stacklevel=3,
+        )
+    return acting or sites
+
+
+def _other_dropout(root: nn.Module) -> list[str]:
+    """Lists what looks like dropout of another kind than those of torch."""
+    listed = []
+    for path, module in root.named_modules():
+        kind = getattr(module, "original_name", type(module).__name__)
+        known = isinstance(module, (TunableDropout, StackedRNN)) or is_following(module)
+        if known or _torch_site(module) is not None or isinstance(module, nn.RNNBase):
+            continue
+        if not path or any(_drops_out(m) for m in module.modules() if m is not module):
+            continue  # its numbers have served to build these
+        if "drop" in kind.lower():
+            if isinstance(module, torch.jit.ScriptModule) or any(
+                _number(module, n) for n in _RATES
+            ):
+                listed.append(path)
+        else:
+            listed += [
+                f"{path}.{n}"
+                for n, value in vars(module).items()
+                if "drop" in n.lower() and 0 < (_number(module, n) or 0) < 1
+            ]
+    return listed
+
+
+def _drops_out(module: nn.Module) -> bool:
+    return isinstance(module, (TunableDropout, StackedRNN)) or _torch_site(module) is not None
+
+
+def _named(root: nn.Module, at: Sequence[str]) -> dict[str, _Site]:
+    """Looks up what ``at`` names.
+
+    Raises:
+        ValueError: If something does not exist, or holds no rate.
+    """
+    found: dict[str, _Site] = {}
+    modules = dict(root.named_modules(remove_duplicate=False))
+    wrong = []
+    for path in at:
+        parent, _, leaf = path.rpartition(".")
+        if path not in modules and parent in modules and _number(modules[parent], leaf) is not None:
+            found[path] = _Site(modules[parent], leaf)
+            continue
+        (module,) = find_modules("register_dropout", root, [path])
+        site = _torch_site(module)
+        names = [n for n in _RATES if _number(module, n) is not None]
+        if site is None and "drop" in type(module).__name__.lower() and len(names) == 1:
+            site = _Site(module, names[0])
+        if site is None:
+            wrong.append(path)
+        else:
+            found[path] = site
+    if wrong:
+        known = [path for path, m in root.named_modules() if _torch_site(m) is not None]
+        raise ValueError(
+            f"register_dropout: {wrong} are no dropout layers; {type(root).__name__} has "
+            f"{known or 'none'}"
+        )
+    if not found:
+        raise ValueError(f"register_dropout: at={list(at)}, expected at least one name")
+    return found
+
+
+def _listed(paths: Sequence[str]) -> str:
+    """Shows a few names."""
+    shown = ", ".join(paths[:4])
+    return shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more"

@@ -2,6 +2,7 @@
 
 from lightning_hpo.step.backends import settle
 from lightning_hpo.step.effect import Effect
+from lightning_hpo.step.numbers import read_as_numbers
 from lightning_hpo.step.recorder import Observer, Recorder
 from lightning_hpo.step.snapshot import Snapshot
 from lightning_hpo.step.space import Space
@@ -20,5 +21,6 @@ __all__ = [
     "Tangents",
     "TrainingMap",
     "ValidationGradient",
+    "read_as_numbers",
     "settle",
 ]

@@ -14,7 +14,7 @@ from lightning_hpo import (
 )
 from lightning_hpo.derivatives import LambdaDifference, Reverse
 from lightning_hpo.regularizers import DropoutMixin, StackedRNN, TunableDropout
-from lightning_hpo.regularizers.dropout import _DIFFERENCE_STEP
+from lightning_hpo.regularizers.tunable_dropout import _DIFFERENCE_STEP
 
 UNITS = 4
 
