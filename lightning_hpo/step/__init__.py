@@ -1,6 +1,6 @@
 """One training step as a map, and its derivative."""
 
-from lightning_hpo.step.backends import settle
+from lightning_hpo.step.backends import settle, settle_statistics
 from lightning_hpo.step.effect import Effect
 from lightning_hpo.step.recompute import rebuild
 from lightning_hpo.step.recorder import Observer, Recorder
@@ -23,4 +23,5 @@ __all__ = [
     "ValidationGradient",
     "rebuild",
     "settle",
+    "settle_statistics",
 ]
