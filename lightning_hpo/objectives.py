@@ -210,7 +210,8 @@ class TrainingObjective:
             theta: The module's own parameters, in whose place the function's first argument is put.
             exact: Whether second or forward derivatives will be taken, and the kernels that have
                 them are to be used. Otherwise the replay runs on those of the training.
-            statistics: Whether it is a function of r and c; it never runs on compiled code then.
+            statistics: Whether it is a function of r and c. It runs in eager mode then, but for
+                differences with statistics ``by_value``.
         """
         step = self._module.training_step
         followed = self.statistics.buffers() if statistics else []
@@ -218,13 +219,15 @@ class TrainingObjective:
             kernels.enter_context(differentiable_checkpoints())
             if exact:
                 kernels.enter_context(twice_differentiable(self._module))
-            if followed:
+            is_traced = exact or not self.statistics.by_value
+            if followed and is_traced:
                 kernels.enter_context(eager())
                 kernels.enter_context(differentiable_statistics())
 
             def loss(values: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
                 evaluation.close()
-                moving = [r.clone() for r in values[len(theta) : len(theta) + len(followed)]]
+                present = values[len(theta) : len(theta) + len(followed)]
+                moving = [r.clone() if is_traced else r.detach().clone() for r in present]
                 swaps = {
                     id(p): v
                     for p, v in zip(

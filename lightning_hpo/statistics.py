@@ -29,6 +29,12 @@ class RunningStatistics:
         module: The module.
         is_broadcast: Whether every step starts from those of the first process, as with
             ``DistributedDataParallel``.
+
+    Attributes:
+        is_broadcast: See above.
+        by_value: Whether finite differences run on the kernels of the training, which write r'
+            without a graph. Tangents need no more than its values; adjoints miss what reaches θ and
+            λ through it.
     """
 
     def __init__(self, module: nn.Module, *, is_broadcast: bool = False) -> None:
@@ -56,6 +62,7 @@ class RunningStatistics:
             if name not in synchronized
         ]
         self.is_broadcast = is_broadcast
+        self.by_value = False
 
     def __len__(self) -> int:
         return len(self._places)

@@ -73,10 +73,10 @@ def settle_statistics(
     gradients: Sequence[Tensor | None],
     validate: Callable[[], object],
 ) -> None:
-    """Takes running statistics as constants, with a warning, where they cannot be followed.
+    """Settles how running statistics are followed.
 
-    They cannot where an operator has no derivative with respect to them, or where eager mode, in
-    which they are followed, draws other random numbers than the training.
+    Where eager mode draws other random numbers than the training, differences follow them by value.
+    Where an operator has no derivative with respect to them, they are constants, with a warning.
 
     Args:
         training: What all steps of the training share.
@@ -95,9 +95,8 @@ def settle_statistics(
         if not is_missing_derivative(error):
             raise
         reason = f"an operator has no derivative with respect to them: {error}"
-    distance = _distance(gradients if reason else eager, gradients, training.theta)
-    if distance > 0.05:
-        reason = f"eager mode gives another gradient ({distance:.0%} apart) than compiled code"
+    found = gradients if reason else eager
+    training.statistics.by_value = _distance(found, gradients, training.theta) > 0.05
     lost = torch.tensor(float(bool(reason)), device=training.theta[0].device)
     average_([lost])
     if lost > 0:

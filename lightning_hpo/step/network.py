@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -120,7 +121,16 @@ class Network:
             tensor ``(m, *raw.shape)`` for each of the λ that the loss depends on, by name.
         """
         m = len(u[0])
-        zeros = self._training.statistics.zeros(m)
+        known = self._training.statistics
+        if known and known.by_value and self._training.derivatives == "finite_difference":
+            warnings.warn(
+                "OnlineHPOCallback: reverse mode takes the running statistics of normalization "
+                "layers as constants, because eager mode draws other random numbers than compiled "
+                "code. Use UnrollK(mode='forward') or ClipR, or set "
+                "torch._inductor.config.fallback_random = True",
+                stacklevel=2,
+            )
+        zeros = known.zeros(m)
         directions = [*(u[i] for i in self._active), *zeros, *statistics]
         products: tuple[list[Tensor], list[Tensor]] = ([], [])
         if directions and (theta_part or self._names):
