@@ -86,6 +86,17 @@ def broadcast_(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(value)
 
 
+def collect_(tensors: Sequence[Tensor]) -> None:
+    """Sums tensors over all processes in the first one, in place, and leaves zeros in the others.
+
+    The adjoint of :func:`broadcast_`.
+    """
+    for tensor in tensors:
+        torch.distributed.all_reduce(tensor)
+        if torch.distributed.get_rank() > 0:
+            tensor.zero_()
+
+
 # --------------------------------------------------------------------------------------------------
 # Sharded parameters
 # --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric, MetricCollection
 
 from lightning_hpo._record import update_record
@@ -35,6 +36,7 @@ from lightning_hpo.kernels import (
 from lightning_hpo.regularizers.penalty import PenaltyMixin
 from lightning_hpo.rng import RandomState
 from lightning_hpo.shield import ModuleState, Shield, capture_state, own_attributes
+from lightning_hpo.statistics import RunningStatistics, differentiable_statistics
 from lightning_hpo.validation_entry import ValidationEntry
 from lightning_hpo.validation_value import DetachedMetric, check_loss, find_loss
 
@@ -77,6 +79,9 @@ class TrainingObjective:
         trainer: The trainer.
         module: The LightningModule.
         hyperparameters: Those that are tuned.
+
+    Attributes:
+        statistics: The running statistics that a step moves.
     """
 
     def __init__(
@@ -85,6 +90,11 @@ class TrainingObjective:
         module: pl.LightningModule,
         hyperparameters: Sequence[Hyperparameter],
     ) -> None:
+        wrapper = trainer.strategy.model
+        self.statistics = RunningStatistics(
+            module,
+            is_broadcast=isinstance(wrapper, DistributedDataParallel) and wrapper.broadcast_buffers,
+        )
         self._trainer = trainer
         self._module = module
         self._hyperparameters = list(hyperparameters)
@@ -182,8 +192,20 @@ class TrainingObjective:
         return [h.raw.detach().clone().requires_grad_() for h in self._hyperparameters]
 
     @contextmanager
-    def at(self, moment: Moment, theta: Sequence[Tensor], *, exact: bool = False) -> Iterator[Loss]:
-        """Gives L_T at a moment as a function of (θ, raw λ).
+    def at(
+        self,
+        moment: Moment,
+        theta: Sequence[Tensor],
+        *,
+        exact: bool = False,
+        statistics: bool = False,
+    ) -> Iterator[Loss]:
+        """Gives L_T at a moment as a function of (θ, raw λ), or of ((θ, r, c), raw λ).
+
+        With running statistics r and weights c of the same shapes it is L_T + ⟨c, r'⟩. Its
+        derivative with respect to c is r', which thus takes part in products with the Hessian: at
+        c = 0, H (y, ṙ, 0) has ṙ' in the place of c, and H (u, 0, w) is the gradient of
+        ⟨∇θL_T, u⟩ + ⟨w, r'⟩.
 
         The graph of an evaluation must be used before the next one, and inside the context: parts
         of the forward pass may be run again in the backward pass (activation checkpointing), and
@@ -194,14 +216,31 @@ class TrainingObjective:
             theta: The module's own parameters, in whose place the function's first argument is put.
             exact: Whether second or forward derivatives will be taken, and the kernels that have
                 them are to be used. Otherwise the replay runs on those of the training.
+            statistics: Whether it is a function of r and c. It runs in eager mode then, but for
+                differences with statistics ``by_value``.
         """
         step = self._module.training_step
-        kernels = twice_differentiable(self._module) if exact else nullcontext()
-        with kernels, differentiable_checkpoints(), ExitStack() as evaluation:
+        followed = self.statistics.buffers() if statistics else []
+        with ExitStack() as kernels, ExitStack() as evaluation:
+            kernels.enter_context(differentiable_checkpoints())
+            if exact:
+                kernels.enter_context(twice_differentiable(self._module))
+            is_traced = exact or not self.statistics.by_value
+            if followed and is_traced:
+                kernels.enter_context(eager())
+                kernels.enter_context(differentiable_statistics())
 
             def loss(values: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
                 evaluation.close()
-                swaps = {id(p): v for p, v in zip(theta, values, strict=True) if p is not v}
+                present = values[len(theta) : len(theta) + len(followed)]
+                moving = [r.clone() if is_traced else r.detach().clone() for r in present]
+                swaps = {
+                    id(p): v
+                    for p, v in zip(
+                        [*theta, *followed], [*values[: len(theta)], *moving], strict=True
+                    )
+                    if p is not v
+                }
                 swaps |= {id(h.raw): raw for h, raw in zip(self._hyperparameters, lam, strict=True)}
                 evaluation.enter_context(
                     self._shield(rng=moment.rng, state=moment.state, swaps=swaps)
@@ -213,7 +252,11 @@ class TrainingObjective:
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
                     value = _training_loss(step(*arguments))
                 scale = self.scale  # asks the gradient scaler, which may wait for a device
-                return value if value is None or scale == 1 else value * scale
+                value = value if value is None or scale == 1 else value * scale
+                for r, c in zip(moving, values[len(theta) + len(followed) :], strict=True):
+                    term = scale * (c * r).sum()
+                    value = term if value is None else value + term
+                return value
 
             yield loss
 
@@ -224,6 +267,7 @@ class TrainingObjective:
         leaves: Sequence[Tensor] | None = None,
         *,
         exact: bool = False,
+        statistics: bool = False,
     ) -> list[Tensor | None] | None:
         """Takes the gradient of L_T at a moment, at the parameters in place.
 
@@ -232,13 +276,19 @@ class TrainingObjective:
             theta: Some of the module's own parameters.
             leaves: Raw λ, as from :meth:`leaves`, with respect to which it is taken as well.
             exact: As for :meth:`at`.
+            statistics: As for :meth:`at`; c is zero.
 
         Returns:
             One tensor, or None, per parameter and leaf; None where the step has no loss.
         """
         lam = self.leaves() if leaves is None else leaves
-        with torch.enable_grad(), self.at(moment, theta, exact=exact) as at:
-            loss = at(theta, lam)
+        r = self.statistics.leaves(moment.state) if statistics else []
+        c = [torch.zeros_like(t) for t in r]
+        with (
+            torch.enable_grad(),
+            self.at(moment, theta, exact=exact, statistics=statistics) as at,
+        ):
+            loss = at([*theta, *r, *c], lam)
             if loss is None:
                 return None
             return _unscaled(gradient(loss, [*theta, *(leaves or ())]), self.scale)
@@ -315,53 +365,63 @@ class ValidationObjective:
         with self._shield(), stage(self._trainer, RunningStage.VALIDATING):
             self._entry.settle(batch, theta)
 
-    def gradient(self, batch: HeldOutBatch, theta: Sequence[Tensor]) -> list[Tensor | None]:
-        """Takes the gradient of L_V at the parameters in place.
+    def gradient(
+        self, batch: HeldOutBatch, theta: Sequence[Tensor], statistics: Sequence[Tensor] = ()
+    ) -> list[Tensor | None]:
+        """Takes the gradient of L_V at the parameters in place, and over running statistics.
 
         Raises:
             MisconfigurationException: If there is no loss, it is not a scalar, or it does not
                 depend on the parameters.
         """
         try:
-            with self._at(batch) as (loss, scale):
-                return _unscaled(gradient(loss, theta), scale)
+            with self._at(batch, statistics) as (loss, scale, leaves):
+                return _unscaled(gradient(loss, [*theta, *leaves]), scale)
         except DetachedMetric:
             if self._metrics_keep_graphs:
                 raise
         # Only where it is needed: metrics compute without graphs, and some can do nothing else.
         self._metrics_keep_graphs = True
-        return self.gradient(batch, theta)
+        return self.gradient(batch, theta, statistics)
 
     def gradient_products(
         self,
         batch: HeldOutBatch,
         theta: Sequence[Tensor],
         stacks: Sequence[Tensor | None],
+        statistics: Sequence[Tensor] = (),
     ) -> list[Tensor | None]:
         """Multiplies the gradient with directions, as :func:`gradient_products` does.
+
+        The directions of the running statistics follow those of the parameters.
 
         Raises:
             MisconfigurationException: As for :meth:`gradient`.
         """
-        with self._at(batch) as (loss, scale):
-            return _unscaled(gradient_products(loss, theta, stacks), scale)
+        with self._at(batch, statistics) as (loss, scale, leaves):
+            return _unscaled(gradient_products(loss, [*theta, *leaves], stacks), scale)
 
     @contextmanager
-    def _at(self, batch: HeldOutBatch) -> Iterator[tuple[Tensor, float]]:
-        """Gives L_V times the factor of the gradient scaler, and that factor."""
+    def _at(
+        self, batch: HeldOutBatch, statistics: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, float, list[Tensor]]]:
+        """Gives L_V times the factor of the gradient scaler, that factor, and r as leaves."""
         module = self._module
         logged: dict[str, Any] = {}
 
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
             logged[name] = value
 
+        leaves = [r.detach().clone().requires_grad_() for r in statistics]
+        swaps = {id(r): leaf for r, leaf in zip(statistics, leaves, strict=True)}
         on_cuda = self._shield.device.type == "cuda"
         with (
             torch.enable_grad(),
             eager(),
             native_recurrent(module) if on_cuda else nullcontext(),
             differentiable_checkpoints(),
-            self._shield(log=log),
+            differentiable_statistics() if leaves else nullcontext(),
+            self._shield(log=log, swaps=swaps),
             stage(self._trainer, RunningStage.VALIDATING),
             self._entry(batch),
             _metrics_with_graphs(module) if self._metrics_keep_graphs else nullcontext(),
@@ -376,7 +436,7 @@ class ValidationObjective:
             if scale != 1:
                 scale /= self._trainer.accumulate_grad_batches
             with without_hooks(module.parameters()):
-                yield loss * scale, scale
+                yield loss * scale, scale, leaves
 
     def _evaluate(self, held_out: HeldOutBatch, logged: dict[str, Any]) -> Tensor:
         module = self._module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +31,7 @@ from lightning_hpo.step import (
     ValidationGradient,
     read_as_numbers,
     settle,
+    settle_statistics,
 )
 from lightning_hpo.values import fixed_options, remember_options
 
@@ -271,6 +272,13 @@ class Run:
             )
             for pattern, estimator, names in self._assigned
         ]
+        if not any(each.space.replays for each in served):
+            training.statistics.clear()  # where no λ acts on a forward pass, none moves them
+        else:
+            buffers = training.statistics.buffers()
+            settle_statistics(
+                training, moment, gradients, lambda: self._validate(training.theta, buffers)
+            )
         for each in served:
             each.estimator.setup(each.space)
         if self._resumed:
@@ -282,15 +290,18 @@ class Run:
             self.recorder.check.expect(gradients)
         self.served = served
 
+    def _validate(self, theta: list[Tensor], statistics: Sequence[Tensor] = ()) -> None:
+        """Takes a gradient of the validation loss, on a batch that is not used up."""
+        self._validation.gradient(self._held_out.peek(), theta, statistics)
+
     def _try_losses(self, moment: Moment) -> list[Tensor | None] | None:
         """Takes the gradient of both losses once; returns that of the training loss over θ."""
         training = self.training
         theta = training.theta
         versions = [p._version for p in theta]
         before = [] if training.sharded else [p.detach().clone() for p in theta]
-        held_out = self._held_out.peek()
-        self._validation.settle(held_out, theta)
-        self._validation.gradient(held_out, theta)
+        self._validation.settle(self._held_out.peek(), theta)
+        self._validate(theta)
 
         objective = training.objective
         gradients = objective.gradient(moment, theta, objective.leaves())

@@ -52,11 +52,14 @@ class FiniteDifference:
             distance.
         theta_is_scratch: Whether nobody minds if θ comes back changed by rounding. It is then
             displaced in place, which takes |θ| less memory.
+        leading: How many tensors of θ, from the first on, δ is chosen by; None: all. The others
+            move along: the loss may be linear in them, and their scale be another.
     """
 
     rounding: float | None = None
     reach: Sequence[Tensor] | None = None
     theta_is_scratch: bool = False
+    leading: int | None = None
 
     is_exact: ClassVar[bool] = False
 
@@ -155,11 +158,15 @@ class FiniteDifference:
         for block, directions, in_slices in ((theta, u, sharded), (lam, e, False)):
             if not directions:
                 continue
+            leading = len(block)
             if block is theta:
-                size = epsilon * (1.0 + _norm(theta, sharded))
+                leading = leading if self.leading is None else self.leading
+                size = epsilon * (1.0 + _norm(theta[:leading], sharded))
             for j in range(m):
                 direction = [d[j] for d in directions]
-                norm = _norm(direction, in_slices)
+                norm = _norm(direction[:leading], in_slices)
+                if leading < len(block):
+                    norm = torch.where(norm == 0, _norm(direction[leading:], False), norm)
                 if block is lam:
                     size = _size_along(lam, direction, epsilon, self.reach)
                 if not 0.0 < _if_known(norm) < math.inf:
@@ -207,7 +214,7 @@ def _norm(tensors: Sequence[Tensor], in_slices: bool) -> Tensor:
             local(t.detach()), dtype=torch.promote_types(t.dtype, torch.float32)
         )
         for t in tensors
-    ]
+    ] or [torch.zeros(())]
     return norm_over_shards(torch.linalg.vector_norm(torch.stack(norms)), in_slices)
 
 

@@ -63,14 +63,17 @@ class Window:
             self._steps.clear()
             return None
         adjoint: State = {THETA: [g.unsqueeze(0) for g in g_v]}
+        statistics = None  # no gradient descent moves them: −g_V stands for no step of theirs
+        if self._through_optimizer:
+            statistics = [g.unsqueeze(0).clone() for g in validation.statistics()]
         total = list(self._space.zeros(1).values())
         while self._steps:
             self._complete_last()
             # Before the first step of the window θ does not depend on λ.
             is_first = len(self._steps) == 1
-            for whole, part in zip(
-                total, self._steps.pop().vjp_(adjoint, state_part=not is_first), strict=True
-            ):
+            step = self._steps.pop()
+            parts = step.vjp_(adjoint, statistics, state_part=not is_first)
+            for whole, part in zip(total, parts, strict=True):
                 whole.add_(part)
         return Estimate([t[0] for t in total])
 

@@ -1,6 +1,6 @@
 """One training step as a map, and its derivative."""
 
-from lightning_hpo.step.backends import settle
+from lightning_hpo.step.backends import settle, settle_statistics
 from lightning_hpo.step.effect import Effect
 from lightning_hpo.step.numbers import read_as_numbers
 from lightning_hpo.step.recorder import Observer, Recorder
@@ -23,4 +23,5 @@ __all__ = [
     "ValidationGradient",
     "read_as_numbers",
     "settle",
+    "settle_statistics",
 ]

@@ -48,19 +48,12 @@ def settle(training: TrainingMap, moment: Moment, gradients: Sequence[Tensor | N
     if training.sharded:
         return _fall_back("the parameters are sharded")
     theta = training.theta
-    exact = training.objective.gradient(moment, theta, exact=True) or [None] * len(theta)
-    parts = [
-        torch.stack([(a - b).norm(), b.norm()]).double()
-        for a, b in zip(filled(exact, theta), filled(gradients, theta), strict=True)
-    ]
-    norms = torch.stack(parts).norm(dim=0)
-    average_([norms])  # all ranks must come to the same decision
-    difference, scale = norms.tolist()
-    if not difference > 0.05 * scale:
+    distance = _distance(training.objective.gradient(moment, theta, exact=True), gradients, theta)
+    if not distance > 0.05:
         return training.derivatives
     reason = (
         "eager mode and the kernels that have second derivatives give another gradient "
-        f"({difference / scale:.0%} apart) than the training's own: they draw other random numbers"
+        f"({distance:.0%} apart) than the training's own: they draw other random numbers"
     )
     remedy = "with torch.compile, torch._inductor.config.fallback_random = True avoids that"
     if training.is_automatic:
@@ -72,6 +65,65 @@ def settle(training: TrainingMap, moment: Moment, gradients: Sequence[Tensor | N
         stacklevel=2,
     )
     return training.derivatives
+
+
+def settle_statistics(
+    training: TrainingMap,
+    moment: Moment,
+    gradients: Sequence[Tensor | None],
+    validate: Callable[[], object],
+) -> None:
+    """Settles how running statistics are followed.
+
+    Where eager mode draws other random numbers than the training, differences follow them by value.
+    Where an operator has no derivative with respect to them, they are constants, with a warning.
+
+    Args:
+        training: What all steps of the training share.
+        moment: A micro-batch, at the present θ.
+        gradients: Its gradient, one per parameter, on the kernels of the training.
+        validate: Takes the derivative of L_V with respect to them.
+    """
+    if not training.statistics:
+        return
+    reason = ""
+    eager = None
+    try:
+        validate()
+        eager = training.objective.gradient(moment, training.theta, statistics=True)
+    except RuntimeError as error:
+        if not is_missing_derivative(error):
+            raise
+        reason = f"an operator has no derivative with respect to them: {error}"
+    found = gradients if reason else eager
+    training.statistics.by_value = _distance(found, gradients, training.theta) > 0.05
+    lost = torch.tensor(float(bool(reason)), device=training.theta[0].device)
+    average_([lost])
+    if lost > 0:
+        training.statistics.clear()
+        warnings.warn(
+            "OnlineHPOCallback takes the running statistics of normalization layers as constants, "
+            f"because {reason or 'another rank does'}. Hypergradients miss how λ moves them",
+            stacklevel=2,
+        )
+
+
+def _distance(
+    found: Sequence[Tensor | None] | None,
+    gradients: Sequence[Tensor | None],
+    theta: Sequence[Tensor],
+) -> float:
+    """Returns how far a gradient is from that of the training, relative to it, on all ranks."""
+    parts = [
+        torch.stack([(a - b).norm(), b.norm()]).double()
+        for a, b in zip(
+            filled(found or [None] * len(theta), theta), filled(gradients, theta), strict=True
+        )
+    ]
+    norms = torch.stack(parts).norm(dim=0)
+    average_([norms])  # all ranks must come to the same decision
+    difference, scale = norms.tolist()
+    return difference / scale if scale else (math.inf if difference else 0.0)
 
 
 def with_fallback(
@@ -129,12 +181,15 @@ def _fall_back(reason: str) -> str:
     return "finite_difference"
 
 
-def make_backend(training: TrainingMap, names: Sequence[str], *, theta_is_scratch: bool) -> Backend:
+def make_backend(
+    training: TrainingMap, names: Sequence[str], leading: int, *, theta_is_scratch: bool
+) -> Backend:
     """Makes the backend for one replay.
 
     Args:
         training: What all steps of the training share.
         names: The λ that the loss is a function of.
+        leading: How many parameters it is a function of; running statistics follow them.
         theta_is_scratch: Whether θ may come back changed by rounding.
     """
     hyperparameters = [training.hyperparameters[name] for name in names]
@@ -145,6 +200,7 @@ def make_backend(training: TrainingMap, names: Sequence[str], *, theta_is_scratc
             rounding=training.objective.rounding,
             reach=[_reach(h) for h in hyperparameters if h.difference_step is None],
             theta_is_scratch=theta_is_scratch,
+            leading=leading,
         )
     else:
         exact = "reverse" if training.derivatives == "auto" else training.derivatives

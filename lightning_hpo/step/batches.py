@@ -57,6 +57,8 @@ class Batches:
                 sums = self._sums[tangents] = self._complete(sums or [], tangents.count)
                 parts = [t[units.start : units.stop] for t in sums]
                 torch._foreach_add_(parts, products, alpha=weight)
+            # The next micro-batch starts from the running statistics that this one has moved.
+            tangents.is_zero &= not tangents.statistics
         self._end_replay()
 
     def expect(self, moment: Moment, followed: Sequence[Tangents]) -> None:
@@ -104,7 +106,10 @@ class Batches:
         if norms is not None and y is not None:
             products, weights = self._network.one_sided(y, e, norms[part])
         else:
-            products = self._network.tangent(y, e, is_last=self._left == 0)
+            r = [t[part] for t in tangents.statistics]
+            products, moved = self._network.tangent(y, e, r, is_last=self._left == 0)
+            for t, new in zip(r, moved, strict=True):
+                t.copy_(new)
         if tangents.sync and not self._training.sharded:
             average_(products)
         return products, weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -17,7 +18,14 @@ from lightning_hpo.step.training_map import TrainingMap
 
 
 class Network:
-    """Products with H and B of the loss of one micro-batch, on this rank alone.
+    r"""Products with H and B of the loss of one micro-batch, on this rank alone.
+
+    The running statistics r, which the micro-batch moves to r'(θ, r, λ), are carried along. With
+    q(θ, r, c, λ) = L_T(θ, r, λ) + ⟨c, r'(θ, r, λ)⟩ both products are parts of one with the Hessian
+    of q, at c = 0, over θ, r and c together (:meth:`TrainingObjective.at`):
+
+        tangent: (y, ṙ, 0), e → (H y + B e + ∂²L/∂θ∂r ṙ, ·, ∂r'/∂θ y + ∂r'/∂r ṙ + ∂r'/∂λ e)
+        adjoint: (u, 0, w) → (H u + ∂r'/∂θᵀ w, ∂²L/∂r∂θ u + ∂r'/∂rᵀ w, ·), Bᵀ u + ∂r'/∂λᵀ w
 
     A context: within it further directions share the replay, where the backend allows it. λ that
     the loss does not depend on play no part.
@@ -62,21 +70,31 @@ class Network:
         self._opened = None  # its loss refers to this object: a cycle
 
     def tangent(
-        self, u: list[Tensor] | None, e: Mapping[str, Tensor], *, is_last: bool = True
-    ) -> list[Tensor]:
-        """Returns H u + B e in m directions.
+        self,
+        u: list[Tensor] | None,
+        e: Mapping[str, Tensor],
+        statistics: Sequence[Tensor] = (),
+        *,
+        is_last: bool = True,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns H u + B e in m directions, and ṙ'.
 
         Args:
             u: Directions in θ, ``(m, *p.shape)`` for each parameter p, or None for zeros.
             e: Directions in raw λ, ``(m, *raw.shape)``, by name; zeros for λ that are not there.
+            statistics: Directions in the running statistics; not read where u is None.
             is_last: Whether no product follows within the context.
 
         Returns:
-            One tensor ``(m, *p.shape)`` per parameter, zeros included, which is the caller's own.
+            One tensor ``(m, *p.shape)`` per parameter, zeros included, and one per running
+            statistic, which are the caller's own.
         """
         m = len(u[0]) if u is not None else len(next(iter(e.values())))
         lam = self._directions(e, m)
-        directions = [u[i] for i in self._active] if u is not None and self._active else None
+        directions = None
+        if u is not None:
+            zeros = self._training.statistics.zeros(m)
+            directions = [*(u[i] for i in self._active), *statistics, *zeros] or None
         products: list[Tensor] = []
         if directions is not None or lam is not None:
             products = self._multiply(
@@ -84,23 +102,36 @@ class Network:
             )
             if is_last or self._training.derivatives != "reverse":
                 self.close()
-        return self._spread(separate(products, [*(directions or ()), *(lam or ())]), m)
+        products = separate(products, [*(directions or ()), *(lam or ())])
+        theta, _, moved = self._parts(products)
+        return self._spread(theta, m), moved or self._training.statistics.zeros(m)
 
     def adjoint(
-        self, u: list[Tensor], *, theta_part: bool = True
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Returns H u and Bᵀ u for m stacked vectors like θ.
+        self, u: list[Tensor], statistics: Sequence[Tensor], *, theta_part: bool = True
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+        """Returns H u and Bᵀ u for m stacked vectors like θ, with what reaches them through r'.
 
         Args:
             u: One tensor ``(m, *p.shape)`` per parameter p.
-            theta_part: Whether H u is wanted; else the first list is empty.
+            statistics: w, the adjoints of r', one tensor per running statistic.
+            theta_part: Whether H u is wanted; else the first two lists are empty.
 
         Returns:
-            One tensor ``(m, *p.shape)`` per parameter, zeros included; and one tensor
-            ``(m, *raw.shape)`` for each of the λ that the loss depends on, by name.
+            One tensor ``(m, *p.shape)`` per parameter, zeros included; the adjoints of r; and one
+            tensor ``(m, *raw.shape)`` for each of the λ that the loss depends on, by name.
         """
         m = len(u[0])
-        directions = [u[i] for i in self._active]
+        known = self._training.statistics
+        if known and known.by_value and self._training.derivatives == "finite_difference":
+            warnings.warn(
+                "OnlineHPOCallback: reverse mode takes the running statistics of normalization "
+                "layers as constants, because eager mode draws other random numbers than compiled "
+                "code. Use UnrollK(mode='forward') or ClipR, or set "
+                "torch._inductor.config.fallback_random = True",
+                stacklevel=2,
+            )
+        zeros = known.zeros(m)
+        directions = [*(u[i] for i in self._active), *zeros, *statistics]
         products: tuple[list[Tensor], list[Tensor]] = ([], [])
         if directions and (theta_part or self._names):
             products = self._multiply(
@@ -111,8 +142,12 @@ class Network:
         parts = separate([*products[0], *products[1]], directions)
         scale = self._training.objective.scale
         lam = [part.detach() / scale for part in parts[split:]]
-        theta = self._spread(parts[:split], m) if theta_part else []
-        return theta, dict(zip(self._names, lam, strict=bool(lam)))
+        theta, before, _ = self._parts(parts[:split])
+        return (
+            self._spread(theta, m) if theta_part else [],
+            before,
+            dict(zip(self._names, lam, strict=bool(lam))),
+        )
 
     def one_sided(
         self, u: list[Tensor], e: Mapping[str, Tensor], u_norms: Tensor
@@ -139,8 +174,16 @@ class Network:
         self.close()
         result = self._spread(products, len(weights))
         if self._names:
-            torch._foreach_add_(result, self.tangent(None, e))
+            torch._foreach_add_(result, self.tangent(None, e)[0])
         return result, weights
+
+    def _parts(self, products: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Splits products into those over θ, r and c; the last two without the loss's factor."""
+        n = len(self._active)
+        half = (len(products) - n) // 2
+        scale = self._training.objective.scale
+        rest = [t.detach() / scale if scale != 1 else t.detach() for t in products[n:]]
+        return products[:n], rest[:half], rest[half:]
 
     def _directions(self, e: Mapping[str, Tensor], m: int) -> list[Tensor] | None:
         """Lists the directions in the λ that the loss depends on; None where all are zero."""
@@ -157,10 +200,13 @@ class Network:
         return with_fallback(self._training, lambda: product(*self._open()), self.close)
 
     def _open(self) -> tuple[Backend, Loss, list[Tensor], list[Tensor]]:
-        """Returns the backend, and the loss as a function of the active θ and of λ."""
+        """Returns the backend, and the loss as a function of (active θ, r, c) and of λ."""
         if self._opened is None:
             backend = make_backend(
-                self._training, self._names, theta_is_scratch=self._at is not None
+                self._training,
+                self._names,
+                len(self._active),
+                theta_is_scratch=self._at is not None,
             )
             # On kernels that have the derivatives which the backend needs.
             loss = self._loss(exact=backend.is_exact)
@@ -169,21 +215,23 @@ class Network:
 
     @contextmanager
     def _loss(self, *, exact: bool) -> Iterator[tuple[Loss, list[Tensor], list[Tensor]]]:
-        """Gives the loss of the micro-batch as a function of the active θ and of the λ in it."""
+        """Gives the loss of the micro-batch as a function of (active θ, r, c) and the λ in it."""
         training = self._training
         theta = [training.theta[i] for i in self._active]
+        statistics = training.statistics.leaves(self._moment.state)
+        weights = [torch.zeros_like(r).requires_grad_() for r in statistics]
         leaves = dict(zip(training.hyperparameters, training.objective.leaves(), strict=True))
         values = None if self._at is None else self._at.theta
         with (
             in_place(training.theta, values, self._active),
-            training.objective.at(self._moment, theta, exact=exact) as at,
+            training.objective.at(self._moment, theta, exact=exact, statistics=True) as at,
         ):
 
             def loss(th: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
                 every = leaves | dict(zip(self._names, lam, strict=True))
                 return at(th, list(every.values()))
 
-            yield loss, theta, [leaves[name] for name in self._names]
+            yield loss, [*theta, *statistics, *weights], [leaves[name] for name in self._names]
 
     def _spread(self, products: list[Tensor], m: int) -> list[Tensor]:
         """Puts products at their positions in a list over all θ, and zeros elsewhere.

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
 from lightning_hpo._tensors import add_scaled_, rows, stacked_zeros
-from lightning_hpo.distributed import sum_over_shards
+from lightning_hpo.distributed import collect_, sum_over_shards
 from lightning_hpo.dynamics import (
     THETA,
     GenericDynamics,
@@ -141,7 +141,13 @@ class Step:
 
     # ------------------------------------------------------------------------------------ adjoints
 
-    def vjp_(self, adjoint: State, *, state_part: bool = True) -> list[Tensor]:
+    def vjp_(
+        self,
+        adjoint: State,
+        statistics: list[Tensor] | None = None,
+        *,
+        state_part: bool = True,
+    ) -> list[Tensor]:
         r"""Pulls m adjoints back through the step, in place, and returns what reaches λ.
 
             ḡ = Cᵀ (∂Φ/∂g)ᵀ s̄',   s̄ = (∂Φ/∂s)ᵀ s̄' + (H ḡ, 0),   λ̄ = Bᵀ ḡ + (∂Φ/∂λ)ᵀ s̄'
@@ -150,8 +156,12 @@ class Step:
         Costs one product with the Hessian per adjoint, whatever the number of λ. H and B are those
         at θ_t, wherever θ is now.
 
+        Running statistics r' = r'(θ, r, λ) add ∂r'/∂θᵀ r̄' to θ̄ and ∂r'/∂λᵀ r̄' to λ̄.
+
         Args:
             adjoint: s̄', replaced by s̄.
+            statistics: r̄' of this rank (:meth:`ValidationGradient.statistics`, stacked), replaced
+                by r̄; None: they are taken as constants.
             state_part: Whether s̄ is wanted; else the adjoint is used up, and H is not needed.
 
         Returns:
@@ -169,7 +179,8 @@ class Step:
             for tensors in adjoint.values():
                 for i in self.point.frozen:
                     tensors[i].zero_()  # as its tangent, from when it leaves the training
-        self._add_products_(g_bar, adjoint[THETA] if state_part else [], total, self.point)
+        result = adjoint[THETA] if state_part else []
+        self._add_products_(g_bar, result, total, self.point, statistics)
         return list(total.values())
 
     def _pull_gradient(self, adjoint: State, *, state_part: bool) -> list[Tensor]:
@@ -226,6 +237,7 @@ class Step:
         result: list[Tensor],
         total: dict[str, Tensor],
         at: OptimizerStep | None,
+        statistics: list[Tensor] | None = None,
     ) -> None:
         """Adds H u and Bᵀ u of the batches and of the penalties that acted; may be given none.
 
@@ -234,6 +246,8 @@ class Step:
             result: H u is added to it; empty where it is not wanted.
             total: Bᵀ u is added to it, by the names of the λ that are wanted.
             at: The step at whose θ they are taken; None: at the present θ.
+            statistics: The adjoints of the running statistics after the step, replaced by those
+                before it; None: zeros.
         """
         training = self.space.training
         if self.space.replays and not self.moments:
@@ -242,14 +256,23 @@ class Step:
                 "follows tangents (space.tangents()), for which a step is replayed before it is "
                 "made. Use either tangents, or adjoints and products"
             )
-        for moment, weight in self.moments:
+        bar = training.statistics.zeros(len(u[0])) if statistics is None else statistics
+        # Each micro-batch has moved the running statistics that the next one started from.
+        for k, (moment, weight) in reversed(list(enumerate(self.moments))):
+            carries_on = k > 0 and bool(total) and len(bar) > 0
             with Network(training, moment, list(total), at) as network:
-                products, lam = network.adjoint(u, theta_part=bool(result))
+                products, before, lam = network.adjoint(
+                    u, [t / weight for t in bar], theta_part=bool(result) or carries_on
+                )
             self.space.average_(products, lam.values())
-            if products:
+            for t, new in zip(bar, before, strict=bool(before)):
+                torch.mul(new, weight, out=t)
+            if result:
                 torch._foreach_add_(result, products, alpha=weight)
             for name, part in lam.items():
                 total[name].add_(part, alpha=weight)
+        if statistics and self.moments and training.statistics.is_broadcast:
+            collect_(statistics)
         values = training.values() if at is None else at.theta
         names = {id(h): name for name, h in self.space.hyperparameters.items()}
         dots: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_hpo._tensors import is_on_host, rows
 from lightning_hpo.distributed import (
     average_,
+    broadcast_,
     gather_stacks,
     local,
     norm_over_shards,
@@ -43,6 +44,7 @@ class Tangents:
 
     Attributes:
         state: ṡ, stacked over the m scalar λ.
+        statistics: ṙ of the running statistics, stacked likewise.
         first: The position of the first scalar of each λ among all m.
         is_zero: Whether all are known to be zero, as at the start.
     """
@@ -56,6 +58,7 @@ class Tangents:
         sizes = [e[0].numel() for e in unit.values()]
         self.first = dict(zip(unit, accumulate(sizes, initial=0), strict=False))
         self.state: State = training.dynamics.zeros(self.count)
+        self.statistics = training.statistics.zeros(self.count)
         self.is_zero = True
         self._training = training
         self._decay = decay
@@ -72,7 +75,7 @@ class Tangents:
 
     def reset(self) -> None:
         """Sets all tangents to zero: earlier steps are forgotten."""
-        for tensors in self.state.values():
+        for tensors in self._tensors():
             torch._foreach_zero_(tensors)
         self.is_zero = True
         self._norms = None
@@ -81,6 +84,8 @@ class Tangents:
         """Lets the tangents fade, once per step; parameters may have joined or left since."""
         if self._has_moved and self._decay != 1.0:
             self.scale_(self._decay)
+        if self._has_moved and self.sync and self._training.statistics.is_broadcast:
+            broadcast_(self.statistics)
         self._has_moved = False
         self.follow()
 
@@ -110,8 +115,8 @@ class Tangents:
         return self._norms
 
     def scale_(self, factors: Tensor | float) -> None:
-        """Multiplies each tangent, optimizer state included, by its factor (``(m,)`` or one)."""
-        for tensors in self.state.values():
+        """Multiplies each tangent, all of its parts, by its factor (``(m,)`` or one)."""
+        for tensors in self._tensors():
             for t in tensors:
                 if isinstance(factors, Tensor):
                     t.mul_(factors.to(t.dtype).reshape(-1, *[1] * (t.dim() - 1)))
@@ -130,7 +135,9 @@ class Tangents:
             self.scale_(radius / norms.clamp(min=radius))
 
     def hypergradient(self, validation: ValidationGradient) -> tuple[Tensor, Tensor]:
-        """Returns ⟨g_V, y⟩ for each scalar λ (online-HPO paper, eq. 5), and ‖y‖: ``(m,)`` each.
+        """Returns ⟨g_V, y⟩ + ⟨∂L_V/∂r, ṙ⟩ for each scalar λ, and ‖y‖: ``(m,)`` each.
+
+        Online-HPO paper, eq. 5, with the running statistics r, which L_V depends on too.
 
         The product is NaN where ‖y‖ has overflowed; those tangents start anew, since they would
         stay non-finite for ever.
@@ -138,21 +145,29 @@ class Tangents:
         self.follow()  # parameters that have joined since the step
         y = self.state[THETA]
         if self.sync:
-            total = torch.stack(validation.products(y)).sum(0)
+            total = torch.stack(validation.products(y, self.statistics)).sum(0)
         else:
             pairs = zip(y, validation.tensors(), strict=True)
             parts = [rows(stack) @ g.flatten().to(stack.dtype) for stack, g in pairs]
             total = sum_over_shards(torch.stack(parts).sum(0), self._training.sharded)
+            for stack, g in zip(self.statistics, validation.statistics(), strict=True):
+                total += rows(stack) @ g.flatten().to(stack.dtype)
             average_([total])
         norms = self.norms()
         is_finite = torch.isfinite(norms)
         total = torch.where(is_finite, total, math.nan)
         if not bool(is_finite.all()):
-            for tensors in self.state.values():
+            for tensors in self._tensors():
                 for t in tensors:
                     t[~is_finite] = 0
             self._norms = None
         return total, norms
+
+    def _tensors(self) -> Iterator[list[Tensor]]:
+        """Yields the lists of all that is stacked over λ."""
+        yield from self.state.values()
+        if self.statistics:
+            yield self.statistics
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the tangents.
@@ -162,6 +177,7 @@ class Tangents:
         parameters = self._training.theta
         return {
             "tangents": {name: gather_stacks(s, parameters) for name, s in self.state.items()},
+            "statistics": self.statistics,
             "is_zero": self.is_zero,
             "has_moved": self._has_moved,
             # After clipping they are not those of the tangents to the last bit.
@@ -176,6 +192,8 @@ class Tangents:
             name: take_slices(stacks, parameters[: len(stacks)])
             for name, stacks in state["tangents"].items()
         }
+        for t, saved in zip(self.statistics, state["statistics"], strict=True):
+            t.copy_(saved)
         self.is_zero = bool(state["is_zero"])
         self._has_moved = bool(state["has_moved"])
         norms = state["norms"]

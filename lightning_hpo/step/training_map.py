@@ -14,6 +14,7 @@ from lightning_hpo.dynamics import Dynamics, OptimizerOptions, OptimizerStep
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.objectives import TrainingObjective
 from lightning_hpo.regularizers import Penalty
+from lightning_hpo.statistics import RunningStatistics
 
 
 @dataclass
@@ -57,6 +58,11 @@ class TrainingMap:
         return self.dynamics.theta
 
     @property
+    def statistics(self) -> RunningStatistics:
+        """The running statistics that are carried along; none for most networks."""
+        return self.objective.statistics
+
+    @property
     def is_one_sided(self) -> bool:
         """Whether one-sided differences may take the place of central ones.
 
@@ -68,6 +74,7 @@ class TrainingMap:
             and self.is_agreed
             and self.derivatives == "finite_difference"
             and not self.sharded
+            and not self.statistics  # their values come from a replay, not from the step
             and self.objective.rounding is None  # √ε would be far too wide
             and {t.dtype for t in (*self.theta, *(h.raw for h in in_loss))}
             in ({torch.float32}, {torch.float64})

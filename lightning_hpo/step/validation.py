@@ -38,6 +38,7 @@ class ValidationGradient:
         self._batch = batch
         self._is_shared = is_shared
         self._kept: list[Tensor] | None = None
+        self._statistics: list[Tensor] | None = None
 
     def tensors(self) -> list[Tensor]:
         """Returns g_V, averaged over the ranks; zeros where L_V does not depend on a parameter.
@@ -48,7 +49,19 @@ class ValidationGradient:
             return [g.clone() for g in self._shared()]
         return self._take()
 
-    def products(self, stacks: Sequence[Tensor | None]) -> list[Tensor]:
+    def statistics(self) -> list[Tensor]:
+        """Returns ∂L_V/∂r, one tensor per running statistic, of this rank's own L_V.
+
+        It comes with g_V, at no cost after :meth:`tensors`.
+        """
+        if self._statistics is None:
+            self._shared()
+        assert self._statistics is not None
+        return self._statistics
+
+    def products(
+        self, stacks: Sequence[Tensor | None], statistics: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
         """Returns ⟨g_V, y⟩ for each parameter, averaged over the ranks.
 
         Unless it is shared, each part of g_V is freed once it has been multiplied: the whole never
@@ -57,28 +70,43 @@ class ValidationGradient:
         Args:
             stacks: Directions y, ``(m, *p.shape)`` for each parameter p, the same on all ranks;
                 None where none is wanted. m may differ between parameters.
+            statistics: Directions ṙ of the running statistics, of this rank's own; none: they are
+                taken as constants.
 
         Returns:
-            One tensor ``(m,)`` for each parameter, ``(0,)`` where there is no direction.
+            One tensor ``(m,)`` for each parameter, ``(0,)`` where there is no direction; then one
+            ⟨∂L_V/∂r, ṙ⟩ for each of ``statistics``.
         """
         training = self._training
+        every = [*stacks, *statistics]
         found: list[Tensor | None]
         if self._is_shared:
+            gradients = [*self._shared(), *(self.statistics() if statistics else ())]
             found = [
                 None if y is None else rows(y) @ g.flatten().to(y.dtype)
-                for y, g in zip(stacks, self._shared(), strict=True)
+                for y, g in zip(every, gradients, strict=True)
             ]
         else:
-            found = self._objective.gradient_products(self._batch, training.theta, stacks)
-        sizes = [0 if y is None else len(y) for y in stacks]
+            found = self._objective.gradient_products(
+                self._batch,
+                training.theta,
+                every,
+                training.statistics.buffers() if statistics else (),
+            )
+        sizes = [0 if y is None else len(y) for y in every]
+        device = training.theta[0].device
         parts = [
-            torch.zeros(size, device=p.device) if dots is None else dots
-            for dots, size, p in zip(found, sizes, training.theta, strict=True)
+            torch.zeros(size, device=device) if dots is None else dots
+            for dots, size in zip(found, sizes, strict=True)
         ]
-        total = sum_over_shards(torch.cat(parts), training.sharded)
-        if not (training.sharded or self._is_shared):  # those come averaged
-            average_([total])
-        return list(total.split(sizes))
+        own = torch.cat(parts[len(stacks) :]) if statistics else None
+        total = sum_over_shards(torch.cat(parts[: len(stacks)]), training.sharded)
+        if training.sharded or self._is_shared:  # g_V comes averaged
+            average_([] if own is None else [own])
+        else:
+            average_([total] if own is None else [total, own])
+        whole = total if own is None else torch.cat([total, own.to(total)])
+        return list(whole.split(sizes))
 
     def _shared(self) -> list[Tensor]:
         if self._kept is None:
@@ -87,8 +115,11 @@ class ValidationGradient:
 
     def _take(self) -> list[Tensor]:
         theta = self._training.theta
-        gradients = self._objective.gradient(self._batch, theta)
-        result = separate([widened(g) for g in filled(gradients, theta)])
+        buffers = self._training.statistics.buffers()
+        gradients = self._objective.gradient(self._batch, theta, buffers)
+        n = len(theta)
+        self._statistics = [widened(g) for g in filled(gradients[n:], buffers)]
+        result = separate([widened(g) for g in filled(gradients[:n], theta)])
         if not self._training.sharded:
             average_(result)
         return result
