@@ -414,7 +414,7 @@ def test_ranks_with_statistics_of_their_own(estimator, accumulated, broadcasts):
         model = Ranks("twice")
         named_hyperparameters(model)["l2"].raw.add_(distance)
         make_trainer(
-            RANK_STEPS,  # no validation follows, before which the statistics would be broadcast once more
+            RANK_STEPS,  # without a validation, before which statistics would be broadcast again
             callbacks=[Report(callback), *([callback] if callback else [])],
             devices=2,
             strategy=DDPStrategy(start_method="fork", broadcast_buffers=broadcasts),
