@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_hpo import compatibility
 from lightning_hpo._arguments import check_integer
+from lightning_hpo._lightning import join, join_again
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.estimators import ClipR, Estimator
 from lightning_hpo.hyper_optimizer import OptimizerFactory, default_optimizer
@@ -94,6 +95,7 @@ class OnlineHPOCallback(pl.Callback):
         optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter] = (),
         strict: bool = True,
     ) -> None:
+        join_again()
         estimator = ClipR() if estimator is None else estimator
         compatibility.check_arguments(
             estimator,
@@ -293,3 +295,6 @@ class OnlineHPOCallback(pl.Callback):
                 **state,
                 "rng": {"in_epoch": in_epoch, "ranks": gather(rng.state_dict())},
             }
+
+
+join(OnlineHPOCallback, "Callback")

@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
@@ -21,6 +20,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._trainer import stage
 from lightning_hpo.rng import forked_rng
 

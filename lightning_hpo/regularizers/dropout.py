@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_hpo.hyperparameters import Hyperparameter, UnitInterval
+from lightning_hpo.regularizers._mixin import RegularizerMixin
 from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
 
 # In logits. The variance with common draws falls as 1/ε and the bias grows as ε²; independent masks
@@ -88,7 +88,7 @@ class TunableDropout(nn.Module):
         return (*x.shape[:leading], *[1] * (x.dim() - leading))
 
 
-class DropoutMixin(pl.LightningModule):
+class DropoutMixin(RegularizerMixin):
     """Turns the dropout of a module into tunable dropout.
 
     Example::
