@@ -101,7 +101,7 @@ class Shield:
         swaps = {**untrained, **(swaps or {})}
         loggers = trainer.loggers
         metrics = []
-        scripted: list[tuple[torch.jit.ScriptModule, str, Tensor]] = []
+        scripted: list[tuple[torch.jit.ScriptModule, str, Any]] = []
         try:
             with forked_rng(self.device, rng):
                 for module in modules:
@@ -295,14 +295,14 @@ def _isolate_scripted(
     module: torch.jit.ScriptModule,
     earlier: tuple[dict[str, Tensor | None], dict[str, Any]] | None,
     swaps: dict[int, Tensor],
-) -> list[tuple[torch.jit.ScriptModule, str, Tensor]]:
-    """Does what :func:`_isolate` does for a module whose tensors do not live in Python.
+) -> list[tuple[torch.jit.ScriptModule, str, Any]]:
+    """Does what :func:`_isolate` does for a module whose tensors and mode do not live in Python.
 
     Returns:
-        What is to be put back: the module, the name and the tensor.
+        What is to be put back: the module, the name and the value.
     """
     values = {} if earlier is None else earlier[0]
-    before = []
+    before: list[tuple[torch.jit.ScriptModule, str, Any]] = [(module, "training", module.training)]
     for name, own in [*module._parameters.items(), *module._buffers.items()]:
         value = swaps.get(id(own))
         if value is None and own is not None and name in module._buffers:
