@@ -96,6 +96,23 @@ def check_trainer(
     return findings
 
 
+def warn_of_resets(trainer: pl.Trainer, estimators: Iterable[Estimator]) -> None:
+    """Warns where a callback moves the weights in a way that tangents do not see."""
+    if all(estimator.window == 1 for estimator in estimators):
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        is_pruning = isinstance(callback, classes("callbacks.ModelPruning"))
+        if is_pruning and getattr(callback, "_use_lottery_ticket_hypothesis", False):
+            warnings.warn(
+                "OnlineHPOCallback: ModelPruning(use_lottery_ticket_hypothesis=True), its default, "
+                "puts the weights back to where they started, and the influence of the "
+                "hyperparameters on them is overestimated from then on. Pass "
+                "use_lottery_ticket_hypothesis=False to it, or use the estimator T1T2(), which "
+                "looks at one step at a time",
+                stacklevel=2,
+            )
+
+
 def check_strategy(strategy: Any) -> list[str]:
     """Refuses strategies that hide the parameters and their gradients from the module."""
     hiding = (*classes("strategies.FSDPStrategy"), *classes("strategies.DeepSpeedStrategy"))

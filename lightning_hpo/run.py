@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo import compatibility
+from lightning_hpo.averages import Averages
 from lightning_hpo.data import T2Stream, find_t2_source, to_device
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.dynamics import Dynamics, OptimizerOptions, OptimizerStep, make_dynamics
@@ -165,6 +166,7 @@ class Run:
             )
         compatibility.refuse(findings)
         assert source is not None
+        compatibility.warn_of_resets(trainer, [estimator for estimator, _ in self._assigned])
 
         options = self._make_options(tuned)
         self.training = TrainingMap(
@@ -184,6 +186,7 @@ class Run:
         self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
         verify = partial(_verify, self.training.dynamics)
         self.recorder = Recorder(trainer, module, callback, self.training, verify)
+        self._averages = Averages(trainer, module, callback)
 
     def _tuned_options(self) -> dict[str, Hyperparameter | None]:
         """Returns the optimizer's options to tune, without those that are frozen."""
@@ -343,6 +346,7 @@ class Run:
             scale = self.recorder.lr if self._settings.scale_lr_with_model else 1.0
             found = [gradients.get(name) for name in self.hyperparameters]
             is_applied = self._hyper_optimizer.step(found, scale)
+            self._averages.follow()
         if self._start is not None:
             self._start.restore()
             self._start = None

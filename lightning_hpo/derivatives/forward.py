@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lightning_hpo._dual import dual_level
 from lightning_hpo._tensors import stacked_zeros
 from lightning_hpo.derivatives.backend import direction_count
 from lightning_hpo.derivatives.loss import Loss
@@ -74,7 +75,7 @@ def _products(
         return []
     products = stacked_zeros(targets, m)
     for j in range(m):
-        with torch.enable_grad(), forward_ad.dual_level():
+        with torch.enable_grad(), dual_level():
             dual_theta = _duals(theta, u, j)
             dual_lam = _duals(lam, e, j)
             value = loss(dual_theta, dual_lam)

@@ -13,6 +13,7 @@ from lightning_hpo.regularizers.label_smoothing import LabelSmoothing
 from lightning_hpo.regularizers.loss_weight import LossWeightMixin
 from lightning_hpo.regularizers.noise import GaussianNoise, GaussianNoiseMixin
 from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
+from lightning_hpo.regularizers.with_mixins import with_mixins
 
 __all__ = [
     "DropoutMixin",
@@ -31,4 +32,5 @@ __all__ = [
     "StackedRNN",
     "TunableDropout",
     "keep_probability",
+    "with_mixins",
 ]
