@@ -127,7 +127,7 @@ def test_hooks_of_the_package_are_no_foreign_hooks(lib):
                 )
             )
 
-    fitted(lib, module_of(lib, L2Mixin), [callback, lib.callbacks.TQDMProgressBar(0), Ask()])
+    fitted(lib, module_of(lib, L2Mixin), [callback, lib.callbacks.Timer(), Ask()])
     assert set(seen) == {(False, False)}
 
 
