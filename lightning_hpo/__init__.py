@@ -33,6 +33,7 @@ from lightning_hpo.regularizers import (
     LossWeightMixin,
     TunableDropout,
     keep_probability,
+    with_mixins,
 )
 
 # After the run
@@ -70,4 +71,5 @@ __all__ = [
     "freeze",
     "keep_probability",
     "named_hyperparameters",
+    "with_mixins",
 ]

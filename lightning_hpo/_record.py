@@ -61,4 +61,8 @@ def update_record(module: nn.Module, **changes: Any) -> None:
     Raises:
         TypeError: If there is no such field.
     """
-    vars(module)[_ATTRIBUTE] = replace(record_of(module), **changes)
+    record = replace(record_of(module), **changes)
+    if record == _NOTHING:
+        vars(module).pop(_ATTRIBUTE, None)
+    else:
+        vars(module)[_ATTRIBUTE] = record

@@ -9,12 +9,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import RunningStage
 
+from lightning_hpo._lightning import package_of
+
 
 @contextmanager
 def stage(trainer: pl.Trainer, running: RunningStage) -> Iterator[None]:
     """Lets the trainer appear in another stage, for hooks that ask."""
     before = trainer.state.stage
-    trainer.state.stage = running
+    trainer.state.stage = package_of(trainer).trainer.states.RunningStage(running.value)
     try:
         yield
     finally:
@@ -43,4 +45,6 @@ def overrides(owner: Any, hook: str, *kinds: type) -> bool:
 
 def is_foreign(plugin: Any) -> bool:
     """Whether a plugin or strategy is not one of Lightning itself."""
-    return not type(plugin).__module__.startswith(("lightning.", "lightning_fabric."))
+    return not type(plugin).__module__.startswith(
+        ("lightning.", "lightning_fabric.", "pytorch_lightning.")
+    )

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lightning_hpo import compatibility
 from lightning_hpo._arguments import check_integer
+from lightning_hpo._lightning import join, join_again
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.estimators import ClipR, Estimator
 from lightning_hpo.hyper_optimizer import OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter
-from lightning_hpo.monitoring import History, HistoryRecord, log_record, make_record
+from lightning_hpo.monitoring import History, HistoryRecord, Results, log_record, make_record
 from lightning_hpo.rng import RandomState, ResumedRandomState
 from lightning_hpo.run import Finished, Run, Settings, Waiting
 
@@ -71,8 +72,7 @@ class OnlineHPOCallback(pl.Callback):
             see :class:`~lightning_hpo.dynamics.OptimizerOptions`.
 
     Attributes:
-        history: One :class:`~lightning_hpo.monitoring.HistoryRecord` per update; a sequence that
-            takes a few bytes per number.
+        history: What each update has done; see :attr:`history`.
         skipped: How many updates were skipped because their hypergradient was not finite.
 
     Raises:
@@ -99,6 +99,7 @@ class OnlineHPOCallback(pl.Callback):
         optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter] = (),
         strict: bool = True,
     ) -> None:
+        join_again()
         estimator = ClipR() if estimator is None else estimator
         compatibility.check_arguments(
             estimator,
@@ -126,8 +127,7 @@ class OnlineHPOCallback(pl.Callback):
         self.warmup_steps = warmup_steps
         self.derivatives = derivatives
         self.scale_lr_with_model = scale_lr_with_model
-        self.history = History()
-        self.skipped = 0
+        self._results = Results()
         self._optimizer_factory = optimizer
         self._dataloader = dataloader
         self._validation_loss = validation_loss
@@ -141,6 +141,21 @@ class OnlineHPOCallback(pl.Callback):
     def _estimators(self) -> Mapping[str, Estimator]:
         """Returns the estimators by the patterns of the names that they serve."""
         return {"*": self.estimator} if isinstance(self.estimator, Estimator) else self.estimator
+
+    @property
+    def history(self) -> History:
+        """One :class:`~lightning_hpo.monitoring.HistoryRecord` per update.
+
+        A sequence that takes a few bytes per number. Where a package trains with a copy of this
+        callback (``copy.deepcopy``), it is the copy's, until this one trains itself; a copy made by
+        ``pickle``, in another process, keeps its own, in ``trainer.callbacks`` there.
+        """
+        return self._results.here.history
+
+    @property
+    def skipped(self) -> int:
+        """How many updates were skipped because their hypergradient was not finite."""
+        return self._results.here.skipped
 
     def should_update(self, step: int) -> bool:
         """Whether λ is updated after the given optimizer step (counted from 1). May be overridden.
@@ -175,8 +190,8 @@ class OnlineHPOCallback(pl.Callback):
         with together():
             self._phase = Run(self._settings(), trainer, pl_module, self, waiting)
         records = waiting.state.get("history", ())
-        self.history = History(HistoryRecord(**record) for record in records)
-        self.skipped = waiting.state.get("skipped", 0)
+        skipped = waiting.state.get("skipped", 0)
+        self._results.begin((HistoryRecord(**record) for record in records), skipped)
 
     def _settings(self) -> Settings:
         return Settings(
@@ -264,7 +279,7 @@ class OnlineHPOCallback(pl.Callback):
                 "alone. Further such updates are skipped silently and counted in .skipped",
                 stacklevel=2,
             )
-        self.skipped += 1
+        self._results.here.skipped += 1
 
     @property
     def _run(self) -> Run:
@@ -298,3 +313,6 @@ class OnlineHPOCallback(pl.Callback):
                 **state,
                 "rng": {"in_epoch": in_epoch, "ranks": gather(rng.state_dict())},
             }
+
+
+join(OnlineHPOCallback, "Callback")

@@ -10,15 +10,13 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_hpo._arguments import check_choice, check_flag
+from lightning_hpo._lightning import MisconfigurationException, classes
 from lightning_hpo._record import record_of
 from lightning_hpo._trainer import is_foreign, overrides
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
@@ -80,15 +78,15 @@ def check_trainer(
         findings += check_sharding(trainer.strategy, module, optimizer, derivatives)
     clips = {
         f"{type(owner).__name__} overrides {hook}"
-        for owner, hook, kind in (
-            (module, "configure_gradient_clipping", pl.LightningModule),
-            (module, "clip_gradients", pl.LightningModule),
+        for owner, hook, kinds in (
+            (module, "configure_gradient_clipping", classes("LightningModule")),
+            (module, "clip_gradients", classes("LightningModule")),
             *(
-                (trainer.precision_plugin, hook, Precision)
+                (trainer.precision_plugin, hook, classes("plugins.Precision"))
                 for hook in ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value")
             ),
         )
-        if overrides(owner, hook, kind) and (owner is module or is_foreign(owner))
+        if overrides(owner, hook, *kinds) and (owner is module or is_foreign(owner))
     }
     for clip in sorted(clips):
         findings.append(
@@ -138,9 +136,27 @@ class SkippedBatches:
             )
 
 
+def warn_of_resets(trainer: pl.Trainer, estimators: Iterable[Estimator]) -> None:
+    """Warns where a callback moves the weights in a way that tangents do not see."""
+    if all(estimator.window == 1 for estimator in estimators):
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        is_pruning = isinstance(callback, classes("callbacks.ModelPruning"))
+        if is_pruning and getattr(callback, "_use_lottery_ticket_hypothesis", False):
+            warnings.warn(
+                "OnlineHPOCallback: ModelPruning(use_lottery_ticket_hypothesis=True), its default, "
+                "puts the weights back to where they started, and the influence of the "
+                "hyperparameters on them is overestimated from then on. Pass "
+                "use_lottery_ticket_hypothesis=False to it, or use the estimator T1T2(), which "
+                "looks at one step at a time",
+                stacklevel=2,
+            )
+
+
 def check_strategy(strategy: Any) -> list[str]:
     """Refuses strategies that hide the parameters and their gradients from the module."""
-    if not isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+    hiding = (*classes("strategies.FSDPStrategy"), *classes("strategies.DeepSpeedStrategy"))
+    if not isinstance(strategy, hiding):
         return []
     return [
         f"{type(strategy).__name__} flattens or partitions the parameters in a way that replays "
@@ -155,7 +171,7 @@ def check_sharding(
     """Lists what cannot be followed where ``fully_shard`` splits the parameters over the ranks."""
     named = {id(p): name for name, p in module.named_parameters()}
     theta = [p for group in optimizer.param_groups for p in group["params"]]
-    is_model_parallel = isinstance(strategy, ModelParallelStrategy)
+    is_model_parallel = isinstance(strategy, classes("strategies.ModelParallelStrategy"))
     if not (is_model_parallel or is_sharded(theta)):
         return []
     findings = []

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.loaders import EndlessBatches, is_plain, own_loader
 from lightning_hpo.private_state import PrivateState
 from lightning_hpo.rng import forked_rng, seeded_rng

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
 import lightning.pytorch as pl
@@ -46,6 +47,14 @@ class HistoryRecord:
     tangent_norms: dict[str, Any] | None
     skipped: int
     outcome: str | None = None
+
+
+@dataclass
+class Result:
+    """What one training has shown; see :class:`~lightning_hpo.OnlineHPOCallback`."""
+
+    history: History = field(default_factory=lambda: History())
+    skipped: int = 0
 
 
 class History(Sequence[HistoryRecord]):
@@ -107,6 +116,33 @@ class History(Sequence[HistoryRecord]):
 
     def __repr__(self) -> str:
         return f"History of {len(self)} records"
+
+
+class Results:
+    """What the trainings of a callback, and of its copies, have shown.
+
+    Some packages train with a copy of the callback that they were given. Copies in memory share the
+    results of whichever began to train last; each keeps those of its own training for itself.
+    """
+
+    def __init__(self) -> None:
+        self._latest: list[Result] = [Result()]
+        self._own: Result | None = None
+
+    def begin(self, records: Iterable[HistoryRecord], skipped: int) -> None:
+        """Starts anew, for a training of this callback."""
+        self._own = self._latest[0] = Result(History(records), skipped)
+
+    @property
+    def here(self) -> Result:
+        """The result of this callback's training; before one, that of its copies."""
+        return self._latest[0] if self._own is None else self._own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Results:
+        other = Results()
+        other._latest = self._latest
+        other._own = copy.deepcopy(self._own, memo)
+        return other
 
 
 _Layout = list[tuple[str, str, "_Shape"]]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo import compatibility
+from lightning_hpo.averages import Averages
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.dynamics import Dynamics, OptimizerOptions, OptimizerStep, make_dynamics
 from lightning_hpo.estimators import Estimate, Estimator
@@ -210,6 +211,7 @@ class Run:
                 "module or the datamodule, or give the Trainer a validation dataloader"
             )
         compatibility.refuse(findings)
+        compatibility.warn_of_resets(trainer, [estimator for _, estimator, _ in self._assigned])
 
         options = self._make_options(tuned)
         self.training = TrainingMap(
@@ -226,6 +228,7 @@ class Run:
         self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
         verify = partial(_verify, self.training.dynamics)
         self.recorder = Recorder(trainer, module, callback, self.training, verify)
+        self._averages = Averages(trainer, module, callback)
 
     def _tuned_options(self) -> dict[str, Hyperparameter | None]:
         """Returns the optimizer's options to tune, without those that are frozen."""
@@ -400,6 +403,7 @@ class Run:
             scale = self.recorder.lr if self._settings.scale_lr_with_model else 1.0
             found = [gradients.get(name) for name in self.hyperparameters]
             is_applied = self._hyper_optimizer.step(found, scale)
+            self._averages.follow()
         if self._start is not None:
             self._start.restore()
             self._start = None

@@ -12,10 +12,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_hpo._lightning import MisconfigurationException, classes, package_of
 from lightning_hpo.distributed import is_sharded, reshard
 from lightning_hpo.muted_logger import MutedLogger
 from lightning_hpo.rng import RandomState, forked_rng
@@ -46,6 +46,8 @@ class Shield:
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._trainer = trainer
         self._module = module
+        self._kinds = classes("LightningModule")
+        self._dummy_logger = package_of(trainer).loggers.logger.DummyLogger
         self._metrics: dict[int, tuple[nn.Module, nn.Module]] = {}
 
     def untrained(self) -> list[nn.Parameter]:
@@ -100,15 +102,18 @@ class Shield:
         swaps = {**untrained, **(swaps or {})}
         loggers = trainer.loggers
         metrics = []
+        scripted: list[tuple[torch.jit.ScriptModule, str, Any]] = []
         try:
             with forked_rng(self.device, rng):
                 for module in modules:
-                    if not isinstance(module, torch.jit.ScriptModule):
-                        earlier = None if state is None else state.get(id(module))
+                    earlier = None if state is None else state.get(id(module))
+                    if isinstance(module, torch.jit.ScriptModule):
+                        scripted += _isolate_scripted(module, earlier, swaps)
+                    else:
                         _isolate(module, earlier, swaps)
                         _copy_attributes(module, earlier, copied, shared)
                         metrics += self._swap_metrics(module)
-                    if isinstance(module, pl.LightningModule):
+                    if isinstance(module, self._kinds):
                         _mute(module, log or _nothing)
                 trainer.loggers = [MutedLogger(each) for each in loggers]  # type: ignore[misc]
                 for p, _ in grads:
@@ -122,6 +127,8 @@ class Shield:
             for module, attributes in before:
                 vars(module).clear()
                 vars(module).update(attributes)
+            for owner, name, value in scripted:
+                owner._c.setattr(name, value)
             for metric in metrics:
                 metric.reset()
         for name, tensor, version in shared:
@@ -214,11 +221,12 @@ def capture_state(
         return _copied(value, copied)
 
     for m in module.modules():
-        if isinstance(m, (Metric, torch.jit.ScriptModule)):
+        if isinstance(m, Metric):
             continue
         buffers, attributes = (previous or {}).get(id(m), ({}, {}))
-        own = own_attributes(m)
-        tensors = dict(m._buffers)
+        # A scripted module keeps its attributes out of sight.
+        own = {} if isinstance(m, torch.jit.ScriptModule) else own_attributes(m)
+        tensors = dict(m._buffers.items())
         tensors |= {n: p for n, p in m._parameters.items() if id(p) in chosen}
         state[id(m)] = (
             {
@@ -282,6 +290,29 @@ def _isolate(
     attributes["_modules"] = dict(module._modules)
     if swaps and "_flat_weights" in attributes:  # recurrent layers hold a second list of them
         attributes["_flat_weights"] = [swaps.get(id(w), w) for w in attributes["_flat_weights"]]
+
+
+def _isolate_scripted(
+    module: torch.jit.ScriptModule,
+    earlier: tuple[dict[str, Tensor | None], dict[str, Any]] | None,
+    swaps: dict[int, Tensor],
+) -> list[tuple[torch.jit.ScriptModule, str, Any]]:
+    """Does what :func:`_isolate` does for a module whose tensors and mode do not live in Python.
+
+    Returns:
+        What is to be put back: the module, the name and the value.
+    """
+    values = {} if earlier is None else earlier[0]
+    before: list[tuple[torch.jit.ScriptModule, str, Any]] = [(module, "training", module.training)]
+    for name, own in [*module._parameters.items(), *module._buffers.items()]:
+        value = swaps.get(id(own))
+        if value is None and own is not None and name in module._buffers:
+            kept = values.get(name)
+            value = (own if kept is None else kept).detach().clone()
+        if value is not None and own is not None:
+            before.append((module, name, own))
+            module._c.setattr(name, value)
+    return before
 
 
 def _small_enough(untrained: list[nn.Parameter], module: nn.Module) -> set[int]:
@@ -419,7 +450,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Takes the place of a muted method."""
 
 
-def _mute(module: pl.LightningModule, log: Callable[..., None]) -> None:
+def _mute(module: nn.Module, log: Callable[..., None]) -> None:
     def log_dict(dictionary: Any, *args: Any, **kwargs: Any) -> None:
         for name, value in dictionary.items():
             log(name, value)

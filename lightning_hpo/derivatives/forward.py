@@ -112,7 +112,7 @@ def _evaluate(
         wanted: A slice of (θ, λ).
         direct: The positions of the θ that are made dual themselves.
     """
-    with torch.enable_grad(), forward_ad.dual_level():
+    with torch.enable_grad(), dual_level():
         dual_theta, dual_lam = _duals(theta, u, direct), _duals(lam, e)
         value = loss(dual_theta, dual_lam)
         if value is None:

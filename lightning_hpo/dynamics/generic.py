@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from lightning_hpo._dual import dual_level
 from lightning_hpo.dynamics.base import Dynamics, OptimizerStep, is_function_of_theta
 from lightning_hpo.dynamics.state import THETA, State, entries
 
@@ -82,7 +83,7 @@ class GenericDynamics(Dynamics):
             result: Tensor = forward_ad.make_dual(copy, directions[j].to(copy.dtype))
             return result
 
-        with forward_ad.dual_level(), torch.no_grad(), _Differentiable():
+        with dual_level(), torch.no_grad(), _Differentiable():
             moved = self._run(
                 step,
                 active,

@@ -10,6 +10,7 @@ from lightning_hpo.regularizers.noise import GaussianNoise, GaussianNoiseMixin
 from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
 from lightning_hpo.regularizers.stacked_rnn import StackedRNN
 from lightning_hpo.regularizers.tunable_dropout import TunableDropout, keep_probability
+from lightning_hpo.regularizers.with_mixins import with_mixins
 
 __all__ = [
     "DropoutMixin",
@@ -28,4 +29,5 @@ __all__ = [
     "StackedRNN",
     "TunableDropout",
     "keep_probability",
+    "with_mixins",
 ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._tensors import separate
 from lightning_hpo.distributed import is_sharded
 

@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.regularizers._mixin import RegularizerMixin
 from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
 from lightning_hpo.regularizers.live_rate import follow_keep_probability, is_following
 from lightning_hpo.regularizers.stacked_rnn import StackedRNN
@@ -29,7 +29,7 @@ _SPATIAL: dict[type[nn.Module], int] = {
 _RATES = ("p", "dropout", "drop_prob", "dropout_p", "drop_rate")
 
 
-class DropoutMixin(pl.LightningModule):
+class DropoutMixin(RegularizerMixin):
     """Turns the dropout of a module into tunable dropout.
 
     Example::

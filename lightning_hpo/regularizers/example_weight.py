@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,10 +12,11 @@ from lightning_hpo._arguments import check_count
 from lightning_hpo._record import record_of, update_record
 from lightning_hpo._tensors import is_on_host
 from lightning_hpo.hyperparameters import Box, Constraint, Hyperparameter
+from lightning_hpo.regularizers._mixin import RegularizerMixin
 from lightning_hpo.regularizers._placement import check_free_name
 
 
-class ExampleWeightMixin(pl.LightningModule):
+class ExampleWeightMixin(RegularizerMixin):
     """Weighs every training example: data hyper-cleaning (Franceschi et al. 2017, §5.1).
 
     Example::

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_hpo._record import record_of, update_record
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
+from lightning_hpo.regularizers._mixin import RegularizerMixin
 from lightning_hpo.regularizers._placement import attach, check_free_name, closest
 
 # torch keeps submodules of these names from being registered.
 _TAKEN = frozenset(dir(nn.Module)) | {"main", "training"}
 
 
-class LossWeightMixin(pl.LightningModule):
+class LossWeightMixin(RegularizerMixin):
     """Weighs auxiliary tasks: ρ in the phone experiment of Franceschi et al. (2017, §5.2).
 
     Example::

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
+from lightning_hpo.regularizers._mixin import RegularizerMixin
 from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
 
 
@@ -41,7 +41,7 @@ def add_noise(x: Tensor, sigma: Tensor) -> Tensor:
     return x + sigma.to(x.dtype) * torch.randn_like(x)
 
 
-class GaussianNoiseMixin(pl.LightningModule):
+class GaussianNoiseMixin(RegularizerMixin):
     """Adds tunable Gaussian noise to the inputs of modules, by hooks.
 
     Example::

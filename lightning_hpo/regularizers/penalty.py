@@ -7,18 +7,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from lightning_hpo._lightning import MisconfigurationException, is_lightning_module
 from lightning_hpo._record import record_of, update_record
 from lightning_hpo._tensors import add_scaled_, rows
 from lightning_hpo.distributed import broadcast_, local, world_size
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Positive
-from lightning_hpo.regularizers._placement import attach, check_free_name, closest
+from lightning_hpo.regularizers._mixin import RegularizerMixin, lightning_bases
+from lightning_hpo.regularizers._placement import attach, check_free_name
+from lightning_hpo.regularizers._weights import chosen_weights, current_weight, default_weights
 from lightning_hpo.regularizers.constants import Constants, kept, refuse_sharded, tensors_of
 
 GRANULARITIES = ("model", "layer", "parameter")
@@ -155,14 +156,7 @@ class Penalty(ABC):
     @property
     def weights(self) -> list[Tensor]:
         """The weights w that the penalty acts on."""
-        for owner, name in self._weights:
-            if owner._parameters.get(name) is None:
-                raise MisconfigurationException(
-                    f"A penalty acts on the parameter {name!r} of a {type(owner).__name__}, which "
-                    "no longer has it: register penalties after pruning, weight normalization and "
-                    "whatever else replaces parameters"
-                )
-        return [owner._parameters[name] for owner, name in self._weights]  # type: ignore[misc]
+        return [current_weight(owner, name) for owner, name in self._weights]
 
     @property
     def raw(self) -> Tensor:
@@ -338,7 +332,7 @@ class _Term(torch.autograd.Function):
         return None, bar * value, *torch._foreach_mul(directions, factor.to(directions[0].dtype))
 
 
-class PenaltyMixin(pl.LightningModule):
+class PenaltyMixin(RegularizerMixin):
     """Gives a LightningModule penalties, in the gradient or as a term of the loss.
 
     In the gradient, λ ∇R(w) is added in :meth:`on_before_optimizer_step`: after unscaling and
@@ -347,7 +341,22 @@ class PenaltyMixin(pl.LightningModule):
     two things: a weight that has no gradient is penalized in the loss only; and where an epoch ends
     within an accumulation, Lightning's loss, penalty included, is divided by the full number of
     batches.
+
+    Raises:
+        TypeError: Where a class is defined that names this mixin after its LightningModule, or
+            derives from the LightningModules of ``lightning.pytorch`` and ``pytorch_lightning``.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        for base in lightning_bases(cls):
+            if order.index(base) < order.index(PenaltyMixin):
+                raise TypeError(
+                    f"{cls.__name__} names {base.__name__} before the mixin, which hides the hooks "
+                    f"of the mixin. Name the mixin first: class {cls.__name__}(L2Mixin, "
+                    f"{base.__name__})"
+                )
 
     def register_penalty(
         self,
@@ -409,6 +418,12 @@ class PenaltyMixin(pl.LightningModule):
         constraint: Constraint | None,
     ) -> None:
         """See :meth:`register_penalty`; errors name the caller."""
+        if not is_lightning_module(self):
+            raise TypeError(
+                f"{caller}: {type(self).__name__} is no LightningModule, whose hooks apply the "
+                f"penalty; derive from one as well: class {type(self).__name__}(L2Mixin, "
+                "LightningModule)"
+            )
         template: Any = kind
         if isinstance(kind, type) and issubclass(kind, Penalty):
             try:
@@ -430,7 +445,7 @@ class PenaltyMixin(pl.LightningModule):
         weights = (
             default_weights(self)
             if parameters is None
-            else _chosen_weights(caller, self, parameters)
+            else chosen_weights(caller, self, parameters)
         )
         if not weights:
             raise ValueError(
@@ -488,7 +503,7 @@ class PenaltyMixin(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Adds the gradients of the penalties; an override must call ``super()``."""
-        super().on_before_optimizer_step(optimizer)
+        super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         with torch.no_grad():
             self.agree_on_constants()
             for penalty in self.gradient_penalties:
@@ -505,7 +520,7 @@ class PenaltyMixin(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Lets all processes have the same constants; an override calls ``super()``."""
-        super().on_fit_start()
+        super().on_fit_start()  # type: ignore[misc]
         self.agree_on_constants()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -517,7 +532,7 @@ class PenaltyMixin(pl.LightningModule):
         """
         update_record(self, penalties_applied=False)
         self.agree_on_constants()
-        super().optimizer_step(*args, **kwargs)
+        super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
         self.check_penalties_applied()
 
     def agree_on_constants(self) -> None:
@@ -529,7 +544,8 @@ class PenaltyMixin(pl.LightningModule):
         """
         if record_of(self).constants_agreed:
             return
-        if world_size() > 1 and self.trainer.world_size > 1:
+        trainer: Any = self.trainer
+        if world_size() > 1 and trainer.world_size > 1:
             for penalty in (*self.gradient_penalties, *self.loss_penalties):
                 broadcast_(tensors_of(penalty.constants))
         update_record(self, constants_agreed=True)
@@ -561,75 +577,3 @@ def _strength(caller: str, init: float, constraint: Constraint) -> Hyperparamete
             "granularity='layer' or 'parameter' makes several strengths"
         )
     return strength
-
-
-_NORMALIZATION = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-)
-
-
-def default_weights(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Lists the weights that a penalty acts on unless told otherwise.
-
-    Biases (parameters whose name contains ``bias``) and the parameters of normalization layers
-    (the classes of torch, and any whose class name contains ``norm``) are left out; a shared
-    weight is listed once.
-
-    Returns:
-        The dotted name, the owning module and the name there, of each weight.
-    """
-    return [
-        (full, owner, name)
-        for full, owner, name in all_weights(module)
-        if "bias" not in name
-        and not isinstance(owner, _NORMALIZATION)
-        and "norm" not in type(owner).__name__.lower()
-    ]
-
-
-def all_weights(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Lists every parameter once, as in :func:`default_weights`."""
-    found = []
-    seen = set()
-    for prefix, owner in module.named_modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found.append((f"{prefix}.{name}" if prefix else name, owner, name))
-    return found
-
-
-def _chosen_weights(
-    caller: str, module: nn.Module, parameters: Iterable[nn.Parameter | str]
-) -> list[tuple[str, nn.Module, str]]:
-    """Finds the given parameters or names in the module."""
-    known = all_weights(module)
-    by_name = {full: (full, owner, leaf) for full, owner, leaf in known}
-    by_id = {id(owner._parameters[leaf]): (full, owner, leaf) for full, owner, leaf in known}
-    for full, p in module.named_parameters(remove_duplicate=False):
-        by_name.setdefault(full, by_id[id(p)])  # a tied weight has several names
-    chosen = {}
-    for item in [parameters] if isinstance(parameters, (str, nn.Parameter)) else parameters:
-        if isinstance(item, str):
-            if item not in by_name:
-                raise ValueError(
-                    f"{caller}: {type(module).__name__} has no parameter {item!r}; "
-                    f"{closest(item, by_name)}"
-                )
-            entry = by_name[item]
-        elif isinstance(item, nn.Parameter):
-            if id(item) not in by_id:
-                raise ValueError(
-                    f"{caller}: parameters holds a parameter of shape {tuple(item.shape)} that "
-                    f"is not registered in {type(module).__name__}; pass parameters of this module"
-                )
-            entry = by_id[id(item)]
-        else:
-            raise TypeError(
-                f"{caller}: parameters holds a {type(item).__name__}, expected parameters of "
-                "this module or their dotted names"
-            )
-        chosen[entry[0]] = entry
-    return list(chosen.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+from lightning_hpo._lightning import classes
 from lightning_hpo._trainer import is_foreign, overrides
 from lightning_hpo.regularizers import PenaltyMixin
 
@@ -27,11 +28,11 @@ def may_change_gradients(
     others = [c for c in trainer.callbacks if c is not callback]  # type: ignore[attr-defined]
     return (
         any(
-            overrides(module, hook, pl.LightningModule)
+            overrides(module, hook, *classes("LightningModule"))
             for hook in ("backward", "on_after_backward", "optimizer_zero_grad")
         )
         or any(
-            overrides(other, hook, pl.Callback)
+            overrides(other, hook, *classes("Callback"))
             for other in others
             for hook in ("on_after_backward", "on_before_optimizer_step")
         )
@@ -47,9 +48,9 @@ def may_interfere(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.
     """
     (optimizer,) = trainer.optimizers
     return (
-        any(overrides(module, hook, PenaltyMixin, pl.LightningModule) for hook in _BETWEEN)
+        any(overrides(module, hook, PenaltyMixin, *classes("LightningModule")) for hook in _BETWEEN)
         or any(
-            overrides(other, hook, pl.Callback)
+            overrides(other, hook, *classes("Callback"))
             for other in trainer.callbacks  # type: ignore[attr-defined]
             if other is not callback
             for hook in _BETWEEN

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._tensors import stacked_zeros
 from lightning_hpo.distributed import average_, sum_over_shards
 from lightning_hpo.step.tangents import Tangents

@@ -1,0 +1,83 @@
+"""Mixins for a module that already exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import new_class
+from typing import Any
+
+from torch import nn
+
+from lightning_hpo.regularizers._mixin import RegularizerMixin
+
+
+def with_mixins(module: nn.Module, *mixins: type[RegularizerMixin]) -> Any:
+    """Adds mixins to a LightningModule that something else has built.
+
+    For packages that make the module themselves::
+
+        class Estimator(DeepAREstimator):              # of gluonts
+            def create_lightning_module(self):
+                module = with_mixins(super().create_lightning_module(), L2Mixin)
+                module.register_l2(init=1e-4)
+                return module
+
+    The module becomes an instance of a class made of the mixins and its own; it keeps parameters,
+    name and behaviour, and may be copied and pickled. ``load_from_checkpoint`` of its class makes a
+    module without them: build the module anew, add the mixins, and load the state_dict.
+
+    Args:
+        module: A LightningModule of either package; changed in place.
+        *mixins: Mixins of this package, or of your own that derive from one.
+
+    Returns:
+        The same module.
+
+    Raises:
+        TypeError: If one is no such mixin, or ``module`` is no ``nn.Module``.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"with_mixins: module={module!r} is a {type(module).__name__}, expected a "
+            "LightningModule that has been built"
+        )
+    for mixin in mixins:
+        if not (isinstance(mixin, type) and issubclass(mixin, RegularizerMixin)):
+            raise TypeError(
+                f"with_mixins: {mixin!r}, expected a mixin of lightning_hpo, for example L2Mixin"
+            )
+    added = tuple(mixin for mixin in mixins if not isinstance(module, mixin))
+    if added:
+        own: Any = type(module)
+        base, known = vars(own).get("_made_of", (own, ()))
+        module.__class__ = _mixed(base, (*added, *known))
+    return module
+
+
+@cache
+def _mixed(base: type, mixins: tuple[type, ...]) -> Any:
+    """Makes a class of mixins and the class of a module, under the name of the latter."""
+    kind: Any = None
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made = super(kind, self).__reduce_ex__(protocol)
+        if type(self) is not kind or isinstance(made, str) or made[1][:1] != (kind,):
+            return made
+        # Nobody can import the class by its name: it is made again.
+        function, arguments, *rest = made
+        return (_revive, (function, base, mixins, *arguments[1:]), *rest)
+
+    own = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce,
+        "_made_of": (base, mixins),
+    }
+    kind = new_class(base.__name__, (*mixins, base), exec_body=lambda space: space.update(own))
+    return kind
+
+
+def _revive(function: Callable[..., Any], base: type, mixins: tuple[type, ...], *rest: Any) -> Any:
+    return function(_mixed(base, mixins), *rest)
