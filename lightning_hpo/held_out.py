@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils._pytree import TreeSpec, tree_flatten
 from torch.utils.data import DataLoader
 
+from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._trainer import overrides, stage
 from lightning_hpo.data import CombinedStream, T2Stream
 from lightning_hpo.private_state import PrivateState

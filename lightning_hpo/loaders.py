@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import (
     DataLoader,
@@ -22,6 +21,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.rng import seeded_rng
 
 _CPU = torch.device("cpu")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from lightning_hpo._lightning import is_lightning_module
 from lightning_hpo.shield import own_attributes
 
 # Containers with more entries, and tensors and arrays with more elements, are rather data than
@@ -312,7 +313,7 @@ class _Found:
         self.slots.append(_Slot(owner, get, set_, _same))
         own = get()
         self._waiting += own.values()
-        if isinstance(owner, nn.Module) and not isinstance(owner, pl.LightningModule):
+        if isinstance(owner, nn.Module) and not is_lightning_module(owner):
             self._waiting += [*owner._buffers.values(), *owner._modules.values()]
         self._named(attributes, own)
         if isinstance(owner, DataLoader) and attributes.get("_iterator") is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
+
+from lightning_hpo._lightning import MisconfigurationException
 
 # The names under which a loss is looked for where none was given.
 NAMES = ("val_loss", "valid_loss", "validation_loss")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lightning_hpo._dual import dual_level
 from lightning_hpo._tensors import stacked_zeros
 from lightning_hpo.derivatives.backend import direction_count
 from lightning_hpo.derivatives.gradient import gradient
