@@ -276,20 +276,28 @@ def check_step(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
 
 
 def check_untouched(
-    module: pl.LightningModule, theta: Sequence[Tensor], versions: Sequence[int]
+    module: pl.LightningModule,
+    theta: Sequence[Tensor],
+    before: Sequence[Tensor],
+    gradients: Sequence[Tensor | None] | None,
 ) -> list[str]:
     """Refuses steps that write to trained parameters, which a replay would do again.
+
+    What gets no gradient is not trained, whatever the optimizer has been given: it is put back
+    after replays.
 
     Args:
         module: The LightningModule.
         theta: The parameters that the optimizer moves.
-        versions: Their versions before the steps were evaluated.
+        before: What they held before the steps were evaluated.
+        gradients: Of the training loss; None where the step has no loss.
     """
     names = {id(p): name for name, p in module.named_parameters()}
+    # Values are compared: what is written through ``.data`` is not counted as a version.
     written = [
         names.get(id(p), "one")
-        for p, version in zip(theta, versions, strict=True)
-        if p._version != version and not is_sharded([p])
+        for p, value, g in zip(theta, before, gradients or [None] * len(theta), strict=True)
+        if g is not None and not torch.equal(p, value) and not bool(p.isnan().any())
     ]
     if not written:
         return []

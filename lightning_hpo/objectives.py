@@ -15,7 +15,6 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric, MetricCollection
@@ -24,6 +23,8 @@ from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
 from lightning_hpo._trainer import counted_as, stage
+from lightning_hpo.batch_copy import copy_batch
+from lightning_hpo.contents import ModuleState, pack_state, place_state
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
 from lightning_hpo.held_out import HeldOutBatch
 from lightning_hpo.hyperparameters import Hyperparameter
@@ -35,7 +36,7 @@ from lightning_hpo.kernels import (
 )
 from lightning_hpo.regularizers.penalty import PenaltyMixin
 from lightning_hpo.rng import RandomState
-from lightning_hpo.shield import ModuleState, Shield, capture_state, own_attributes
+from lightning_hpo.shield import Shield
 from lightning_hpo.statistics import RunningStatistics, differentiable_statistics
 from lightning_hpo.validation_entry import ValidationEntry
 from lightning_hpo.validation_value import DetachedMetric, check_loss, find_loss
@@ -98,7 +99,7 @@ class TrainingObjective:
         self._trainer = trainer
         self._module = module
         self._hyperparameters = list(hyperparameters)
-        self._shield = Shield(trainer, module)
+        self.shield = Shield(trainer, module)
         self._previous: tuple[ModuleState, RandomState] | None = None
 
     @property
@@ -139,14 +140,14 @@ class TrainingObjective:
         moment = Moment(
             batch=batch,
             batch_idx=batch_idx,
-            rng=RandomState.capture(self._shield.device),
+            rng=RandomState.capture(self.shield.device),
             global_step=self._trainer.global_step,
             epoch=self._trainer.current_epoch,
         )
         if keep:
             moment.batch = copy_batch(batch)
             state, rng = (share and self._previous) or (None, None)
-            moment.state = capture_state(self._module, self._shield.untrained(), state)
+            moment.state = self.shield.remember(state)
             if rng is not None:
                 moment.rng.share_with(rng)
             if share:
@@ -159,26 +160,25 @@ class TrainingObjective:
         None for a batch that has other things in it. Of the modules' attributes only those of these
         kinds are kept.
         """
-        names = {id(m): name for name, m in self._module.named_modules()}
+        state = {} if moment.state is None else pack_state(self._module, moment.state)
         state = {
-            names[key]: [buffers, {n: v for n, v in attributes.items() if is_plain(v)}]
-            for key, (buffers, attributes) in (moment.state or {}).items()
+            name: [tensors, {n: v for n, v in attributes.items() if is_plain(v)}]
+            for name, (tensors, attributes) in state.items()
         }
         packed = {**vars(moment), "rng": moment.rng.state_dict(), "state": state}
         return packed if is_plain(packed) else None
 
     def unpack(self, packed: dict[str, Any]) -> Moment:
-        """Reads what :meth:`pack` returned, onto the device of the training."""
-        modules = dict(self._module.named_modules())
+        """Reads what :meth:`pack` returned, onto the device of the training.
+
+        Attributes that a checkpoint could not hold are taken as they are now.
+        """
         placed = move_data_to_device(
-            {"batch": packed["batch"], "state": packed["state"]}, self._shield.device
+            {"batch": packed["batch"], "state": packed["state"]}, self.shield.device
         )
-        state = {
-            # Attributes that a checkpoint could not hold are taken as they are now.
-            id(modules[n]): (buffers, own_attributes(modules[n]) | attributes)
-            for n, (buffers, attributes) in placed["state"].items()
-            if n in modules
-        }
+        with self.shield():
+            place_state(self._module, placed["state"])
+            state = self.shield.remember()
         rng = RandomState.from_state_dict(packed["rng"])
         return Moment(**{**packed, "batch": placed["batch"], "rng": rng, "state": state})
 
@@ -243,12 +243,15 @@ class TrainingObjective:
                 }
                 swaps |= {id(h.raw): raw for h, raw in zip(self._hyperparameters, lam, strict=True)}
                 evaluation.enter_context(
-                    self._shield(rng=moment.rng, state=moment.state, swaps=swaps)
+                    self.shield(rng=moment.rng, state=moment.state, swaps=swaps)
                 )
                 evaluation.enter_context(
                     counted_as(self._trainer, moment.global_step, moment.epoch)
                 )
-                with self._trainer.precision_plugin.train_step_context():
+                with (
+                    self._trainer.precision_plugin.train_step_context(),
+                    self.shield.gradients_aside(),
+                ):
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
                     value = _training_loss(step(*arguments))
                 scale = self.scale  # asks the gradient scaler, which may wait for a device
@@ -312,11 +315,6 @@ def is_plain(value: Any) -> bool:
     return type(value) in (Tensor, nn.Parameter, int, float, complex, bool, str, bytes, type(None))
 
 
-def copy_batch(batch: Any) -> Any:
-    """Copies the containers and tensors of a batch; objects of other kinds are shared."""
-    return apply_to_collection(batch, Tensor, torch.clone)
-
-
 def _training_loss(output: Any) -> Tensor | None:
     """Reads the loss as Lightning does: a tensor, a mapping with ``"loss"``, or None."""
     if output is None or isinstance(output, Tensor):
@@ -343,6 +341,7 @@ class ValidationObjective:
         module: The LightningModule.
         loss_function: See above.
         monitor: The name under which ``validation_step`` logs its loss.
+        shield: That of the training. Default: one of its own.
     """
 
     def __init__(
@@ -351,12 +350,13 @@ class ValidationObjective:
         module: pl.LightningModule,
         loss_function: Callable[[pl.LightningModule, Any], Tensor] | None = None,
         monitor: str | None = None,
+        shield: Shield | None = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._loss_function = loss_function
         self._monitor = monitor
-        self._shield = Shield(trainer, module)
+        self._shield = shield or Shield(trainer, module)
         self._entry = ValidationEntry(trainer, module)
         self._metrics_keep_graphs = False
 
@@ -429,7 +429,10 @@ class ValidationObjective:
             for part in module.modules():
                 if isinstance(part, PenaltyMixin):
                     update_record(part, without_penalty=True)
-            with self._trainer.precision_plugin.val_step_context():
+            with (
+                self._trainer.precision_plugin.val_step_context(),
+                self._shield.gradients_aside(),
+            ):
                 loss = self._evaluate(batch, logged)
             # As in training: without its factor, gradients in float16 would vanish.
             scale = _scaler_factor(self._trainer)

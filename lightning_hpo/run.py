@@ -223,7 +223,11 @@ class Run:
             derivatives=settings.derivatives,
         )
         self._validation = ValidationObjective(
-            trainer, module, settings.validation_loss, settings.monitor
+            trainer,
+            module,
+            settings.validation_loss,
+            settings.monitor,
+            self.training.objective.shield,
         )
         self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
         verify = partial(_verify, self.training.dynamics)
@@ -301,21 +305,26 @@ class Run:
         """Takes the gradient of both losses once; returns that of the training loss over θ."""
         training = self.training
         theta = training.theta
-        versions = [p._version for p in theta]
         before = [] if training.sharded else [p.detach().clone() for p in theta]
         self._validation.settle(self._held_out.peek(), theta)
         self._validate(theta)
 
         objective = training.objective
         gradients = objective.gradient(moment, theta, objective.leaves())
-        findings = compatibility.check_untouched(self._module, theta, versions)
-        if findings:
+        if not training.sharded:
+            findings = compatibility.check_untouched(
+                self._module, theta, before, None if gradients is None else gradients[: len(theta)]
+            )
             for p, value in zip(theta, before, strict=True):
-                p.data.copy_(value)
-        compatibility.refuse(findings)
+                if not torch.equal(p, value):
+                    p.data.copy_(value)
+            compatibility.refuse(findings)
         del before
         if gradients is None:
             return None
+        objective.shield.treat_as_state(
+            p for p, g in zip(theta, gradients, strict=False) if g is None
+        )
         training.in_loss = frozenset(
             name
             for name, g in zip(self.hyperparameters, gradients[len(theta) :], strict=True)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_hpo._tensors import stacked_zeros, widened
+from lightning_hpo.contents import ModuleState
 from lightning_hpo.distributed import world_size
-from lightning_hpo.shield import ModuleState
 
 
 class RunningStatistics:
@@ -80,7 +80,7 @@ class RunningStatistics:
         if state is None:
             values = self.buffers()
         else:
-            values = [state[id(layer)][0][name] for layer, name in self._places]  # type: ignore[misc]
+            values = [state.values.get(id(buffer), buffer) for buffer in self.buffers()]
         return [value.detach().clone().requires_grad_() for value in values]
 
     def zeros(self, m: int) -> list[Tensor]:

@@ -1,0 +1,173 @@
+"""Which objects a step may change, by their types: containers, state, or nothing of interest."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import random
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+
+class Kind(enum.Enum):
+    """How an object holds what can change in it."""
+
+    ATOM = enum.auto()  # immutable, opaque, or machinery: neither copied nor looked into
+    TENSOR = enum.auto()
+    ARRAY = enum.auto()
+    GENERATOR = enum.auto()  # of random numbers
+    ITERATOR = enum.auto()  # cannot be put back once it has been advanced
+    MODULE = enum.auto()
+    SCRIPT = enum.auto()
+    DICT = enum.auto()
+    LIST = enum.auto()
+    DEQUE = enum.auto()
+    SET = enum.auto()
+    TUPLE = enum.auto()
+    FUNCTION = enum.auto()
+    METHOD = enum.auto()
+    PARTIAL = enum.auto()
+    CELL = enum.auto()
+    OBJECT = enum.auto()  # attributes, in a __dict__ or in slots
+
+
+_ATOMS = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    type,
+    type(None),
+    type(...),
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    np.generic,
+    np.dtype,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    types.CodeType,
+    weakref.ReferenceType,
+    weakref.ProxyType,
+    weakref.CallableProxyType,
+)
+
+# What the training itself moves, or what belongs to the host: a step gets at it, but its state is
+# not the module's. By name, so that it is known in either package of Lightning.
+_HOST = {"lightning", "lightning_fabric", "pytorch_lightning"}
+_HOST_BASES = {"Callback", "LightningDataModule", "Logger", "Strategy", "Trainer"}
+_MACHINERY_BASES = (torch.optim.Optimizer, DataLoader)
+_MACHINERY_OF = _HOST | {
+    "_io",
+    "_thread",
+    "asyncio",
+    "concurrent",
+    "inspect",
+    "io",
+    "lightning_hpo",
+    "logging",
+    "multiprocessing",
+    "pathlib",
+    "re",
+    "threading",
+    "typing",
+}
+_MACHINERY_OF_TORCH = ("torch._", "torch.distributed.", "torch.fx.", "torch.utils.hooks")
+
+_BY_BASE: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
+    (_ATOMS, Kind.ATOM),
+    (Tensor, Kind.TENSOR),
+    (np.ndarray, Kind.ARRAY),
+    (
+        (torch.Generator, np.random.Generator, np.random.RandomState, random.Random),
+        Kind.GENERATOR,
+    ),
+    (_MACHINERY_BASES, Kind.ATOM),
+    (torch.jit.ScriptModule, Kind.SCRIPT),
+    (nn.Module, Kind.MODULE),
+    (dict, Kind.DICT),
+    (list, Kind.LIST),
+    (deque, Kind.DEQUE),
+    (set, Kind.SET),
+    ((tuple, frozenset), Kind.TUPLE),
+    (types.FunctionType, Kind.FUNCTION),
+    (types.MethodType, Kind.METHOD),
+    (functools.partial, Kind.PARTIAL),
+    (types.CellType, Kind.CELL),
+)
+
+
+def _kind_of(cls: type) -> Kind:
+    for bases, kind in _BY_BASE:
+        if issubclass(cls, bases):
+            return kind
+    name = cls.__module__
+    is_bare = not has_dict(cls) and not slots_of(cls)
+    if issubclass(cls, Iterator) and (is_bare or name == "torch.utils.data.dataloader"):
+        return Kind.ITERATOR
+    if is_bare or _root(cls) in _MACHINERY_OF or name.startswith(_MACHINERY_OF_TORCH):
+        return Kind.ATOM
+    if any(base.__name__ in _HOST_BASES and _root(base) in _HOST for base in cls.__mro__):
+        return Kind.ATOM
+    return Kind.OBJECT
+
+
+kind_of: Callable[[type], Kind] = functools.lru_cache(maxsize=4096)(_kind_of)
+"""Returns how the instances of a type hold what can change in them."""
+
+
+def _root(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def has_dict(cls: type) -> bool:
+    """Whether the instances of a type have attributes in a ``__dict__`` of their own."""
+    return bool(cls.__dictoffset__)
+
+
+def _slots_of(cls: type) -> tuple[types.MemberDescriptorType, ...]:
+    return tuple(
+        member
+        for base in cls.__mro__
+        if "__slots__" in vars(base)
+        for member in vars(base).values()
+        if isinstance(member, types.MemberDescriptorType)
+    )
+
+
+slots_of: Callable[[type], tuple[types.MemberDescriptorType, ...]] = functools.lru_cache(
+    maxsize=4096
+)(_slots_of)
+"""Returns the slots of a type written in Python, inherited ones included."""
+
+
+def read_slots(value: Any) -> dict[types.MemberDescriptorType, Any]:
+    """Returns what the slots of an object hold; those that are empty are not there."""
+    held = {}
+    for member in slots_of(type(value)):
+        try:
+            held[member] = member.__get__(value)
+        except AttributeError:
+            continue
+    return held
+
+
+def write_slots(value: Any, held: dict[types.MemberDescriptorType, Any]) -> None:
+    """Puts into the slots of an object what :func:`read_slots` returned; it may be frozen."""
+    for member in slots_of(type(value)):
+        if member in held:
+            member.__set__(value, held[member])
+        elif member in read_slots(value):
+            member.__delete__(value)
