@@ -30,14 +30,19 @@ def rebuild(start: Step, later: Sequence[Step]) -> list[Step]:
     complete = []
     current = start.point
     for step in later:
-        theta, state = dynamics.advance(current)
-        gradients = _gradients(step, theta)
+        after = dynamics.advance(current)
+        gradients = _gradients(step, after.theta)
         unclipped = None
         if step.point.clipping is not None:
             unclipped = [None if g is None else g.clone() for g in gradients]
             step.point.clipping.clip_(gradients)
         current = replace(
-            step.point, theta=theta, state=state, gradients=gradients, unclipped=unclipped
+            step.point,
+            theta=after.theta,
+            state=after.state,
+            own=after.own,
+            gradients=gradients,
+            unclipped=unclipped,
         )
         complete.append(replace(step, point=current))
     return complete

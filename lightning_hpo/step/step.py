@@ -333,7 +333,7 @@ class Step:
     def thinned(self) -> Step:
         """Returns the step without its tensors, to be made again from one before it."""
         marks = [None if g is None else g.new_empty(0) for g in self.point.gradients]
-        point = replace(self.point, theta=[], gradients=marks, state=[], unclipped=None)
+        point = replace(self.point, theta=[], gradients=marks, state=[], own={}, unclipped=None)
         return self._after(point)
 
     @property
