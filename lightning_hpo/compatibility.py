@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
@@ -237,33 +236,24 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
                 "so that tangents cannot follow it. Use SGD, Adam, AdamW, RMSprop or another "
                 "elementwise optimizer"
             ]
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
         return [
-            f"The optimizer {type(optimizer).__name__} needs a closure: it takes several gradients "
-            "per step, so that tangents cannot follow it. Use SGD, Adam, AdamW, RMSprop or another "
-            "elementwise optimizer"
+            "The optimizer moves complex parameters, along which derivatives are not taken. Keep "
+            "them as real parameters of shape (..., 2), and use torch.view_as_complex(p) in the "
+            "forward pass: the training is the same"
         ]
     return []
 
 
-def check_step(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
-    """Refuses an optimizer of another library that is not what it must be, before it moves θ.
-
-    Its step must have a derivative, and mix no elements where it declares itself elementwise.
-    """
-    if not isinstance(dynamics, GenericDynamics):
-        return []
+def check_elementwise(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
+    """Refuses an optimizer that declares itself elementwise and mixes elements."""
     kind = type(dynamics.optimizer)
     name = kind.__name__
-    if not kind.__module__.startswith("torch.optim") and not dynamics.is_differentiable_at(step):
-        return [
-            f"Tangents cannot follow the optimizer {name}: its step works on .data, disables "
-            "gradients or draws random numbers inside, or keeps its state outside of "
-            "optimizer.state. Use an optimizer of torch.optim, or write its step with in-place "
-            "operations on p, p.grad and self.state[p]"
-        ]
-    if getattr(kind, "elementwise", False) and not dynamics.is_elementwise_at(step):
+    if (
+        isinstance(dynamics, GenericDynamics)
+        and getattr(kind, "elementwise", False)
+        and not dynamics.is_elementwise_at(step)
+    ):
         return [
             f"The optimizer {name} declares itself elementwise, but its step moves every second "
             "element of the flattened parameters otherwise when it is made for these alone, or "
@@ -273,6 +263,17 @@ def check_step(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
             "sharded"
         ]
     return []
+
+
+def unfollowed(optimizer: torch.optim.Optimizer, reason: str | None) -> list[str]:
+    """Refuses an optimizer whose step is not what tangents and adjoints would follow."""
+    if reason is None:
+        return []
+    return [
+        f"Tangents cannot follow the optimizer {type(optimizer).__name__}: {reason}. Use an "
+        "optimizer of torch.optim, or write its step with tensor operations on p, p.grad and "
+        "self.state[p], without .item(), float() or numbers that are kept elsewhere"
+    ]
 
 
 def check_untouched(

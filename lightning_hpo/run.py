@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +15,14 @@ from torch import Tensor
 from lightning_hpo import compatibility
 from lightning_hpo.averages import Averages
 from lightning_hpo.distributed import gather, together
-from lightning_hpo.dynamics import Dynamics, OptimizerOptions, OptimizerStep, make_dynamics
+from lightning_hpo.dynamics import (
+    Dynamics,
+    GenericDynamics,
+    OptimizerOptions,
+    OptimizerStep,
+    Verification,
+    make_dynamics,
+)
 from lightning_hpo.estimators import Estimate, Estimator
 from lightning_hpo.held_out import HeldOut
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory
@@ -230,8 +236,8 @@ class Run:
             self.training.objective.shield,
         )
         self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
-        verify = partial(_verify, self.training.dynamics)
-        self.recorder = Recorder(trainer, module, callback, self.training, verify)
+        verifier = _Verifier(self.training.dynamics)
+        self.recorder = Recorder(trainer, module, callback, self.training, verifier)
         self._averages = Averages(trainer, module, callback)
 
     def _tuned_options(self) -> dict[str, Hyperparameter | None]:
@@ -492,6 +498,27 @@ class Run:
         self.recorder.close()
 
 
-def _verify(dynamics: Dynamics, step: OptimizerStep) -> None:
-    """Refuses an optimizer whose step has no derivative, before it moves θ."""
-    compatibility.refuse(compatibility.check_step(dynamics, step))
+class _Verifier:
+    """Refuses an optimizer whose step has no derivative: before it moves θ, where that is seen."""
+
+    def __init__(self, dynamics: Dynamics) -> None:
+        self._dynamics = dynamics
+        self._verification: Verification | None = None
+        if isinstance(dynamics, GenericDynamics) and dynamics.is_foreign:
+            self._verification = Verification(dynamics)
+
+    def before(self, step: OptimizerStep, *, is_first: bool) -> None:
+        """Looks at a step that is about to happen."""
+        findings: list[str] = []
+        if self._verification is not None:
+            reason = self._verification.before(step)
+            findings = compatibility.unfollowed(self._dynamics.optimizer, reason)
+        if is_first and not findings:
+            findings = compatibility.check_elementwise(self._dynamics, step)
+        compatibility.refuse(findings)
+
+    def after(self) -> None:
+        """Looks at a step that has happened."""
+        if self._verification is not None:
+            reason = self._verification.after()
+            compatibility.refuse(compatibility.unfollowed(self._dynamics.optimizer, reason))

@@ -10,6 +10,7 @@ from lightning_hpo.dynamics.generic import GenericDynamics, is_elementwise
 from lightning_hpo.dynamics.options import OptimizerOptions, add_to_tangent_, pull_back
 from lightning_hpo.dynamics.sgd import SGDDynamics
 from lightning_hpo.dynamics.state import THETA, State
+from lightning_hpo.dynamics.verification import Verification
 
 
 def make_dynamics(optimizer: torch.optim.Optimizer) -> Dynamics:
@@ -37,6 +38,7 @@ __all__ = [
     "OptimizerStep",
     "SGDDynamics",
     "State",
+    "Verification",
     "add_to_tangent_",
     "is_elementwise",
     "jvp_lean_",

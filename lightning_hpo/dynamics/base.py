@@ -13,7 +13,9 @@ from torch import Tensor
 from lightning_hpo._tensors import is_on_host, stacked_zeros, widened
 from lightning_hpo.distributed import local
 from lightning_hpo.dynamics.clipping import GradientClipping
+from lightning_hpo.dynamics.containers import rebuilt
 from lightning_hpo.dynamics.state import THETA, State, extend_
+from lightning_hpo.rng import RandomState
 
 # State entries that count steps or follow a schedule: no function of θ or g.
 _SCHEDULES = frozenset({"step", "eta", "mu", "mu_product"})
@@ -38,12 +40,16 @@ class OptimizerStep:
         theta: θ_t, in the order of the optimizer's parameter groups.
         gradients: The gradient that the optimizer receives (after unscaling and clipping); None for
             a parameter that takes no part in this step.
-        state: The optimizer's state of each parameter before this step.
+        state: The optimizer's state of each parameter before this step; tensors may be in
+            containers.
         clipping: What the Trainer did to the gradient before; None where nothing was clipped.
         unclipped: The gradient before clipping, where something was.
         frozen: The positions of parameters that did not require grad.
         counts: How many steps each parameter has taken, for an optimizer that depends on it.
         slope: ∂Φ/∂g of θ, where only that is kept; None where g and the state are.
+        own: What an optimizer of another library keeps elsewhere: its attributes, and state that
+            belongs to no parameter.
+        rng: The random state before this step, of an optimizer that draws numbers.
     """
 
     options: list[dict[str, Any]]
@@ -56,6 +62,8 @@ class OptimizerStep:
     frozen: list[int] = field(default_factory=list)
     counts: list[float] = field(default_factory=list)
     slope: list[Tensor] | None = None
+    own: dict[str, Any] = field(default_factory=dict)
+    rng: RandomState | None = None
 
     @property
     def lr(self) -> float:
@@ -71,21 +79,20 @@ class OptimizerStep:
                 have a gradient, and which state exists, is known.
         """
 
-        def copied(t: Any) -> Any:
+        def copied(name: str, at: int | None, t: Any) -> Any:
             return t.clone() if isinstance(t, Tensor) else t
 
+        def emptied(name: str, at: int | None, t: Any) -> Any:
+            return t.new_empty(0) if is_function_of_theta(name, t) else t
+
+        theta = [p.clone() for p in self.theta]
         if values:
-            gradients = [copied(g) for g in self.gradients]
-            state = [{n: copied(v) for n, v in s.items()} for s in self.state]
+            gradients = [None if g is None else g.clone() for g in self.gradients]
+            state, own = rebuilt(self.state, copied), rebuilt(self.own, copied)
         else:
             gradients = [None if g is None else g.new_empty(0) for g in self.gradients]
-            state = [
-                {n: v.new_empty(0) if is_function_of_theta(n, v) else v for n, v in s.items()}
-                for s in self.state
-            ]
-        return replace(
-            self, theta=[copied(p) for p in self.theta], gradients=gradients, state=state
-        )
+            state, own = [rebuilt(s, emptied) for s in self.state], {}
+        return replace(self, theta=theta, gradients=gradients, state=state, own=own)
 
     def blocks(self, index: Iterable[int]) -> Iterator[Block]:
         """Splits parameters, and large ones themselves, into blocks of limited size.
@@ -121,10 +128,10 @@ class OptimizerStep:
             return [None if (t := tensors[i]) is None else t.flatten()[part] for i, part in block]
 
         def cut_state(i: int, part: slice) -> dict[str, Any]:
-            return {
-                name: value.flatten()[part] if is_function_of_theta(name, value) else value
-                for name, value in self.state[i].items()
-            }
+            def cut_one(name: str, at: int | None, value: Any) -> Any:
+                return value.flatten()[part] if is_function_of_theta(name, value) else value
+
+            return dict(rebuilt(self.state[i], cut_one))
 
         return OptimizerStep(
             options=self.options,
@@ -136,6 +143,8 @@ class OptimizerStep:
             unclipped=None if self.unclipped is None else cut(self.unclipped),
             frozen=[place[i] for i in self.frozen if i in place],
             counts=[self.counts[i] for i, _ in block] if self.counts else [],
+            own=self.own,
+            rng=self.rng,
         )
 
     def parts(
@@ -189,26 +198,26 @@ class Dynamics(ABC):
 
     def capture(self) -> OptimizerStep:
         """Records the step that is about to happen; see :meth:`OptimizerStep.kept`."""
+
+        def copied(name: str, at: int | None, v: Any) -> Any:
+            # A scheduler writes to a learning rate that is a tensor in place.
+            return v.detach().clone() if isinstance(v, Tensor) else v
+
+        def seen(name: str, at: int | None, v: Any) -> Any:
+            return widened(local(v)) if isinstance(v, Tensor) else v
+
         options = []
         groups = []
         start = 0
         for group in self.optimizer.param_groups:
-            # A scheduler writes to a learning rate that is a tensor in place.
             options.append(
-                {
-                    name: v.detach().clone() if isinstance(v, Tensor) else v
-                    for name, v in group.items()
-                    if name != "params"
-                }
+                {name: rebuilt(v, copied) for name, v in group.items() if name != "params"}
             )
             groups.append(list(range(start, start + len(group["params"]))))
             start += len(group["params"])
         theta = self.theta
         gradients = [None if p.grad is None else widened(local(p.grad.detach())) for p in theta]
-        state = [
-            {n: widened(local(v)) if isinstance(v, Tensor) else v for n, v in entries.items()}
-            for entries in (self.optimizer.state.get(p, {}) for p in theta)
-        ]
+        state = [dict(rebuilt(self.optimizer.state.get(p, {}), seen)) for p in theta]
         values = [widened(local(p.detach())) for p in theta]
         step = OptimizerStep(options, groups, values, gradients, state)
         step.frozen = [i for i, p in enumerate(theta) if not p.requires_grad]
@@ -252,7 +261,11 @@ class Dynamics(ABC):
 
 def is_function_of_theta(name: str, value: Any) -> bool:
     """Whether an entry of the optimizer's state depends on θ or g."""
-    return isinstance(value, Tensor) and value.is_floating_point() and name not in _SCHEDULES
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and not (name in _SCHEDULES and value.dim() == 0)
+    )
 
 
 def pick(tensors: list[Tensor], index: list[int]) -> list[Tensor]:

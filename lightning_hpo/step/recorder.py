@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -27,6 +27,16 @@ Observer = tuple[Space, Callable[[Step], None]]
 """An estimator's space, and what is called with each of its steps."""
 
 
+class Verifier(Protocol):
+    """Looks at steps of the optimizer; raises an error where one cannot be followed."""
+
+    def before(self, step: OptimizerStep, *, is_first: bool) -> None:
+        """Looks at a step that is about to happen."""
+
+    def after(self) -> None:
+        """Looks at a step that has happened."""
+
+
 class Recorder:
     """Watches the optimizer, the clipping and the batches of a training; all between two hooks.
 
@@ -39,7 +49,8 @@ class Recorder:
         module: The LightningModule.
         callback: The callback in whose name this happens: its own hooks interfere with nothing.
         training: What all steps share.
-        verify: Refuses an optimizer whose step has no derivative; called with the first step.
+        verifier: Refuses an optimizer whose step has no derivative; sees each step that is handed
+            out, and always the first.
 
     Attributes:
         lr: The learning rate of the last step, of the first parameter group.
@@ -52,14 +63,14 @@ class Recorder:
         module: pl.LightningModule,
         callback: pl.Callback,
         training: TrainingMap,
-        verify: Callable[[OptimizerStep], None],
+        verifier: Verifier,
     ) -> None:
         self._stepped = False
         self.check = ReplayCheck(training, partial(may_change_gradients, trainer, module, callback))
         self._trainer = trainer
         self._module = module
         self._training = training
-        self._verify = verify
+        self._verifier = verifier
         self._is_verified = False
         self._interferes = partial(may_interfere, trainer, module, callback)
         self._observers: Sequence[Observer] = ()
@@ -67,10 +78,8 @@ class Recorder:
         self._clipped: tuple[GradientClipping, list[Tensor | None]] | None = None
         self._lr: Any = 0.0
         self._shadow: Shadow | None = None
-        optimizer = training.dynamics.optimizer
         self._handles: list[RemovableHandle | Shadow] = [
-            optimizer.register_step_pre_hook(self._before_optimizer_step),
-            optimizer.register_step_post_hook(self._after_optimizer_step),
+            *self._watch_steps(training.dynamics.optimizer),
             self._watch_clipping(),
         ]
 
@@ -171,6 +180,27 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------ the step
 
+    def _watch_steps(self, optimizer: torch.optim.Optimizer) -> list[RemovableHandle | Shadow]:
+        """Looks at steps by the optimizer's hooks, or around its ``step`` where there are none.
+
+        Optimizers that wrap another one often leave out ``super().__init__()``, which makes hooks.
+        """
+        if hasattr(type(optimizer).step, "hooked"):
+            return [
+                optimizer.register_step_pre_hook(self._before_optimizer_step),
+                optimizer.register_step_post_hook(self._after_optimizer_step),
+            ]
+        step = optimizer.step
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            given = (optimizer, *args), kwargs
+            given = self._before_optimizer_step(optimizer, *given) or given
+            result = step(*given[0][1:], **given[1])
+            self._after_optimizer_step(optimizer)
+            return result
+
+        return [Shadow(optimizer, "step", watched)]
+
     def _before_optimizer_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -200,11 +230,10 @@ class Recorder:
     def _hand_out(self) -> None:
         """Shows the step to its observers."""
         point = self._training.dynamics.capture()
-        if not self._is_verified:
-            if isinstance(self._module, PenaltyMixin):
-                self._module.check_penalties_applied()
-            self._verify(point)
-            self._is_verified = True
+        if not self._is_verified and isinstance(self._module, PenaltyMixin):
+            self._module.check_penalties_applied()
+        self._verifier.before(point, is_first=not self._is_verified)
+        self._is_verified = True
         if self._clipped is not None:
             (point.clipping, point.unclipped), self._clipped = self._clipped, None
         batches, self._batches = self._batches, None
@@ -219,6 +248,7 @@ class Recorder:
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped = True
+        self._verifier.after()
         lr = optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes to it in place
         if self._training.options is not None:

@@ -357,7 +357,7 @@ class Step:
     def thinned(self) -> Step:
         """Returns the step without its tensors, to be made again from one before it."""
         marks = [None if g is None else g.new_empty(0) for g in self.point.gradients]
-        point = replace(self.point, theta=[], gradients=marks, state=[], unclipped=None)
+        point = replace(self.point, theta=[], gradients=marks, state=[], own={}, unclipped=None)
         return self._after(point)
 
     @property
@@ -372,14 +372,19 @@ class Step:
         and the clipping; θ and the state are those to which the optimizer's own formula leads.
         """
         training = self.space.training
-        theta, state = GenericDynamics(training.dynamics.optimizer).advance(before.point)
-        gradients = self._regularized_gradient(theta)
+        after = GenericDynamics(training.dynamics.optimizer).advance(before.point)
+        gradients = self._regularized_gradient(after.theta)
         unclipped = None
         if self.point.clipping is not None:
             unclipped = [None if g is None else g.clone() for g in gradients]
             self.point.clipping.clip_(gradients)
         point = replace(
-            self.point, theta=theta, state=state, gradients=gradients, unclipped=unclipped
+            self.point,
+            theta=after.theta,
+            state=after.state,
+            own=after.own,
+            gradients=gradients,
+            unclipped=unclipped,
         )
         return replace(self, point=point)
 
