@@ -158,7 +158,7 @@ def _found(root: nn.Module, has_init: bool) -> dict[str, _Site]:
     others = _other_dropout(root)
     if not acting and not (sites and has_init):
         rest = _listed([*sites, *others])
-        hint = f"; it has {rest}: to tune these, name them in at=, with init=" if rest else ""
+        hint = f"; it has {rest}: to tune these, name them in at=" if rest else ""
         raise ValueError(
             f"register_dropout: {type(root).__name__} has no nn.Dropout, and no nn.LSTM, nn.GRU or "
             "nn.MultiheadAttention with dropout; call it after the network has been built" + hint
