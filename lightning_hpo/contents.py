@@ -35,6 +35,9 @@ _SHARED_ELEMENTS = 10_000
 # A container with more entries is looked through now and then only: see Walker.
 _LARGE = 1_000
 
+# Walks at which that happens in any case: the losses of both kinds, and the first products.
+_FIRST = 4
+
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
 """Not the user's; kernels are exchanged by way of ``forward``."""
 
@@ -285,6 +288,7 @@ class Walker:
         self._calls = 0
         self._is_due = True
         self._still: dict[int, Any] = {}
+        self._moving: dict[int, Any] = {}
         self._seen: set[int] = set()
 
     def walk(self, *, looks: bool = False) -> Reached:
@@ -294,10 +298,12 @@ class Walker:
             looks: Whether a step runs now, so that a large container can be seen to change.
         """
         self._calls += looks
-        self._is_due = looks and (self._calls <= 4 or str(self._calls).strip("0") == "1")
+        self._is_due = looks and (self._calls <= _FIRST or str(self._calls).strip("0") == "1")
         self._seen = {id(self._root)}
         reached = self._explore([self._root])
-        self._still = {key: owner for key, owner in self._still.items() if key in self._seen}
+        for known in (self._still, self._moving):
+            for key in known.keys() - self._seen:
+                del known[key]
         return reached
 
     def judge(self, reached: Reached, before: Mapping[int, Any]) -> None:
@@ -317,7 +323,9 @@ class Walker:
             )
             if is_still:
                 self._still[key] = outer.owner
-            elif self._still.pop(key, None) is not None:
+                continue
+            self._moving[key] = outer.owner
+            if self._still.pop(key, None) is not None and self._calls > _FIRST:
                 warnings.warn(
                     f"OnlineHPOCallback: steps change {self.name_of(outer.owner)}, which has "
                     f"{len(outer.content)} entries and which they left alone at first. Until now "
@@ -335,6 +343,8 @@ class Walker:
             if value is wanted:
                 break
             for label, child in _named_children(value):
+                if type(child) is _Guard:
+                    child = vars(child)["_iterator"]
                 if id(child) not in seen and kind_of(type(child)) is not Kind.ATOM:
                     seen.add(id(child))
                     stack.append(((name + label).lstrip("."), child))
@@ -433,7 +443,8 @@ class Walker:
             inner = self._explore(new)
         reached.add(inner)
         reached.held[id(value)] = outer
-        reached.large[id(value)] = Large(outer, inner)
+        if id(value) not in self._moving:
+            reached.large[id(value)] = Large(outer, inner)
 
 
 def _sort(value: Tensor, reached: Reached) -> None:
@@ -598,7 +609,9 @@ def exchanged(
         for key, (owner, holder, _) in state.held.items()
         if key not in reached.held
     }
-    every = {**tensors, **state.tensors}
+    # What is trained by now holds what the caller has put there.
+    earlier = {k: t for k, t in state.tensors.items() if k not in reached.parameters}
+    every = {**tensors, **earlier}
     before: dict[int, Any] = {key: t.data for key, t in every.items()}
     flags = [(t, t.requires_grad) for t in every.values() if t.is_leaf]
     arrays = reached.arrays | {k: a for k, a in state.others.items() if isinstance(a, np.ndarray)}

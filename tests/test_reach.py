@@ -1,0 +1,510 @@
+"""What a step changes beyond the module's own tensors: shared objects, containers, iterators."""
+
+import collections
+import copy
+import dataclasses
+import functools
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    Mlp,
+    fit,
+    frozen,
+    last_hypergradient,
+    observe,
+    relative_error,
+    truth,
+    weights,
+)
+from torch import nn
+from torchmetrics import MeanMetric, MetricCollection
+
+from lightning_hpo import T1T2, ClipR, OnlineHPOCallback, UnrollK
+from lightning_hpo.contents import Walker
+
+ESTIMATORS = {"T1T2": T1T2, "ClipR": ClipR, "reverse": lambda: UnrollK(4, "reverse")}
+
+
+def assert_undisturbed(kind, make):
+    """Weights, buffers and what ``kept`` says are those of the training without the callback."""
+    observed, alone = kind(), kind()
+    fit(observed, OnlineHPOCallback(make(), optimizer=frozen))
+    fit(alone)
+    assert torch.equal(weights(observed), weights(alone))
+    for (name, a), (_, b) in zip(
+        observed.state_dict().items(), alone.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    if hasattr(alone, "kept"):
+        assert observed.kept() == alone.kept()
+
+
+def assert_exact(kind):
+    found = last_hypergradient(observe(ClipR(math.inf), kind()))
+    assert relative_error(found, truth(kind)) < 1e-5
+
+
+# ------------------------------------------------------------------------------------ shared objects
+
+
+class Saver:
+    def __init__(self, module):
+        self.out = None
+        module.register_forward_hook(self.hook)
+
+    def hook(self, module, inputs, output):
+        self.out = output
+
+
+class BoundMethod(Mlp):
+    def __init__(self):
+        super().__init__("momentum")
+        self.saver = Saver(self.net[1])
+
+    def features(self):
+        return [self.saver.out]
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + 0.1 * sum(f.pow(2).mean() for f in self.features())
+
+
+class Closure(BoundMethod):
+    """The list is shared by a closure, and emptied at the start of each step."""
+
+    def __init__(self):
+        super().__init__()
+        seen = self.seen = []
+        self.net[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    def features(self):
+        return self.seen
+
+    def training_step(self, batch, batch_idx):
+        self.seen.clear()
+        return super().training_step(batch, batch_idx)
+
+
+def store(where, key, module, inputs, output):
+    where[key] = output
+
+
+class Partial(BoundMethod):
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+        self.net[1].register_forward_hook(functools.partial(store, self.seen, "tanh"))
+
+    def features(self):
+        return list(self.seen.values())
+
+
+class OwnClosure(BoundMethod):
+    """Only the hook knows the count, and the tensor that it writes to in place."""
+
+    def __init__(self):
+        super().__init__()
+        count, scale = 0, torch.ones(())
+
+        def hook(module, inputs, output):
+            nonlocal count
+            if not module.training:  # at the end of an epoch as well: no part of the truth
+                return None
+            count += 1
+            scale.mul_(0.97)
+            return output * scale / (1 + 0.01 * count)
+
+        self.net[1].register_forward_hook(hook)
+
+
+class SharedBuffer(BoundMethod):
+    """A hook moves a buffer that the module reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+        scale = self.scale
+        self.net[1].register_forward_pre_hook(
+            lambda module, inputs: scale.data.mul_(0.95) and None if module.training else None
+        )
+
+    def features(self):
+        return [self.saver.out * self.scale]
+
+
+SHARING = [BoundMethod, Closure, Partial, OwnClosure, SharedBuffer]
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_what_hooks_share_with_the_module(kind):
+    for make in ESTIMATORS.values():
+        assert_undisturbed(kind, make)
+    assert_exact(kind)
+
+
+def test_the_graph_of_a_replay_is_let_go_of():
+    model = BoundMethod()
+    fit(model, OnlineHPOCallback(ClipR(), optimizer=frozen), steps=3)
+    # That of the training's own last call, and of no replay before the next one.
+    assert model.saver.out.shape[0] in (8, 20)
+    before = model.saver.out
+    fit(model, OnlineHPOCallback(T1T2(), optimizer=frozen), steps=1, limit_val_batches=0)
+    assert model.saver.out is not before
+
+
+# -------------------------------------------------------------------------------------- containers
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    n: float = 1.0
+
+
+class Meters(collections.UserDict):
+    pass
+
+
+class Log(list):
+    """A list with an attribute."""
+
+
+class OwnIterator:
+    def __init__(self):
+        self.position = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.position += 1
+        return 1 / self.position
+
+
+def _mutate_metrics(kept, x):
+    kept[0].update(x)
+    kept[1]["all"]["mean"].update(x)
+    return kept[0].compute() + kept[1]["all"]["mean"].compute()
+
+
+def _mutate_log(kept, x):
+    kept.append(x)
+    kept.total = getattr(kept, "total", 0.0) + 1
+    return len(kept) + kept.total
+
+
+def _mutate_dict(kept, x):
+    kept["n"] = kept.get("n", 0) + 1
+    kept.setdefault("inner", collections.OrderedDict())[kept["n"]] = [x]
+    return kept["n"]
+
+
+def _mutate_slots(kept, x):
+    kept.n += 1
+    return kept.n
+
+
+def _mutate_module(kept, x):
+    kept[0](torch.full((2, 1), x))
+    return kept[0].running_mean.mean()
+
+
+STATE = {
+    "hparams": (lambda: {"lr": 0.1}, _mutate_dict),
+    "UserDict": (Meters, _mutate_dict),
+    "OrderedDict": (collections.OrderedDict, _mutate_dict),
+    "slots": (Slotted, _mutate_slots),
+    "slots in a tuple": (lambda: (Slotted(),), lambda kept, x: _mutate_slots(kept[0], x)),
+    "list with an attribute": (Log, _mutate_log),
+    "metrics in containers": (
+        lambda: [MeanMetric(), {"all": MetricCollection({"mean": MeanMetric()})}],
+        _mutate_metrics,
+    ),
+    "module in a list": (lambda: [nn.BatchNorm1d(1)], _mutate_module),
+    "own iterator": (OwnIterator, lambda kept, x: next(kept)),
+    "iterator over a list": (
+        lambda: iter([1.0 + 0.1 * i for i in range(20)]),
+        lambda k, x: next(k),
+    ),
+    "cycle": (lambda: itertools.cycle([1.0, 2.0, 3.0]), lambda k, x: next(k)),
+    "count in a dict": (lambda: {"i": itertools.count(1)}, lambda k, x: 1 / next(k["i"])),
+    "views of one tensor": (
+        lambda: (lambda t: [t, t[:1]])(torch.ones(2)),
+        lambda k, x: float(k[1].mul_(0.9)) + float(k[0].sum()),
+    ),
+    "set": (lambda: {0}, lambda k, x: k.add(len(k)) or len(k)),
+    "generator of numbers": (
+        lambda: [np.random.default_rng(0), torch.Generator().manual_seed(0)],
+        lambda k, x: k[0].random() + float(torch.rand((), generator=k[1])),
+    ),
+}
+
+
+def keeping(name):
+    make, mutate = STATE[name]
+
+    class Keeping(Mlp):
+        def __init__(self):
+            super().__init__("momentum")
+            if name == "hparams":
+                self.save_hyperparameters(make())
+                self.state = self.hparams
+            else:
+                self.state = make()
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * (1 + 0.05 * float(mutate(self.state, 0.5)))
+
+    return Keeping
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_state_of_every_kind(name):
+    kind = keeping(name)
+    for make in ESTIMATORS.values():
+        assert_undisturbed(kind, make)
+    assert_exact(kind)
+
+
+# --------------------------------------------------------------------------------------- iterators
+
+
+def _generator():
+    yield from itertools.count(1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _generator,
+        lambda: map(float, _generator()),
+        lambda: iter(torch.utils.data.DataLoader(range(1, 99))),
+    ],
+    ids=["generator", "map", "DataLoader"],
+)
+@pytest.mark.parametrize("where", ["training_step", "validation_step"])
+def test_an_iterator_that_cannot_be_put_back_is_refused_by_name(make, where):
+    class Drawing(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.source = {"numbers": make()}
+
+    def step(self, batch, batch_idx):
+        return self.loss(batch) / float(next(self.source["numbers"]))
+
+    setattr(Drawing, where, step)
+    model = Drawing()
+    before = weights(model)
+    with pytest.raises(Exception, match=r"advances \"source\['numbers'\]\".*on_train_batch_start"):
+        observe(T1T2(), model)
+    assert torch.equal(weights(model), before)
+    assert float(next(model.source["numbers"])) == 1  # nothing has been drawn
+
+
+# -------------------------------------------------------------------------------- large containers
+
+
+class Large(Mlp):
+    def __init__(self, make=None, use=lambda kept, x: 1.0):
+        super().__init__("momentum")
+        self.large = make() if make else None
+        self.use = use
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * (1 + 0.01 * self.use(self.large, loss.item()))
+
+
+def _count(kept, x):
+    kept["w7"] += 1
+    return kept["w7"]
+
+
+def _append(kept, x):
+    kept.append(x)
+    return len(kept) / 1000
+
+
+def _deep(kept, x):
+    kept[1500]["n"] += 1
+    return kept[1500]["n"]
+
+
+LARGE = {
+    "read": (lambda: {f"w{i}": i for i in range(2000)}, lambda kept, x: kept["w7"]),
+    "counted": (lambda: {f"w{i}": i for i in range(2000)}, _count),
+    "appended": (lambda: list(range(2000)), _append),
+    "bounded": (lambda: collections.deque(range(2000), maxlen=2000), _append),
+    "deep": (lambda: [{"n": 0} for _ in range(2000)], _deep),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_containers_are_put_back_like_others(name):
+    make, use = LARGE[name]
+
+    class Own(Large):
+        def __init__(self):
+            super().__init__(make, use)
+
+        def kept(self):
+            return self.large
+
+    for estimator in ESTIMATORS.values():
+        assert_undisturbed(Own, estimator)
+    assert_exact(Own)
+
+
+def test_a_large_container_that_is_only_read_is_not_copied():
+    model = Large(lambda: {f"w{i}": {"count": i} for i in range(2000)})
+    walker = Walker(model)
+    for call in range(6):
+        reached = walker.walk(looks=True)
+        assert (id(model.large) in reached.held) == (call < 4)
+        assert (id(model.large["w5"]) in reached.held) == (call < 4)
+        walker.judge(reached, {})
+    assert id(model.large) in reached.lengths
+
+
+def test_a_large_container_that_loses_entries_later_is_named():
+    class Losing(Large):
+        def training_step(self, batch, batch_idx):
+            if self.global_step > 6:
+                self.large.pop()
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(Exception, match="took away from 'large', a container of 199. entries"):
+        observe(ClipR(), Losing(lambda: list(range(2000))))
+
+
+def test_large_containers_that_change_later_are_warned_about():
+    class Later(Large):
+        def training_step(self, batch, batch_idx):
+            if self.global_step > 6:
+                self.large["w7"] += 1
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="steps change 'large', which has 2000 entries"):
+        observe(ClipR(), Later(lambda: {f"w{i}": i for i in range(2000)}), steps=60, max_epochs=-1)
+
+
+# ----------------------------------------------------------------------------------------- teachers
+
+
+class Teacher(Mlp):
+    """Handed to the optimizer with the rest, and moved by the step itself."""
+
+    in_place = False
+
+    def __init__(self):
+        super().__init__("momentum")
+        self.teacher = copy.deepcopy(self.net)
+        self.extra = [copy.deepcopy(self.net[0])]
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            pairs = zip(self.teacher.parameters(), self.net.parameters(), strict=True)
+            for slow, p in [*pairs, (self.extra[0].weight, self.net[0].weight)]:
+                if self.in_place:
+                    slow.mul_(0.8).add_(0.2 * p)
+                else:
+                    slow.data = 0.8 * slow.data + 0.2 * p.data
+            target = self.teacher(batch[0]) + self.extra[0].weight.sum()
+        return self.loss(batch) + F.mse_loss(self.net(batch[0]), target)
+
+
+class InPlace(Teacher):
+    in_place = True
+
+
+class Later(Teacher):
+    """Follows from the fifth step on."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step < 5:
+            return self.loss(batch)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("derivatives", ["auto", "finite_difference"])
+@pytest.mark.parametrize("kind", [Teacher, InPlace, Later])
+def test_teachers_inside_the_optimizer(kind, derivatives):
+    alone = kind()
+    fit(alone)
+    for make in ESTIMATORS.values():
+        observed = kind()
+        observe(make(), observed, derivatives=derivatives)
+        assert torch.equal(weights(observed), weights(alone))
+        assert torch.equal(observed.extra[0].weight, alone.extra[0].weight)
+
+
+@pytest.mark.parametrize("write", [lambda p: p.data.mul_(0.9), lambda p: p.mul_(0.9)])
+def test_a_step_that_writes_to_what_it_trains_is_refused(write):
+    class Writing(Mlp):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                write(self.net[0].weight)
+            return super().training_step(batch, batch_idx)
+
+    model = Writing()
+    before = weights(model)
+    with pytest.raises(Exception, match=r"writes to the trained parameter 'net\.0\.weight'"):
+        observe(T1T2(), model)
+    assert torch.equal(weights(model), before)
+
+
+# ---------------------------------------------------------------------------------------- gradients
+
+
+class Adversarial(Mlp):
+    """Its inner pass leaves gradients, and clears them."""
+
+    where = "training_step"
+
+    def attacked(self, batch):
+        x, y = batch
+        x = x.clone().requires_grad_()
+        self.loss((x, y)).backward()
+        self.zero_grad()
+        return x + 0.1 * x.grad.sign(), y
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) + self.loss(self.attacked(batch))
+
+
+class AdversarialValidation(Mlp):
+    def validation_step(self, batch, batch_idx):
+        with torch.enable_grad():
+            attacked = Adversarial.attacked(self, batch)
+        return self.loss(attacked)
+
+
+class Accumulating(Adversarial):
+    """Leaves the parameters' gradients alone, but clears them one by one at the end."""
+
+    def attacked(self, batch):
+        x, y = batch
+        x = x.clone().requires_grad_()
+        self.loss((x, y)).backward()
+        for p in self.parameters():
+            p.grad = None
+        return x + 0.1 * x.grad, y
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("kind", [Adversarial, Accumulating, AdversarialValidation])
+def test_steps_that_write_gradients(kind, accumulated):
+    if accumulated == 2 and kind is not AdversarialValidation:
+        return  # the step itself would clear what has been accumulated
+    alone = kind("momentum")
+    fit(alone, accumulate_grad_batches=accumulated)
+    for make in [*ESTIMATORS.values(), lambda: UnrollK(3, "forward")]:
+        for derivatives in ("auto", "finite_difference"):
+            observed = kind("momentum")
+            observe(make(), observed, derivatives=derivatives, accumulate_grad_batches=accumulated)
+            assert torch.equal(weights(observed), weights(alone))
