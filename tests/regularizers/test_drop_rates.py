@@ -365,3 +365,28 @@ def test_a_number_that_is_never_read_is_refused():
 
     with pytest.raises(Exception, match=r"'keep' has no effect on the training"):
         fit(Idle("attention"), OnlineHPOCallback(T1T2()), steps=1)
+
+
+@pytest.mark.parametrize("middle", ["read", "attention", "alpha"])
+def test_compiled_code_sees_the_rate_move(middle):
+    class Compiled(Net):
+        def __init__(self):
+            super().__init__(middle)
+            self.run = torch.compile(self.net, backend="eager")
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(self.run(x), y)
+
+    values = []
+    for model in (Net(middle), Compiled()):
+        callback = OnlineHPOCallback(ClipR(float("inf")), optimizer=_fast)
+        torch.manual_seed(0)
+        fit(model, callback, steps=STEPS)
+        values.append([record.values["keep"] for record in callback.history])
+    assert len(set(values[0])) == STEPS
+    assert values[1] == pytest.approx(values[0], rel=1e-9)
+
+
+def _fast(raw):
+    return torch.optim.SGD(raw, lr=10.0)
