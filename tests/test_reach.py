@@ -49,7 +49,7 @@ def assert_exact(kind):
     assert relative_error(found, truth(kind)) < 1e-5
 
 
-# ------------------------------------------------------------------------------------ shared objects
+# ----------------------------------------------------------------------------------- shared objects
 
 
 class Saver:
