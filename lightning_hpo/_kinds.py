@@ -121,6 +121,8 @@ def _kind_of(cls: type) -> Kind:
         return Kind.ATOM
     if any(base.__name__ in _HOST_BASES and _root(base) in _HOST for base in cls.__mro__):
         return Kind.ATOM
+    if any(_root(base) == "lightning_hpo" for base in cls.__mro__):
+        return Kind.ATOM  # a penalty, whose constants may be as many as θ: replays share them
     return Kind.OBJECT
 
 

@@ -49,7 +49,7 @@ def assert_exact(kind):
     assert relative_error(found, truth(kind)) < 1e-5
 
 
-# ------------------------------------------------------------------------------------ shared objects
+# ----------------------------------------------------------------------------------- shared objects
 
 
 class Saver:
@@ -62,6 +62,8 @@ class Saver:
 
 
 class BoundMethod(Mlp):
+    is_exact = True
+
     def __init__(self):
         super().__init__("momentum")
         self.saver = Saver(self.net[1])
@@ -105,7 +107,12 @@ class Partial(BoundMethod):
 
 
 class OwnClosure(BoundMethod):
-    """Only the hook knows the count, and the tensor that it writes to in place."""
+    """Only the hook knows the count, and the tensor that it writes to in place.
+
+    It acts in training alone, so that L_V is not that of ``truth``, which looks in that mode.
+    """
+
+    is_exact = False
 
     def __init__(self):
         super().__init__()
@@ -144,7 +151,8 @@ SHARING = [BoundMethod, Closure, Partial, OwnClosure, SharedBuffer]
 def test_what_hooks_share_with_the_module(kind):
     for make in ESTIMATORS.values():
         assert_undisturbed(kind, make)
-    assert_exact(kind)
+    if kind.is_exact:
+        assert_exact(kind)
 
 
 def test_the_graph_of_a_replay_is_let_go_of():
@@ -378,7 +386,7 @@ def test_a_large_container_that_loses_entries_later_is_named():
                 self.large.pop()
             return super().training_step(batch, batch_idx)
 
-    with pytest.raises(Exception, match="took away from 'large', a container of 199. entries"):
+    with pytest.raises(Exception, match=r"took away from 'large', a container of 199. entries"):
         observe(ClipR(), Losing(lambda: list(range(2000))))
 
 
