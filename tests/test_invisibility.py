@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import TRAIN, VALID, MemoryLogger, Mlp, fit, frozen
+from cases import TRAIN, VALID, MemoryLogger, Mlp, fit, frozen, train_loader
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -395,6 +395,36 @@ def test_everything_is_put_back_when_a_later_replay_raises(at, derivatives):
     )
     assert witness.after.global_step == 3
     assert_put_back(witness.before, witness.after)
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("make", [ClipR, lambda: UnrollK(2, "forward")])
+@pytest.mark.parametrize("at", [3, 4])
+def test_everything_is_put_back_when_a_replay_at_the_batch_raises(at, make, error):
+    """Where gradients accumulate, tangents are multiplied before the step."""
+
+    class Failing(Mlp):
+        replays = 0
+
+        def __init__(self):
+            super().__init__()
+            self.net.insert(1, nn.BatchNorm1d(5))
+
+        def training_step(self, batch, batch_idx):
+            Failing.replays += "log" in vars(self)
+            if Failing.replays == at:
+                raise error
+            return super().training_step(batch, batch_idx)
+
+    model = Failing()
+    buffers = dict(model.named_buffers())
+    options = {"train": train_loader(batch_size=4), "accumulate_grad_batches": 2}
+    with pytest.raises((KeyError, SystemExit, KeyboardInterrupt)):
+        fit(model, OnlineHPOCallback(make(), optimizer=frozen, derivatives="reverse"), **options)
+    assert Failing.replays == at
+    assert not {"log", "log_dict", "print"} & vars(model).keys()
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name], name
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])

@@ -309,3 +309,14 @@ def test_an_estimate_of_another_shape_is_refused(answer, error, message):
 
     with pytest.raises(error, match=message):
         observe(Wrong(), Mlp(), steps=1)
+
+
+@pytest.mark.parametrize("use", [lambda step, y: step.jvp_(y), lambda step, y: step.kept()])
+def test_a_step_is_refused_where_its_effect_has_used_it_up(use):
+    class Both(ClipR):
+        def observe(self, step):
+            assert step.effect() is not None
+            use(step, self._tangents)
+
+    with pytest.raises(RuntimeError, match="Take the effect last"):
+        observe(Both(), Mlp(), steps=1, gradient_clip_val=0.01)

@@ -45,21 +45,27 @@ class Batches:
     def multiply(self, moment: Moment, weight: float, followed: Sequence[Tangents]) -> None:
         """Adds the H y + B of a micro-batch to those of the step."""
         self.expect(moment, followed)
-        for tangents in followed:
-            tangents.begin_step()
-            for units in tangents.portions():
-                products, _ = self._product(tangents, units, None)
-                sums = self._sums.get(tangents)
-                if sums is None and len(units) == tangents.count:
-                    torch._foreach_mul_(products, weight)
-                    self._sums[tangents] = products
-                    continue
-                sums = self._sums[tangents] = self._complete(sums or [], tangents.count)
-                parts = [t[units.start : units.stop] for t in sums]
-                torch._foreach_add_(parts, products, alpha=weight)
-            # The next micro-batch starts from the running statistics that this one has moved.
-            tangents.is_zero &= not tangents.statistics
-        self._end_replay()
+        try:
+            for tangents in followed:
+                tangents.begin_step()
+                for units in tangents.portions():
+                    self._add(tangents, units, weight)
+                # The next micro-batch starts from the running statistics that this one has moved.
+                tangents.is_zero &= not tangents.statistics
+        finally:
+            self._end_replay()
+
+    def _add(self, tangents: Tangents, units: range, weight: float) -> None:
+        """Adds the H y + B of some directions."""
+        products, _ = self._product(tangents, units, None)
+        sums = self._sums.get(tangents)
+        if sums is None and len(units) == tangents.count:
+            torch._foreach_mul_(products, weight)
+            self._sums[tangents] = products
+            return
+        sums = self._sums[tangents] = self._complete(sums or [], tangents.count)
+        parts = [t[units.start : units.stop] for t in sums]
+        torch._foreach_add_(parts, products, alpha=weight)
 
     def expect(self, moment: Moment, followed: Sequence[Tangents]) -> None:
         """Prepares the replay of a micro-batch that products will be formed with."""

@@ -102,7 +102,10 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._observers, self._batches = (), None
+        self._observers = ()
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
     # ------------------------------------------------------------------------------------- batches
 

@@ -305,8 +305,10 @@ class Step:
     def effect(self, *, through_optimizer: bool = True) -> Effect | None:
         """Returns ∂θ_{t+1}/∂λ of this step alone, where it is sparse; see :class:`Effect`.
 
-        None where some λ acts inside the loss or in Φ, or Φ mixes elements.
+        None where some λ acts inside the loss or in Φ, or Φ mixes elements. Else the step is used
+        up: where clipping by norm acts, its gradient becomes a part of the effect.
         """
+        self._check_in_place()
         space = self.space
         is_diagonal = space.training.dynamics.is_elementwise or not through_optimizer
         if space.in_loss or space.options or not is_diagonal:
@@ -326,6 +328,7 @@ class Step:
             rebuilds: Whether steps after this one are :meth:`thinned`, and will be :meth:`remade`.
             through_optimizer: See the attribute.
         """
+        self._check_in_place()
         dynamics = self.space.training.dynamics
         point = self.point
         if not through_optimizer:
@@ -343,11 +346,17 @@ class Step:
         return self._after(point, through_optimizer)
 
     def _check_in_place(self) -> None:
-        """Refuses to use θ_t where it is no longer there.
+        """Refuses to use a step of which something is no longer there.
 
         Raises:
-            RuntimeError: If θ has moved, and the step has not been kept.
+            RuntimeError: If θ has moved, and the step has not been kept; or if :meth:`effect` has
+                used up its gradient.
         """
+        if self.point.clipping is not None and self.point.unclipped is None:
+            raise RuntimeError(
+                "A Step was used after its effect() had been taken, which uses it up where "
+                "clipping by norm acts. Take the effect last, or use jvp_ or kept() in its place"
+            )
         if self.batches is not None and not self.batches.is_open:
             raise RuntimeError(
                 "A Step was used at θ_t after the optimizer had moved θ. Use it inside observe(), "
