@@ -41,6 +41,20 @@ class RandomState:
         if torch.equal(self.cpu, earlier.cpu):
             self.cpu = earlier.cpu
 
+    def is_same_as(self, other: RandomState) -> bool:
+        """Whether nothing has been drawn between the two."""
+        return (
+            torch.equal(self.cpu, other.cpu)
+            and (
+                self.device is None
+                or other.device is None
+                or torch.equal(self.device, other.device)
+            )
+            and self.python == other.python
+            and self.numpy[2:] == other.numpy[2:]
+            and np.array_equal(self.numpy[1], other.numpy[1])
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as tensors, numbers and lists, which a checkpoint may hold."""
         kind, keys, *rest = self.numpy

@@ -506,6 +506,8 @@ class _Verifier:
         self._verification: Verification | None = None
         if isinstance(dynamics, GenericDynamics) and dynamics.is_foreign:
             self._verification = Verification(dynamics)
+            reason = self._verification.closure()
+            compatibility.refuse(compatibility.unfollowed(dynamics.optimizer, reason))
 
     def before(self, step: OptimizerStep, *, is_first: bool) -> None:
         """Looks at a step that is about to happen."""

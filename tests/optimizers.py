@@ -36,7 +36,7 @@ class Rule(optim.Optimizer):
         raise NotImplementedError
 
 
-# ------------------------------------------------------------------------------ state in containers
+# ----------------------------------------------------------------------------- state in containers
 
 
 class Lists(Rule):
@@ -155,6 +155,17 @@ class CountsInAttribute(Rule):
 
     def update(self, group, p, g):
         p.sub_(group["lr"] * g / (self.k * self.ks[0]))
+
+
+class Noisy(Rule):
+    """Draws random numbers in its step, by which the gradient is multiplied."""
+
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, **options)
+        torch.manual_seed(5)
+
+    def update(self, group, p, g):
+        p.sub_(group["lr"] * g * (1 + 0.3 * torch.randn_like(g)))
 
 
 class Madgrad(Rule):
@@ -303,7 +314,7 @@ class RequiredClosure(Rule):
         return loss
 
 
-# -------------------------------------------------------------------------- what cannot be followed
+# ------------------------------------------------------------------------- what cannot be followed
 
 
 class Sam(Rule):
@@ -340,6 +351,9 @@ class Early(Rule):
             for p in group["params"]:
                 p.mul_(0.99)
         return super().step(closure)
+
+    def update(self, group, p, g):
+        p.sub_(group["lr"] * g)
 
 
 class Polyak(Rule):
@@ -395,7 +409,7 @@ class ByItem(Rule):
 
 
 class ReadsTheParameters(Rule):
-    """Only its dependence on θ passes through a number."""
+    """The dependence on θ passes through a number, which a second step shows."""
 
     def update(self, group, p, g):
         p.sub_(group["lr"] * g * (1 + float(p.sum())))
@@ -426,7 +440,7 @@ class CountsElsewhere(Rule):
 
 EXACT = [
     Lists, Nested, Objects, OnGroups, Buffers, DataDecay, DataSet, CountsInState, CountsInAttribute,
-    Madgrad, Lamb, Foreach, ThroughSuper, Lookahead, LookaheadOfState, RequiredClosure,
+    Noisy, Madgrad, Lamb, Foreach, ThroughSuper, Lookahead, LookaheadOfState, RequiredClosure,
 ]  # fmt: skip
 """Followed exactly."""
 
@@ -436,7 +450,7 @@ REFUSED = [
     (Polyak, "depends on the value of the loss"),
     (DAdaptAdam, "is not what tangents follow"),
     (ByItem, "the parameter after a step, as a function of the gradient, is not"),
-    (ReadsTheParameters, "the parameter after a step, as a function of the parameters, is not"),
+    (ReadsTheParameters, "the parameter after a step, as a function of the gradient, is not"),
     (CountsElsewhere, "not the same when it is made twice"),
 ]
 """Refused before anything has moved, each with a part of the reason."""

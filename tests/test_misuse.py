@@ -119,6 +119,7 @@ class SparseAdam(Mlp):
 
 class NeedsClosure(torch.optim.SGD):
     def step(self, closure):
+        closure()
         return super().step(closure)
 
 
@@ -259,7 +260,7 @@ MISUSES = {
     "lbfgs": (tune(Lbfgs), r"LBFGS evaluates its closure several times.*Use SGD"),
     "adafactor": (tune(Adafactor), r"Adafactor reads norms.*Use SGD"),
     "sparse-adam": (tune(SparseAdam), r"SparseAdam works on sparse gradients.*Use SGD"),
-    "step-needs-closure": (tune(Sam), r"NeedsClosure needs a closure.*Use SGD"),
+    "step-needs-closure": (tune(Sam), r"NeedsClosure: it evaluates its closure 2 times.*Use"),
     "no-optimizer": (tune(NoOptimizer), r"configure_optimizers returned (0|no) optimizer.*Use"),
     "two-optimizers": (
         tune(TwoOptimizers),

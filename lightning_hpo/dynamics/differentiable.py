@@ -67,6 +67,10 @@ class Differentiable(TorchFunctionMode):
             return args[0].clone()
         if func is Tensor.copy_:
             return self._copy(args[0], kwargs.get("src", args[-1] if len(args) == 1 else args[1]))
+        if func is torch._foreach_copy_:
+            for target, value in zip(*args[:2], strict=True):
+                self._copy(target, value)
+            return args[0]
         if func is Tensor.__setitem__ and self._functional:
             return self._set_item(*args)
         if isinstance(kwargs.get("out"), Tensor):

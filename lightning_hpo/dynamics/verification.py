@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +33,8 @@ class Verification:
     From the present state, three steps are made on copies in float64, each with a gradient of its
     own. Tangents of θ and of all state, from random changes of θ and from random changes of the
     gradients, must agree with central differences, element by element; adjoints must be the
-    transpose of the tangents. Before that, a trial must leave the optimizer as it is and make one
-    evaluation of the closure; after the real step, θ must be where the trial has come to.
+    transpose of the tangents. Before that, a trial must leave the optimizer as it is, and not
+    depend on the loss; after the real step, θ must be where the trial has come to.
 
     Changes are in proportion to each element, so that steps like sign(g), the first one of Adam,
     stay smooth. An element where differences of two distances disagree is at a kink, and not
@@ -50,6 +52,32 @@ class Verification:
         self._seen = 0
         self._expected: OptimizerStep | None = None
         self._distance = 0.0
+
+    def closure(self) -> str | None:
+        """Looks at how the optimizer uses its closure; returns what is wrong with it, if anything.
+
+        The gradient is made up: this is known before there is any.
+        """
+        step = self._dynamics.capture()
+        step.gradients = [torch.full_like(p, 1e-3) for p in step.theta]
+        moved: list[bool] = []
+
+        def evaluate(there: OptimizerStep) -> Tensor:
+            pairs = zip(there.theta, step.theta, strict=True)
+            moved.append(any(not torch.equal(a, b) for a, b in pairs))
+            return torch.tensor(1.0)
+
+        with torch.no_grad(), forked_rng(step.theta[0].device), suppress(Exception):
+            # What else is wrong is seen with a real gradient.
+            self._dynamics.advance(step, evaluate)
+        if len(moved) > 1:
+            return (
+                f"it evaluates its closure {len(moved)} times in a step: it takes several "
+                "gradients, of which only one can be followed"
+            )
+        if any(moved):
+            return "it moves the parameters before it evaluates its closure"
+        return None
 
     def before(self, step: OptimizerStep) -> str | None:
         """Looks at a step that is about to happen; returns what is wrong with it, if anything."""
@@ -87,32 +115,15 @@ class Verification:
         """Makes the step twice on copies: with the closure's loss of 1 and of 2."""
         dynamics = self._dynamics
         before = _fingerprint(dynamics)
-        evaluated: list[int] = []
-        moved: list[bool] = []
-
-        def closure(loss: float) -> Any:
-            def evaluate(there: OptimizerStep) -> Tensor:
-                evaluated.append(1)
-                moved.append(
-                    any(not torch.equal(a, b) for a, b in zip(there.theta, step.theta, strict=True))
-                )
-                return torch.tensor(loss)
-
-            return evaluate
-
         drawn = RandomState.capture(step.theta[0].device)
+        bare = replace(step, rng=None)  # so that it is seen whether numbers are drawn
         results = []
         for loss in (1.0, 2.0):
-            evaluated.clear()
             drawn.restore(step.theta[0].device)
-            results.append(dynamics.advance(step, closure(loss)))
-            if len(evaluated) > 1:
-                return (
-                    f"it evaluates its closure {len(evaluated)} times in a step: it takes several "
-                    "gradients, of which only one can be followed"
-                )
-            if any(moved):
-                return "it moves the parameters before it evaluates its closure"
+            results.append(dynamics.advance(bare, partial(_loss, loss)))
+        if self._seen == 1:
+            now = RandomState.capture(step.theta[0].device)
+            dynamics.draws = not now.is_same_as(drawn)
         self._expected = results[0]
         self._distance = max(
             float((p - q).norm()) for p, q in zip(results[0].theta, step.theta, strict=True)
@@ -271,6 +282,10 @@ class Verification:
         backward += sum(terms)
         size += sum(map(abs, terms))
         return None if abs(forward - backward) <= 1e-6 * size else "the adjoint of what it writes"
+
+
+def _loss(value: float, there: OptimizerStep) -> Tensor:
+    return torch.tensor(value)
 
 
 def _largest(tensor: Tensor) -> float:

@@ -7,7 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import optim
 
 from lightning_hpo import ClipR
-from lightning_hpo.compatibility import check_step
+from lightning_hpo.compatibility import check_elementwise
 from lightning_hpo.dynamics import (
     THETA,
     GenericDynamics,
@@ -261,10 +261,10 @@ def test_a_wrong_declaration_is_refused(monkeypatch):
 def test_a_class_of_torch_that_is_declared_is_verified_too(monkeypatch):
     """Muon orthogonalizes matrices."""
     dynamics, step = first_step(optim.Muon, {"lr": 0.01}, [(3, 4)])
-    assert check_step(dynamics, step) == []
+    assert check_elementwise(dynamics, step) == []
     monkeypatch.setattr(optim.Muon, "elementwise", True, raising=False)
     dynamics, step = first_step(optim.Muon, {"lr": 0.01}, [(3, 4)])
-    (finding,) = check_step(dynamics, step)
+    (finding,) = check_elementwise(dynamics, step)
     assert "Muon declares itself elementwise" in finding
 
 
