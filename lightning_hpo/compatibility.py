@@ -557,7 +557,9 @@ def check_arguments(
             f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
             "tensors to a torch.optim.Optimizer"
         )
-    is_loader = isinstance(dataloader, CombinedLoader)  # an iterator, but one that begins anew
+    is_loader = isinstance(
+        dataloader, classes("utilities.CombinedLoader")
+    )  # an iterator, but one that begins anew
     if isinstance(dataloader, (Dataset, Iterator)) and not is_loader:
         raise TypeError(
             f"OnlineHPOCallback: dataloader is a {type(dataloader).__name__}, expected a "

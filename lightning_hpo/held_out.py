@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.utils._pytree import TreeSpec, tree_flatten
 from torch.utils.data import DataLoader
 
-from lightning_hpo._lightning import MisconfigurationException
+from lightning_hpo._lightning import MisconfigurationException, classes
 from lightning_hpo._trainer import overrides, stage
 from lightning_hpo.data import CombinedStream, T2Stream
 from lightning_hpo.private_state import PrivateState
@@ -165,9 +165,10 @@ class HeldOut:
 
     def _choose(self, given: Any, *, validates: bool = False) -> _Source | None:
         """Reads loaders as Lightning does those of the validation."""
-        if not (validates or isinstance(given, (dict, CombinedLoader)) or _holds_loaders(given)):
+        combined = classes("utilities.CombinedLoader")
+        if not (validates or isinstance(given, (dict, *combined)) or _holds_loaders(given)):
             return _Source([given])
-        if not isinstance(given, CombinedLoader):
+        if not isinstance(given, combined):
             loop = self._trainer.fit_loop.epoch_loop.val_loop
             # A validation_step that gets batches of batches gets them here as well.
             given = CombinedLoader(given, getattr(loop._combined_loader, "_mode", "sequential"))
@@ -230,8 +231,8 @@ class HeldOut:
     @contextmanager
     def _hooks_leave_nothing(self, k: int) -> Iterator[None]:
         datamodule = getattr(self._trainer, "datamodule", None)
-        of_module = _has_any(self._module, pl.LightningModule)
-        of_data = datamodule is not None and _has_any(datamodule, pl.LightningDataModule)
+        of_module = _has_any(self._module, "LightningModule")
+        of_data = datamodule is not None and _has_any(datamodule, "LightningDataModule")
         if not (of_module or of_data):
             yield
             return
@@ -252,12 +253,12 @@ class HeldOut:
         return k if count in (0, float("inf")) else k % int(count)
 
 
-def _has_any(owner: Any, kind: type) -> bool:
-    return any(overrides(owner, hook, kind) for hook in _TRANSFER_HOOKS)
+def _has_any(owner: Any, kind: str) -> bool:
+    return any(overrides(owner, hook, *classes(kind)) for hook in _TRANSFER_HOOKS)
 
 
 def _holds_loaders(value: Any) -> bool:
     """Whether a list holds dataloaders, and no batches."""
     if isinstance(value, (list, tuple)):
         return any(map(_holds_loaders, value))
-    return isinstance(value, (DataLoader, CombinedLoader))
+    return isinstance(value, (DataLoader, *classes("utilities.CombinedLoader")))
