@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_hpo._lightning import classes
 from lightning_hpo._trainer import overrides
 from lightning_hpo.distributed import is_sharded
 from lightning_hpo.held_out import HeldOutBatch
@@ -39,7 +40,7 @@ class ValidationEntry:
         self._hooks = {
             name
             for name in (_MODE, *_STARTS, _BATCH, _END)
-            if overrides(module, name, pl.LightningModule)
+            if overrides(module, name, *classes("LightningModule"))
         }
 
     @contextmanager
