@@ -258,7 +258,8 @@ def check_elementwise(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
             f"The optimizer {name} declares itself elementwise, but its step moves every second "
             "element of the flattened parameters otherwise when it is made for these alone, or "
             "keeps state that is not shaped like the parameter; expected a step that moves each "
-            "element by its own gradient and state. "
+            "element by its own gradient and state, and counts steps in a Python number or in "
+            "state['step']. "
             f"Set {name}.elementwise = False: tangents then follow it whole, unless parameters are "
             "sharded"
         ]
