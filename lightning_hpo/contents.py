@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -645,6 +646,8 @@ def exchanged(
         for key, t in every.items():
             t.data = before[key]
         for t, requires_grad in flags:
+            if not t.is_leaf:  # written to in place, by what has a graph
+                t.detach_()
             if t.requires_grad != requires_grad:
                 t.requires_grad_(requires_grad)
         for key, array in arrays.items():
@@ -667,18 +670,21 @@ def exchanged(
             )
 
 
+def _substituted(substitutes: Mapping[int, Any], value: Any) -> Any:
+    """Returns what takes the place of a value, tuples rebuilt."""
+    # No closure that calls itself: it would be a cycle, which keeps what it holds alive.
+    if id(value) in substitutes:
+        return substitutes[id(value)]
+    if kind_of(type(value)) is Kind.TUPLE and type(value) is not frozenset:
+        items = [_substituted(substitutes, item) for item in value]
+        if any(a is not b for a, b in zip(items, value, strict=True)):
+            return type(value)._make(items) if hasattr(value, "_make") else tuple(items)
+    return value
+
+
 def _fill(reached: Reached, state: ModuleState, substitutes: dict[int, Any]) -> None:
     """Puts an earlier content into containers, and substitutes into all of them."""
-
-    def substituted(value: Any) -> Any:
-        if id(value) in substitutes:
-            return substitutes[id(value)]
-        if kind_of(type(value)) is Kind.TUPLE and type(value) is not frozenset:
-            items = [substituted(item) for item in value]
-            if any(a is not b for a, b in zip(items, value, strict=True)):
-                return type(value)._make(items) if hasattr(value, "_make") else tuple(items)
-        return value
-
+    substituted = partial(_substituted, substitutes)
     if substitutes:
         for value in [*reached.tuples.values(), *state.tuples.values()]:
             if (other := substituted(value)) is not value:

@@ -59,6 +59,7 @@ class Shield:
             previous: What was copied at the moment before. Large tensors that have not changed
                 since are shared with it.
         """
+        reshard(self._module.modules())  # a module holds gathered parameters after a validation
         reached = self._walker.walk()
         return remember(reached, self._written(reached), previous)
 

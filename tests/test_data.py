@@ -285,10 +285,8 @@ class Source(Mlp):
         return self.loss(batch)
 
 
-class Drawn:
-    """Has slots: what a module keeps in lists and plain objects is restored after a replay."""
-
-    __slots__ = ("values",)
+class Drawn(pl.Callback):
+    """What a module keeps in objects of its own is put back after a replay; this is the host's."""
 
     def __init__(self):
         self.values = set()

@@ -14,10 +14,8 @@ from lightning_hpo import T1T2, ClipR, L2Mixin, OnlineHPOCallback, UnrollK
 START = math.log(0.05)
 
 
-class Log:
-    """Has slots: what a module keeps in lists and plain objects is restored after a replay."""
-
-    __slots__ = ("entries",)
+class Log(pl.Callback):
+    """What a module keeps in objects of its own is put back after a replay; this is the host's."""
 
     def __init__(self):
         self.entries = []

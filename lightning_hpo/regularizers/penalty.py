@@ -544,8 +544,9 @@ class PenaltyMixin(RegularizerMixin):
         """
         if record_of(self).constants_agreed:
             return
-        trainer: Any = self.trainer
-        if world_size() > 1 and trainer.world_size > 1:
+        # A module that is used without a Trainer has none to ask.
+        trainer: Any = self.trainer if world_size() > 1 else None
+        if trainer is not None and trainer.world_size > 1:
             for penalty in (*self.gradient_penalties, *self.loss_penalties):
                 broadcast_(tensors_of(penalty.constants))
         update_record(self, constants_agreed=True)

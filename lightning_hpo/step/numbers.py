@@ -36,17 +36,24 @@ def read_as_numbers(training: TrainingMap, moment: Moment) -> frozenset[str]:
     return frozenset(called)
 
 
+class _Called:
+    """The names of those that were called; not put back after a replay, as a plain set would be."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+
 @contextmanager
 def _calls(hyperparameters: dict[str, Hyperparameter]) -> Iterator[set[str]]:
     """Collects the names of those that are called."""
-    called: set[str] = set()
+    called = _Called()
 
     def watch(name: str, h: Hyperparameter) -> Any:
-        return h.register_forward_hook(lambda *_: called.add(name))
+        return h.register_forward_hook(lambda *_: called.names.add(name))
 
     handles = [watch(name, h) for name, h in hyperparameters.items()]
     try:
-        yield called
+        yield called.names
     finally:
         for handle in handles:
             handle.remove()

@@ -174,11 +174,12 @@ def test_a_long_window_holds_what_does_not_change_once():
                 window = callback._run.served[0].estimator._mechanism
                 self.moments = [step.moments[0][0] for step in window._steps]
 
+    model = Large()
     callback, look = OnlineHPOCallback(UnrollK(10, "reverse")), Look()
-    fit(Large(), [callback, look])
-    own = [next(s for s in m.state.values() if "table" in s[0]) for m in look.moments]
-    assert len({id(buffers["table"]) for buffers, _ in own}) == 1
-    assert len({id(attributes["positions"]) for _, attributes in own}) == 1
-    assert [buffers["count"][0].item() for buffers, _ in own] == list(range(9))
+    fit(model, [callback, look])
+    own = [m.state.values for m in look.moments]
+    assert len({id(values[id(model.table)]) for values in own}) == 1
+    assert len({id(values[id(model.positions)]) for values in own}) == 1
+    assert [values[id(model.count)][0].item() for values in own] == list(range(9))
     assert len({id(m.rng.python) for m in look.moments}) == 1
     assert len({id(m.rng.numpy) for m in look.moments}) == 1

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from cases import VALID, fit, frozen, weights
@@ -125,7 +126,7 @@ class Unrows(nn.Module):
         return x[0]
 
 
-class Net(DropoutMixin):
+class Net(DropoutMixin, pl.LightningModule):
     def __init__(self, middle, *, move=0.0, **options):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
