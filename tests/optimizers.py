@@ -230,8 +230,12 @@ class Foreach(Rule):
         return loss
 
 
+# From the first Adam on, its ``step`` calls the hooks of whatever optimizer runs it.
+optim.Adam([torch.zeros(1, requires_grad=True)])
+
+
 class ThroughSuper(optim.Adam):
-    """Changes the gradient, then steps as Adam does: inside another ``no_grad``."""
+    """Changes the gradient, then steps as Adam does: inside another ``no_grad``, and hooks twice."""
 
     @torch.no_grad()
     def step(self, closure=None):

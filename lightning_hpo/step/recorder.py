@@ -78,6 +78,7 @@ class Recorder:
         self._clipped: tuple[GradientClipping, list[Tensor | None]] | None = None
         self._lr: Any = 0.0
         self._shadow: Shadow | None = None
+        self._depth = 0  # how many calls of the optimizer's step are under way
         self._handles: list[RemovableHandle | Shadow] = [
             *self._watch_steps(training.dynamics.optimizer),
             self._watch_clipping(),
@@ -118,6 +119,7 @@ class Recorder:
                 them may draw random numbers or set what the loss depends on.
         """
         self._stepped = False
+        self._depth = 0
         self._observers = ()
         self._clipped = None  # of a step that overflowed
         self.check.forget()
@@ -211,6 +213,9 @@ class Recorder:
 
         With a gradient scaler there is no closure, and the gradient is final already.
         """
+        self._depth += 1
+        if self._depth > 1:
+            return None  # a subclass that calls super().step(), which has hooks of its own
         if self._training.options is not None:
             self._training.options.set_()
         if not self._observers and self._is_verified:
@@ -250,6 +255,9 @@ class Recorder:
             batches.close()
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
         self._stepped = True
         self._verifier.after()
         lr = optimizer.param_groups[0]["lr"]
