@@ -235,7 +235,7 @@ optim.Adam([torch.zeros(1, requires_grad=True)])
 
 
 class ThroughSuper(optim.Adam):
-    """Changes the gradient, then steps as Adam does: inside a second ``no_grad``, past two hooks."""
+    """Changes the gradient, then steps as Adam does: in a second ``no_grad``, past two hooks."""
 
     @torch.no_grad()
     def step(self, closure=None):
