@@ -43,6 +43,17 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
 """Not the user's; kernels are exchanged by way of ``forward``."""
 
 
+# No step registers these for its own sake, but fully_shard does so at the first forward pass.
+_CHECKPOINT_HOOKS = frozenset(
+    {
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+    }
+)
+
+
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Returns the attributes of a module that are the user's state, and its mode."""
     return {name: value for name, value in vars(module).items() if name not in _MODULE_INTERNALS}
@@ -385,7 +396,9 @@ class Walker:
                 content = dict(own)
                 reached.held[id(own)] = Held(own, _MODULE, content)
                 reached.buffers.update((id(b), b) for b in content["_buffers"].values())
-                for item in content.values():
+                for name, item in content.items():
+                    if name in _CHECKPOINT_HOOKS:
+                        continue
                     if type(item) in (dict, OrderedDict) and not item:
                         reached.empty[id(item)] = item
                     elif kind_of(type(item)) is not Kind.ATOM and id(item) not in seen:
