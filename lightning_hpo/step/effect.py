@@ -38,9 +38,7 @@ class Effect:
         self._space = space
         parts: list[list[Tensor]] = [[] for _ in step.theta]
         self._owners: list[list[str]] = [[] for _ in step.theta]
-        names = {id(h): name for name, h in space.hyperparameters.items()}
-        for penalty, which, index in space.training.penalties_in(step):
-            name = names.get(id(penalty.hyperparameter))
+        for name, penalty, which, index in space.penalties_in(step):
             if name is None:
                 continue  # it is frozen, or another estimator's
             _, rate = penalty.hyperparameter.constraint.derivatives(penalty.raw)

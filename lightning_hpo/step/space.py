@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._tensors import stacked_zeros
 from lightning_hpo.distributed import average_, sum_over_shards
+from lightning_hpo.dynamics import OptimizerStep
+from lightning_hpo.regularizers import Penalty
 from lightning_hpo.step.tangents import Tangents
 from lightning_hpo.step.training_map import TrainingMap
 
@@ -116,6 +118,19 @@ class Space:
     def zeros(self, m: int) -> dict[str, Tensor]:
         """Returns m zeros per λ, in float32 or better, by name."""
         return dict(zip(self.hyperparameters, stacked_zeros(self.raws, m), strict=True))
+
+    def penalties_in(
+        self, step: OptimizerStep
+    ) -> Iterator[tuple[str | None, Penalty, list[int], list[int]]]:
+        """Yields the penalties that acted in a step, as :meth:`TrainingMap.penalties_in` does.
+
+        Yields:
+            The name of the strength, None where it is frozen or another estimator's; the penalty;
+            the positions of its weights among its own, and in θ.
+        """
+        names = {id(h): name for name, h in self.hyperparameters.items()}
+        for penalty, which, index in self.training.penalties_in(step):
+            yield names.get(id(penalty.hyperparameter)), penalty, which, index
 
     def average_(self, theta: Sequence[Tensor | None], lam: Iterable[Tensor] = ()) -> None:
         """Averages parts of a gradient over the ranks, in place; those over sharded θ come so."""

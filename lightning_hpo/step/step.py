@@ -126,9 +126,7 @@ class Step:
         weights: Tensor | None,
     ) -> None:
         """Adds λ ∇²R y + ∂λ/∂raw ∇R of the penalties that acted, and ``weights`` times λ ∇R."""
-        names = {id(h): name for name, h in self.space.hyperparameters.items()}
-        for penalty, which, index in self.space.training.penalties_in(self.point):
-            name = names.get(id(penalty.hyperparameter))  # None: another estimator's, or frozen
+        for name, penalty, which, index in self.space.penalties_in(self.point):
             e = None if name is None else [float(j == first[name]) for j in units]
             penalty.tangent_(
                 which,
@@ -274,16 +272,14 @@ class Step:
         if statistics and self.moments and training.statistics.is_broadcast:
             collect_(statistics)
         values = training.values() if at is None else at.theta
-        names = {id(h): name for name, h in self.space.hyperparameters.items()}
         dots: dict[str, Tensor] = {}
-        for penalty, which, index in training.penalties_in(self.point):
+        for owner, penalty, which, index in self.space.penalties_in(self.point):
             dot = penalty.adjoint_(
                 which,
                 [values[i] for i in index],
                 [u[i] for i in index],
                 [result[i] for i in index] if result else None,
             )
-            owner = names.get(id(penalty.hyperparameter))  # None: another estimator's, or frozen
             if owner in total:
                 dots[owner] = dots[owner] + dot if owner in dots else dot
         if dots:
