@@ -43,6 +43,9 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
 """Not the user's; kernels are exchanged by way of ``forward``."""
 
 
+# Of these one object may stand in many places.
+_NAMELESS = (int, float, complex, str, bytes, type, type(None))
+
 # No step registers these for its own sake, but fully_shard does so at the first forward pass.
 _CHECKPOINT_HOOKS = frozenset(
     {
@@ -168,7 +171,8 @@ def _cut(owner: Any, holder: Holder, length: int) -> bool:
 # --------------------------------------------------------------------- generators and iterators
 
 
-def _read_generator(value: Any) -> Any:
+def read_generator(value: Any) -> Any:
+    """Returns the state of a generator of random numbers."""
     if isinstance(value, (torch.Generator, np.random.RandomState)):
         return value.get_state()
     return value.getstate() if isinstance(value, random.Random) else value.bit_generator.state
@@ -292,10 +296,10 @@ class Walker:
     or a history.
 
     Args:
-        root: The module.
+        root: The module, or any other object.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: Any) -> None:
         self._root = root
         self._calls = 0
         self._is_due = True
@@ -350,21 +354,29 @@ class Walker:
 
     def name_of(self, wanted: Any) -> str:
         """Returns where the module holds an object, as in ``'meters[0].total'``."""
+        path = self.path_of(wanted)
+        return repr(path) if path else f"a {type(wanted).__name__} of the module"
+
+    def path_of(self, wanted: Any) -> str | None:
+        """Returns what is written after the root to get at an object; None where it is not found.
+
+        The path of attributes as a whole ends in ``.__dict__``.
+        """
         seen = {id(self._root)}
         stack: list[tuple[str, Any]] = [("", self._root)]
         while stack:
             name, value = stack.pop(0)
             if value is wanted:
-                break
+                return name
+            if has_dict(type(value)) and vars(value) is wanted:
+                return f"{name}.__dict__"
             for label, child in _named_children(value):
                 if type(child) is _Guard:
                     child = vars(child)["_iterator"]
-                if id(child) not in seen and kind_of(type(child)) is not Kind.ATOM:
+                if id(child) not in seen and not isinstance(child, _NAMELESS):
                     seen.add(id(child))
                     stack.append(((name + label).lstrip("."), child))
-        else:
-            name = ""
-        return repr(name) if name else f"a {type(wanted).__name__} of the module"
+        return None
 
     def _explore(self, stack: list[Any]) -> Reached:
         reached = Reached()
@@ -567,7 +579,7 @@ def remember(
                 values[key] = earlier
     values |= copies_of({key: t for key, t in tensors.items() if key not in values})
     values |= {key: array.copy() for key, array in reached.arrays.items()}
-    values |= {key: _read_generator(value) for key, value in reached.generators.items()}
+    values |= {key: read_generator(value) for key, value in reached.generators.items()}
     values |= {key: _copy_iterator(value) for key, value in reached.iterators.items()}
     return ModuleState(
         held={key: _without_graphs(held) for key, held in reached.held.items()},
@@ -635,7 +647,7 @@ def exchanged(
         k: g for k, g in state.others.items() if kind_of(type(g)) is Kind.GENERATOR
     }
     before |= {key: array.copy() for key, array in arrays.items()}
-    before |= {key: _read_generator(value) for key, value in generators.items()}
+    before |= {key: read_generator(value) for key, value in generators.items()}
     sources = {key: state.values.get(key, before[key]) for key in every}
     substitutes = {**swaps, **_stand_ins(walker, reached, state)}
     versions = [(t, t._version) for t in reached.watched.values()]

@@ -43,17 +43,20 @@ class RandomState:
 
     def is_same_as(self, other: RandomState) -> bool:
         """Whether nothing has been drawn between the two."""
-        return (
-            torch.equal(self.cpu, other.cpu)
-            and (
-                self.device is None
-                or other.device is None
-                or torch.equal(self.device, other.device)
-            )
-            and self.python == other.python
-            and self.numpy[2:] == other.numpy[2:]
-            and np.array_equal(self.numpy[1], other.numpy[1])
-        )
+        return not self.differences(other)
+
+    def differences(self, other: RandomState) -> list[str]:
+        """Names the generators that something has been drawn from between the two."""
+        same = {
+            "torch on the CPU": torch.equal(self.cpu, other.cpu),
+            "torch on the device": self.device is None
+            or other.device is None
+            or torch.equal(self.device, other.device),
+            "python": self.python == other.python,
+            "numpy": self.numpy[2:] == other.numpy[2:]
+            and np.array_equal(self.numpy[1], other.numpy[1]),
+        }
+        return [name for name, is_same in same.items() if not is_same]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as tensors, numbers and lists, which a checkpoint may hold."""

@@ -34,6 +34,7 @@ from lightning_hpo.step import (
     Recorder,
     Snapshot,
     Space,
+    TraceCheck,
     TrainingMap,
     ValidationGradient,
     read_as_numbers,
@@ -237,7 +238,8 @@ class Run:
         )
         self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
         verifier = _Verifier(self.training.dynamics)
-        self.recorder = Recorder(trainer, module, callback, self.training, verifier)
+        self._traces = TraceCheck(trainer, module)
+        self.recorder = Recorder(trainer, module, callback, self.training, verifier, self._traces)
         self._averages = Averages(trainer, module, callback)
 
     def _tuned_options(self) -> dict[str, Hyperparameter | None]:
@@ -364,6 +366,12 @@ class Run:
         self.recorder.begin((lambda: self._see(batch, batch_idx)) if is_seen else None)
 
     def _see(self, batch: Any, batch_idx: int) -> None:
+        step = self.steps + 1
+        compares = self._settings.should_update(step)
+        with self._traces("batch", step, batch, may_wait=compares):
+            self._look_at(batch, batch_idx, compares=compares)
+
+    def _look_at(self, batch: Any, batch_idx: int, *, compares: bool) -> None:
         if not self.served:
             self._first_batch(batch, batch_idx)
         observing = self._observing()
@@ -376,7 +384,7 @@ class Run:
             batch_idx,
             [(each.space, each.estimator.observe) for each in observing],
             self.steps + 1,
-            compares=self._settings.should_update(self.steps + 1),
+            compares=compares,
         )
 
     def before_step(self) -> None:
@@ -395,6 +403,27 @@ class Run:
     @torch.no_grad()
     def _update(self) -> Update | None:
         """Estimates the hypergradient and moves λ; None where no window is complete."""
+        with self._traces("update", self.steps):
+            gradients, norms, outcomes = self._estimate()
+        is_applied = False
+        if gradients:
+            scale = self.recorder.lr if self._settings.scale_lr_with_model else 1.0
+            found = [gradients.get(name) for name in self.hyperparameters]
+            is_applied = self._hyper_optimizer.step(found, scale)
+            self._averages.follow()
+        if self._start is not None:
+            self._start.restore()
+            self._start = None
+        if not gradients:
+            return None
+        parts = [
+            outcome if len(self.served) == 1 else f"{pattern}: {outcome}"
+            for pattern, outcome in outcomes.items()
+        ]
+        return Update(self.steps, gradients, norms or None, ", ".join(parts) or None, is_applied)
+
+    def _estimate(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+        """Asks all estimators: for hypergradients and norms by name, and outcomes by pattern."""
         validation = ValidationGradient(
             self.training,
             self._validation,
@@ -413,22 +442,7 @@ class Run:
             norms.update(zip(names, estimate.norms or (), strict=estimate.norms is not None))
             if estimate.outcome is not None:
                 outcomes[each.pattern] = estimate.outcome
-        is_applied = False
-        if gradients:
-            scale = self.recorder.lr if self._settings.scale_lr_with_model else 1.0
-            found = [gradients.get(name) for name in self.hyperparameters]
-            is_applied = self._hyper_optimizer.step(found, scale)
-            self._averages.follow()
-        if self._start is not None:
-            self._start.restore()
-            self._start = None
-        if not gradients:
-            return None
-        parts = [
-            outcome if len(self.served) == 1 else f"{pattern}: {outcome}"
-            for pattern, outcome in outcomes.items()
-        ]
-        return Update(self.steps, gradients, norms or None, ", ".join(parts) or None, is_applied)
+        return gradients, norms, outcomes
 
     # --------------------------------------------------------------------------------------- state
 

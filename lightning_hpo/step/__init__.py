@@ -8,6 +8,7 @@ from lightning_hpo.step.snapshot import Snapshot
 from lightning_hpo.step.space import Space
 from lightning_hpo.step.step import Step
 from lightning_hpo.step.tangents import Tangents
+from lightning_hpo.step.trace_check import TraceCheck
 from lightning_hpo.step.training_map import TrainingMap
 from lightning_hpo.step.validation import ValidationGradient
 
@@ -19,6 +20,7 @@ __all__ = [
     "Space",
     "Step",
     "Tangents",
+    "TraceCheck",
     "TrainingMap",
     "ValidationGradient",
     "read_as_numbers",

@@ -21,6 +21,7 @@ from lightning_hpo.step.hooks import may_change_gradients, may_interfere
 from lightning_hpo.step.replay_check import ReplayCheck
 from lightning_hpo.step.space import Space
 from lightning_hpo.step.step import Step
+from lightning_hpo.step.trace_check import TraceCheck
 from lightning_hpo.step.training_map import TrainingMap
 
 Observer = tuple[Space, Callable[[Step], None]]
@@ -51,6 +52,7 @@ class Recorder:
         training: What all steps share.
         verifier: Refuses an optimizer whose step has no derivative; sees each step that is handed
             out, and always the first.
+        traces: Looks at what is left when it is handed out.
 
     Attributes:
         lr: The learning rate of the last step, of the first parameter group.
@@ -64,6 +66,7 @@ class Recorder:
         callback: pl.Callback,
         training: TrainingMap,
         verifier: Verifier,
+        traces: TraceCheck,
     ) -> None:
         self._stepped = False
         self.check = ReplayCheck(training, partial(may_change_gradients, trainer, module, callback))
@@ -71,6 +74,8 @@ class Recorder:
         self._module = module
         self._training = training
         self._verifier = verifier
+        self._traces = traces
+        self._due = 1, True
         self._is_verified = False
         self._interferes = partial(may_interfere, trainer, module, callback)
         self._observers: Sequence[Observer] = ()
@@ -159,6 +164,7 @@ class Recorder:
         objective = training.objective
         accumulated = self._trainer.accumulate_grad_batches
         self._observers = observers
+        self._due = step, compares
         if self._batches is None or batch_idx % accumulated == 0:
             self._batches = Batches(training)  # what is left of a step that overflowed goes
         at_once = accumulated > 1 or self.check.forbids_delay or self._interferes()
@@ -237,6 +243,11 @@ class Recorder:
     @torch.no_grad()
     def _hand_out(self) -> None:
         """Shows the step to its observers."""
+        step, may_wait = self._due
+        with self._traces("step", step, may_wait=may_wait):
+            self._show()
+
+    def _show(self) -> None:
         point = self._training.dynamics.capture()
         if not self._is_verified and isinstance(self._module, PenaltyMixin):
             self._module.check_penalties_applied()

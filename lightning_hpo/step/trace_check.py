@@ -1,0 +1,283 @@
+"""Whether replays, trials and held-out batches have left a trace that nothing has put back."""
+
+from __future__ import annotations
+
+import array
+import io
+import mmap
+import queue
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from lightning_hpo._kinds import Kind, kind_of
+from lightning_hpo._lightning import MisconfigurationException
+from lightning_hpo.contents import Held, Walker, read_generator
+from lightning_hpo.distributed import is_sharded, reshard
+from lightning_hpo.rng import RandomState
+
+# Looks at each place: the first two steps, and one that comes this many steps later.
+_FIRST = 2
+_LATER = 100
+
+# What is found, by the first part of its name: how it is called, and what to do about it.
+_REMEDIES = {
+    "batch": (
+        "the batch that the training gets",
+        "Let steps write to the batch that they are given, or to a copy, and not to one that was "
+        "kept elsewhere",
+    ),
+    "module": (
+        "what the module holds",
+        "Keep what steps change in tensors, numbers, lists, dictionaries and plain objects of the "
+        "module, or change it in on_train_batch_end",
+    ),
+    "gradients": (
+        "gradients of the training",
+        "Change them in on_before_optimizer_step",
+    ),
+    "optimizer": (
+        "the optimizer's state",
+        "Change it in on_before_optimizer_step or on_train_batch_end",
+    ),
+    "lr_schedulers": (
+        "learning rate schedulers",
+        "Step them in on_train_batch_end, or let Lightning do so",
+    ),
+    "random": (
+        "random states",
+        "Draw within the step itself, and not in finalizers, threads or the clone() of a batch, or "
+        "from a generator of your own that is an attribute of the module",
+    ),
+}
+
+# Elements of a tensor that are summed at a time: what is looked at is not copied as a whole.
+_CHUNK = 1 << 20
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PLAIN = (int, float, complex, str, bytes, type, type(None))
+_NOTHING = object()
+
+
+class TraceCheck:
+    """Compares what is there before and after replays and held-out batches, by name.
+
+    What a step changes is put back by the shield, wherever it knows how. This looks at the result:
+    at what the module and the batch hold, at the optimizer's state, gradients, schedulers and
+    random states. It looks at the first two steps, and at a later one; in between it costs nothing.
+    Nothing is copied: tensors are compared by sums of their bits.
+
+    Args:
+        trainer: The trainer.
+        module: The LightningModule.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._looks: dict[str, list[int]] = {}
+        self._told: set[str] = set()
+
+    @contextmanager
+    def __call__(
+        self, place: str, step: int, batch: Any = None, *, may_wait: bool = True
+    ) -> Iterator[None]:
+        """Compares around a block, if that is due.
+
+        Args:
+            place: Which of the blocks of a step it is.
+            step: The step, counted from 1. Before the end of the first, a trace is an error.
+            batch: The batch that the training gets.
+            may_wait: Whether the host may wait for the device.
+
+        Raises:
+            MisconfigurationException: If a trace is left before anything has moved.
+        """
+        looks = self._looks.setdefault(place, [])
+        is_early = step in looks or len(looks) < _FIRST
+        if not is_early and not (len(looks) == _FIRST and step > looks[0] + _LATER and may_wait):
+            yield
+            return
+        if step not in looks:
+            looks.append(step)
+        before = _Look(self._trainer, self._module, batch)
+        yield
+        self._report(before.changes(), refuses=step == 1 and place != "update")
+
+    def _report(self, changes: Mapping[str, list[str]], *, refuses: bool) -> None:
+        sentences = []
+        for kind, names in changes.items():
+            new = [name for name in names if name not in self._told]
+            self._told.update(new)
+            if new:
+                what, remedy = _REMEDIES[kind]
+                sentences.append(f"{what}: {', '.join(new)}. {remedy}")
+        if not sentences:
+            return
+        message = (
+            "OnlineHPOCallback: replays of training_step or validation_step have changed what "
+            "cannot be put back, so that the training is another one than without the callback: "
+            + "; also ".join(sentences)
+        )
+        if refuses:
+            raise MisconfigurationException(message)
+        warnings.warn(message, stacklevel=2)
+
+
+class _Look:
+    """What is there at a moment.
+
+    Args:
+        trainer: The trainer.
+        module: The LightningModule.
+        batch: A batch.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        self._device = trainer.strategy.root_device
+        self._random = RandomState.capture(self._device)
+        (self._optimizer,) = trainer.optimizers
+        names = {id(p): name for name, p in module.named_parameters()}
+        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._parameters = {names.get(id(p), f"#{i}"): p for i, p in enumerate(trained)}
+        shards = is_sharded(trained)
+        if shards:
+            reshard(module.modules())
+        # What is reached by several ways is called by the first.
+        self._root = SimpleNamespace(
+            batch=batch,
+            module=None if shards else module,
+            gradients={} if shards else {n: p.grad for n, p in self._parameters.items()},
+            optimizer={} if shards else self._states(),
+            lr_schedulers=[c.scheduler for c in trainer.lr_scheduler_configs],
+        )
+        self._walker = Walker(self._root)
+        reached = self._walker.walk(looks=True)
+        self._held = list(reached.held.values())
+        groups = [list(held.holder.values(held.content)) for held in self._held]
+        groups += reached.tuples.values()
+        found: dict[int, Any] = {}
+        for group in groups:
+            # A vocabulary has many entries, of few types.
+            kinds = {kind for kind in set(map(type, group)) if not issubclass(kind, _PLAIN)}
+            if kinds:
+                found.update((id(value), value) for value in group if type(value) in kinds)
+        self._values = list(found.values())
+        self._shown = _shown(self._values)
+
+    def changes(self) -> dict[str, list[str]]:
+        """Returns the names of what is another now, by what it belongs to."""
+        found: dict[str, list[str]] = {}
+
+        def note(path: str) -> None:
+            kind, _, rest = path.partition(".")
+            kind, bracket, item = kind.partition("[")
+            name = rest if kind == "module" else bracket + item + (rest and f".{rest}")
+            found.setdefault(kind, []).append(repr(name.strip() or kind))
+
+        for held in self._held:
+            # The attributes of the root were made for this look.
+            if held.owner is not vars(self._root):
+                for path in self._changed_entries(held):
+                    note(path)
+        for value, then, now in zip(self._values, self._shown, _shown(self._values), strict=True):
+            if then != now:
+                note(self._walker.path_of(value) or f"module a {type(value).__name__}")
+        for name, state in self._states().items():
+            if state is not _get(self._root.optimizer, name):
+                note(f"optimizer[{name!r}]")
+        for name, p in self._parameters.items():
+            if name in self._root.gradients and p.grad is not self._root.gradients[name]:
+                note(f"gradients[{name!r}]")
+        differing = self._random.differences(RandomState.capture(self._device))
+        if differing:
+            found["random"] = [f"that of {name}" for name in differing]
+        return found
+
+    def _states(self) -> dict[str, Any]:
+        states = self._optimizer.state
+        return {name: states[p] for name, p in self._parameters.items() if p in states}
+
+    def _changed_entries(self, held: Held) -> Iterator[str]:
+        """Yields the paths of entries of a container that are other objects now."""
+        if held.is_same():
+            return
+        then, now = held.content, held.holder.read(held.owner)
+        path = self._walker.path_of(held.owner) or f"module a {type(held.owner).__name__}"
+        if not isinstance(now, dict):
+            yield path
+            return
+        is_attributes = path.endswith(".__dict__")
+        path = path.removesuffix(".__dict__")
+        for key in {**then, **now}:
+            if _get(then, key) is not _get(now, key) and key != "_hpo_record":
+                label = getattr(key, "__name__", key)  # of a slot
+                yield f"{path}.{label}" if is_attributes else f"{path}[{label!r}]"
+
+
+def _get(mapping: Any, key: Any) -> Any:
+    return dict.get(mapping, key, _NOTHING)
+
+
+def _shown(values: list[Any]) -> list[Any]:
+    """Returns what can be compared of each value; None where there is nothing."""
+    shown: list[Any] = [None] * len(values)
+    sums: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for i, value in enumerate(values):
+        kind = kind_of(type(value))
+        if kind is Kind.TENSOR:
+            if (total := _sum_of_bits(value)) is not None:
+                sums.setdefault(total.device, []).append((i, total))
+        elif kind is Kind.ARRAY:
+            if not value.dtype.hasobject:
+                shown[i] = zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)
+        elif kind is Kind.GENERATOR:
+            shown[i] = str(read_generator(value))
+        elif kind is Kind.ATOM:
+            shown[i] = _shown_by_opaque(value)
+    for group in sums.values():  # a device is waited for once
+        for (i, _), total in zip(group, torch.stack([t for _, t in group]).tolist(), strict=True):
+            shown[i] = total
+    return shown
+
+
+def _sum_of_bits(value: Tensor) -> Tensor | None:
+    """Returns a sum over the bits of a tensor that depends on their places, too."""
+    if is_lazy(value) or is_sharded([value]) or value.layout is not torch.strided:
+        return None
+    try:
+        value = value.detach()
+        bits = (torch.view_as_real(value) if value.is_complex() else value).view(
+            _BITS[value.element_size() // (1 + value.is_complex())]
+        )
+        total = torch.zeros((), dtype=torch.int64, device=value.device)
+        for k, part in enumerate(bits.flatten().split(_CHUNK)):
+            places = torch.arange(1, 2 * len(part), 2, device=value.device)
+            total += (2 * k + 1) * (places * part).sum()
+        return total
+    except (NotImplementedError, RuntimeError, KeyError):  # quantized, nested, meta, …
+        return None
+
+
+def _shown_by_opaque(value: Any) -> Any:
+    """Returns what an object shows of itself that is neither copied nor looked into."""
+    try:
+        if isinstance(value, (bytearray, array.array, mmap.mmap, memoryview)):
+            return len(value), zlib.crc32(value)
+        if isinstance(value, io.IOBase):
+            return None if value.closed else value.tell()
+        if isinstance(value, queue.SimpleQueue):
+            return value.qsize()
+        if isinstance(value, np.random.BitGenerator):
+            return str(value.state)
+    except (OSError, ValueError, TypeError):  # a pipe, or one that is being read line by line
+        return None
+    return None

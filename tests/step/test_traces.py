@@ -1,0 +1,352 @@
+"""What replays leave behind where nothing can put it back is found at the start, and named."""
+
+import array
+import io
+import random
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from cases import Mlp, fit, flat, frozen, observe, train_loader, valid_loader, weights
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hpo import T1T2, ClipR, OnlineHPOCallback, UnrollK
+
+ESTIMATORS = {"T1T2": T1T2, "ClipR": ClipR, "reverse": lambda: UnrollK(2, "reverse")}
+EVERY_ESTIMATOR = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+
+
+class Leaving(Mlp):
+    """Changes something in each step."""
+
+    after = 0  # the first step in which that happens
+
+    def __init__(self, *args, **options):
+        super().__init__("momentum", *args, **options)
+        self.kept = self.make()
+
+    def make(self):
+        return None
+
+    def change(self, batch, loss):
+        raise NotImplementedError
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step >= self.after:
+            self.change(batch, loss)
+        return loss
+
+
+class Bytes(Leaving):
+    """A C object, into which no walk sees."""
+
+    def make(self):
+        return {"log": bytearray()}
+
+    def change(self, batch, loss):
+        self.kept["log"] += b"x"
+
+
+class Numbers(Leaving):
+    def make(self):
+        return [array.array("d", [0.0])]
+
+    def change(self, batch, loss):
+        self.kept[0][0] += 1.0
+
+
+class Text(Leaving):
+    def make(self):
+        return {"log": io.StringIO()}
+
+    def change(self, batch, loss):
+        self.kept["log"].write("a step\n")
+
+
+class LargeArray(Leaving):
+    """Too large to be copied for each replay."""
+
+    def make(self):
+        return {"log": np.zeros(1_000_001)}
+
+    def change(self, batch, loss):
+        self.kept["log"][1_000_000] += 1.0
+
+
+class LargeTensor(Leaving):
+    """Likewise, and written to in a way that torch does not count."""
+
+    def make(self):
+        return {"log": torch.zeros(1_000_001)}
+
+    def change(self, batch, loss):
+        self.kept["log"].data[-1] += 1.0
+
+
+class Computed(Leaving):
+    """Has a graph, so that it is taken for a result; its order changes, its sum does not."""
+
+    def make(self):
+        return {"log": torch.arange(4.0, requires_grad=True) * 1.0}
+
+    def change(self, batch, loss):
+        self.kept["log"].data.copy_(self.kept["log"].detach().roll(1))
+
+
+class Late(Leaving):
+    """Something that still runs when the replay is over."""
+
+    def make(self):
+        return {"log": []}
+
+    def change(self, batch, loss):
+        weakref.finalize(loss, self.kept["log"].append, 1)
+
+
+MODULES = {kind.__name__: kind for kind in (Bytes, Numbers, Text, LargeArray, LargeTensor, Late)}
+NAMES = {"Numbers": r"'kept\[0\]'", "Late": r"\"kept\['log'\]\""}
+
+
+@EVERY_ESTIMATOR
+@pytest.mark.parametrize("name", [*MODULES, "Computed"])
+def test_what_the_module_holds(name, make):
+    model = {**MODULES, "Computed": Computed}[name]()
+    before = weights(model)
+    found = NAMES.get(name, r"\"kept\['log'\]\"")
+    with pytest.raises(MisconfigurationException, match=f"what the module holds: {found}. Keep"):
+        observe(make(), model)
+    assert torch.equal(weights(model), before)
+
+
+BATCHES = []
+
+
+class OtherBatch(Leaving):
+    """Writes to the batch itself, which it has kept where no walk comes by."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if self.trainer.training:
+            BATCHES[:] = batch
+        return batch
+
+    def change(self, batch, loss):
+        BATCHES[0].data.mul_(0.5)
+
+
+@EVERY_ESTIMATOR
+def test_the_batch_of_the_training(make):
+    with pytest.raises(MisconfigurationException, match=r"the training gets: '\[0\]'. Let steps"):
+        observe(make(), OtherBatch())
+
+
+class OwnMomentum(Leaving):
+    """Writes into the state of the optimizer, as some warm restarts do."""
+
+    def change(self, batch, loss):
+        state = self.trainer.optimizers[0].state
+        if self.after:
+            state[self.net[0].weight]["momentum_buffer"].mul_(0.5)
+        else:
+            state[self.net[0].weight]["momentum_buffer"] = torch.ones(5, 4)
+
+
+@EVERY_ESTIMATOR
+def test_the_state_of_the_optimizer(make):
+    text = r"the optimizer's state: \"\['net\.0\.weight'\]\". Change it in"
+    with pytest.raises(MisconfigurationException, match=text):
+        observe(make(), OwnMomentum())
+
+
+class Later(OwnMomentum):
+    after = 1
+
+
+def test_what_comes_in_the_second_step_is_warned_about():
+    """θ has moved: too late for an error."""
+    text = r"the optimizer's state: \"\['net\.0\.weight'\]\['momentum_buffer'\]\". Change it in"
+    with pytest.warns(UserWarning, match=text) as caught:
+        observe(ClipR(), Later())
+    assert sum("cannot be put back" in str(w.message) for w in caught) == 1
+
+
+class MuchLater(Bytes):
+    after = 50
+
+
+def test_what_comes_later_is_warned_about():
+    with pytest.warns(UserWarning, match=r"what the module holds: \"kept\['log'\]\""):
+        observe(ClipR(), MuchLater(), steps=104, max_epochs=-1)
+
+
+class Scheduling(Leaving):
+    def change(self, batch, loss):
+        self.lr_schedulers().step()
+
+
+def test_learning_rate_schedulers():
+    with pytest.raises(MisconfigurationException, match=r"schedulers: '\[0\]\.\w+'.*Step them"):
+        observe(ClipR(), Scheduling())
+
+
+class Doubling(Leaving):
+    """Changes a gradient when the replay is over."""
+
+    def change(self, batch, loss):
+        weight = self.trainer.optimizers[0].param_groups[0]["params"][0]
+
+        def double(weight=weight):
+            if weight.grad is not None:
+                weight.grad.mul_(2.0)
+
+        weakref.finalize(loss, double)
+
+
+def test_gradients_that_accumulate():
+    """Where there are any: from the second micro-batch on."""
+    with pytest.raises(MisconfigurationException, match=r"gradients.*net\.0\.weight.*Change them"):
+        observe(
+            ClipR(), Doubling(inside_loss=True), accumulate_grad_batches=2, limit_train_batches=4
+        )
+
+
+class Drawing(Leaving):
+    """Draws when the loss is let go of: within the step, for the training, but after a replay."""
+
+    draw = staticmethod(torch.rand)
+    arguments = (1,)
+
+    def change(self, batch, loss):
+        weakref.finalize(loss, self.draw, *self.arguments)
+
+
+GENERATORS = {
+    "torch on the CPU": (torch.rand, (1,)),
+    "numpy": (np.random.rand, ()),
+    "python": (random.random, ()),
+}
+
+
+@EVERY_ESTIMATOR
+@pytest.mark.parametrize("name", GENERATORS)
+def test_random_states(name, make):
+    draw, arguments = GENERATORS[name]
+    kind = type("Kind", (Drawing,), {"draw": staticmethod(draw), "arguments": arguments})
+    text = f"random states: that of {name}. Draw within the step"
+    with pytest.raises(MisconfigurationException, match=text):
+        observe(make(), kind())
+
+
+class Noisy:
+    """A batch whose copies draw random numbers."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def to(self, device, **options):
+        return self
+
+    def clone(self):
+        return Noisy(self.x + 0.0 * torch.rand(()), self.y.clone())
+
+
+class OfNoisy(Mlp):
+    def training_step(self, batch, batch_idx):
+        return self.loss((batch.x, batch.y))
+
+
+def test_copies_of_batches_that_draw():
+    loader = DataLoader(
+        TensorDataset(*next(iter(train_loader()))),
+        batch_size=4,
+        collate_fn=lambda items: Noisy(*map(torch.stack, zip(*items, strict=True))),
+    )
+    with pytest.raises(MisconfigurationException, match=r"torch on the CPU.*clone\(\)"):
+        observe(UnrollK(2, "reverse"), OfNoisy(), train=loader)
+
+
+class Validating(Bytes):
+    """Leaves something at held-out batches alone."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.kept["log"] += b"x"
+        return self.loss(batch)
+
+
+@EVERY_ESTIMATOR
+def test_held_out_batches(make):
+    with pytest.raises(MisconfigurationException, match=r"what the module holds: \"kept\['log'\]"):
+        observe(make(), Validating())
+
+
+# ------------------------------------------------------------------------------------------ silence
+
+
+class Quiet(Leaving):
+    """Changes much that is put back, its batch too, and reads what others change."""
+
+    def loss(self, batch):
+        return super().loss([batch[0], batch[1].clone()])
+
+    def make(self):
+        return {
+            "log": [],
+            "bytes": bytearray(b"abc"),
+            "text": io.StringIO("abc"),
+            "large": np.zeros(1_000_001),
+            "tensor": torch.zeros(3),
+            "vocabulary": {f"w{i}": i for i in range(2000)},
+            "generator": np.random.default_rng(1),
+        }
+
+    def change(self, batch, loss):
+        self.kept["log"].append(loss.item())
+        self.kept["tensor"] += self.kept["generator"].random() + random.random()
+        assert self.kept["bytes"][0] == 97
+        assert self.kept["large"].sum() == 0
+        batch[1].add_(1)
+
+
+@EVERY_ESTIMATOR
+@pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_nothing_is_said_without_a_reason(make, derivatives, accumulated):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot be put back.*")
+        callback = OnlineHPOCallback(
+            make(), optimizer=frozen, every_n_steps=2, derivatives=derivatives
+        )
+        fit(
+            Quiet(),
+            callback,
+            steps=104,
+            max_epochs=-1,
+            train=train_loader(),
+            accumulate_grad_batches=accumulated,
+            limit_val_batches=0,
+            valid=valid_loader(),
+        )
+    assert flat(callback.history[-1].hypergradients.values()).isfinite().all()
+
+
+def test_it_looks_at_few_steps(monkeypatch):
+    """And at a later one at which λ is updated, where the host waits for the device anyway."""
+    from lightning_hpo.step import trace_check
+
+    looked = []
+
+    class Look(trace_check._Look):
+        def __init__(self, trainer, module, batch):
+            looked.append(trainer.global_step + 1)
+            super().__init__(trainer, module, batch)
+
+    monkeypatch.setattr(trace_check, "_Look", Look)
+    observe(ClipR(), Mlp(), steps=230, max_epochs=-1, every_n_steps=5)
+    # The batch and the step; at updates, the step has been made.
+    assert looked == [1, 1, 2, 2, 6, 11, 105, 105, 111]
