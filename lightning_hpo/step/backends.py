@@ -25,6 +25,14 @@ from lightning_hpo.step.training_map import TrainingMap
 
 Result = TypeVar("Result")
 
+_UNREPEATABLE = (
+    "two replays of the same training_step give gradients that are {:.0%} apart: it draws random "
+    "numbers of its own, from elsewhere than torch, NumPy and Python's random, or depends on state "
+    "outside of the module (global variables, files, threads)"
+)
+_REPEATABLE = (
+    "Draw from these, or from generators that are attributes of the module, and keep state there"
+)
 _NO_DOUBLE_BACKWARD = "an operator of this model has no double backward"
 
 
@@ -33,7 +41,8 @@ def settle(training: TrainingMap, moment: Moment, gradients: Sequence[Tensor | N
 
     ``"auto"`` takes finite differences where the parameters are sharded, or where the kernels that
     exact backends need draw other random numbers than those of the training: inductor's dropout is
-    not that of eager mode. Else it is decided at the first product.
+    not that of eager mode. Else it is decided at the first product. A step that no replay repeats
+    is warned about.
 
     Args:
         training: What all steps of the training share.
@@ -51,11 +60,21 @@ def settle(training: TrainingMap, moment: Moment, gradients: Sequence[Tensor | N
     distance = _distance(training.objective.gradient(moment, theta, exact=True), gradients, theta)
     if not distance > 0.05:
         return training.derivatives
+    again = _distance(training.objective.gradient(moment, theta), gradients, theta)
+    if again > 0.05:
+        # No backend helps: differences would divide by a small step what differs between replays.
+        warnings.warn(
+            f"OnlineHPOCallback: {_UNREPEATABLE.format(again)}, so that hypergradients belong to "
+            f"another loss than that of the step. {_REPEATABLE}",
+            stacklevel=2,
+        )
+        return training.derivatives
     reason = (
         "eager mode and the kernels that have second derivatives give another gradient "
-        f"({distance:.0%} apart) than the training's own: they draw other random numbers"
+        f"({distance:.0%} apart) than the training's own, which a replay on its own kernels does "
+        "repeat: they draw other random numbers, as compiled code, fused attention and cuDNN do"
     )
-    remedy = "with torch.compile, torch._inductor.config.fallback_random = True avoids that"
+    remedy = "under torch.compile, torch._inductor.config.fallback_random = True avoids that"
     if training.is_automatic:
         return _fall_back(f"{reason}; {remedy}")
     warnings.warn(

@@ -114,9 +114,10 @@ class ReplayCheck:
         if error > 0.05:
             warnings.warn(
                 "OnlineHPOCallback: the gradient differs from that of a replay of its "
-                f"training_step by {error:.0%}. Either hooks change gradients, "
-                "or the loss depends on something that a replay cannot reproduce; hypergradients "
-                "will not see it",
+                f"training_step by {error:.0%}. Either hooks change gradients, or the loss depends "
+                "on something that a replay cannot reproduce: random numbers from elsewhere than "
+                "torch, NumPy and Python's random, or state outside of the module (global "
+                "variables, files, threads); hypergradients will not see it",
                 stacklevel=2,
             )
 

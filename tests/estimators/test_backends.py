@@ -1,5 +1,6 @@
 """The backends under the callback, and what ``derivatives="auto"`` stands for."""
 
+import itertools
 import math
 import warnings
 
@@ -545,3 +546,26 @@ def test_gradients_that_overlap_beside_differences():
         runs.append(last_hypergradient(callback))
     for run in runs[1:]:
         assert relative_error(run, runs[0]) < 1e-9
+
+
+OUTSIDE = itertools.count()
+
+
+class Outside(Mlp):
+    """Depends on something of which no replay knows."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) * (1 + next(OUTSIDE) % 7)
+
+
+@pytest.mark.parametrize("derivatives", ["auto", "reverse", "forward"])
+def test_a_step_that_no_replay_repeats_is_named(derivatives):
+    """Nothing is compiled, and no other backend would help."""
+    with pytest.warns(UserWarning, match="two replays") as caught:
+        observe(ClipR(), Outside(), derivatives=derivatives)
+    texts = [str(w.message) for w in caught if "OnlineHPOCallback" in str(w.message)]
+    said = [text for text in texts if "two replays of the same training_step" in text]
+    assert len(said) == 1
+    assert "random numbers of its own" in said[0]
+    assert "state outside of the module" in said[0]
+    assert not any("compile" in text or "finite differences" in text for text in texts)
