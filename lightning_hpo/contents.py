@@ -520,11 +520,7 @@ def copies_of(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Copies tensors, without their graphs; what shares memory still does so in the copies."""
     by_storage: dict[Any, list[int]] = {}
     for key, t in tensors.items():
-        try:
-            storage = t.untyped_storage()._cdata
-        except (NotImplementedError, RuntimeError):  # sparse
-            storage = (key,)
-        by_storage.setdefault(storage, []).append(key)
+        by_storage.setdefault(_place(t), []).append(key)
     copies = {}
     for keys in by_storage.values():
         if len(keys) == 1:
@@ -536,6 +532,38 @@ def copies_of(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
             view = torch.empty(0, dtype=t.dtype, device=t.device)
             copies[key] = view.set_(memory, t.storage_offset(), t.size(), t.stride())
     return copies
+
+
+def views_of(swaps: Mapping[int, Tensor], tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Returns what takes the place of views of exchanged tensors: the same views of the others.
+
+    Args:
+        swaps: What takes the place of tensors, by ``id``.
+        tensors: These, and what may be views of them, by ``id``.
+    """
+    places = {key: _place(t) for key, t in tensors.items()}
+    owners: dict[Any, list[int]] = {}
+    for key in swaps.keys() & places.keys():
+        owners.setdefault(places[key], []).append(key)
+    found = {}
+    for key, t in tensors.items():
+        if key in swaps or not t.numel():
+            continue
+        last = sum((n - 1) * stride for n, stride in zip(t.size(), t.stride(), strict=True))
+        for owner in owners.get(places[key], ()):
+            offset = t.storage_offset() - tensors[owner].storage_offset()
+            is_within = offset >= 0 and offset + last < tensors[owner].numel()
+            if is_within and tensors[owner].is_contiguous():
+                found[key] = swaps[owner].as_strided(t.size(), t.stride(), offset)
+    return found
+
+
+def _place(t: Tensor) -> Any:
+    """Returns what is the same for tensors that share memory."""
+    try:
+        return t.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse
+        return id(t)
 
 
 @dataclass

@@ -40,6 +40,7 @@ from lightning_hpo.step import (
     read_as_numbers,
     settle,
     settle_statistics,
+    warn_of_other_paths,
 )
 from lightning_hpo.values import fixed_options, remember_options
 
@@ -349,6 +350,7 @@ class Run:
                 theta,
             )
         )
+        warn_of_other_paths(training, moment, gradients[: len(theta)])
         return gradients[: len(theta)]
 
     # --------------------------------------------------------------------------------------- steps

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._lightning import classes
-from lightning_hpo.contents import ModuleState, Reached, Walker, exchanged, remember
+from lightning_hpo.contents import ModuleState, Reached, Walker, exchanged, remember, views_of
 from lightning_hpo.distributed import is_sharded, reshard
 from lightning_hpo.muted_logger import MutedLogger
 from lightning_hpo.rng import RandomState, forked_rng
@@ -93,6 +93,7 @@ class Shield:
             key: value.clone() if key in self._without_gradient else value
             for key, value in (swaps or {}).items()
         }
+        swaps |= views_of(swaps, {**reached.tensors, **(state.tensors if state else {})})
         loggers = trainer.loggers
         scripted: list[tuple[torch.jit.ScriptModule, str, Any]] = []
         groups = [(group, dict(group)) for o in trainer.optimizers for group in o.param_groups]

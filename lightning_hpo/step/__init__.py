@@ -2,7 +2,7 @@
 
 from lightning_hpo.step.backends import settle, settle_statistics
 from lightning_hpo.step.effect import Effect
-from lightning_hpo.step.numbers import read_as_numbers
+from lightning_hpo.step.numbers import read_as_numbers, warn_of_other_paths
 from lightning_hpo.step.recorder import Observer, Recorder
 from lightning_hpo.step.snapshot import Snapshot
 from lightning_hpo.step.space import Space
@@ -26,4 +26,5 @@ __all__ = [
     "read_as_numbers",
     "settle",
     "settle_statistics",
+    "warn_of_other_paths",
 ]

@@ -1,11 +1,13 @@
-"""Parameters that the loss reaches by other paths than the module tree, under every backend."""
+"""What the loss reaches by other paths than the module tree, under every backend."""
+
+import warnings
 
 import pytest
 import torch
 from cases import Mlp, fit, last_hypergradient, observe, relative_error, truth, weights
 from torch.nn import functional as F
 
-from lightning_hpo import ClipR, UnrollK
+from lightning_hpo import ClipR, Hyperparameter, UnrollK
 
 
 class InAList(Mlp):
@@ -57,3 +59,66 @@ def test_training_is_bit_identical(make):
     fit(plain)
     observe(ClipR(float("inf")), watched, derivatives="forward")
     assert torch.equal(weights(plain), weights(watched))
+
+
+# ----------------------------------------------------------------------------------------------- λ
+
+ELSEWHERE = []
+
+
+class Referring(Mlp):
+    """Calls its hyperparameter, and reads the raw tensor that it has kept as well."""
+
+    def __init__(self, refer=lambda raw: None, read=lambda kept: 0.0):
+        super().__init__("momentum", granularity="model")
+        del self.l2
+        vars(self).pop("_hpo_record")
+        self.alpha = Hyperparameter(0.5)
+        self.kept = refer(self.alpha.raw)
+        self.read = read
+
+    def training_step(self, batch, batch_idx):
+        size = self.net[0].weight.square().sum()
+        return super().training_step(batch, batch_idx) * self.alpha() + size * self.read(self.kept)
+
+
+def _closure(raw):
+    return lambda: raw
+
+
+REFERENCES = {
+    "attribute": (lambda raw: raw, lambda kept: kept),
+    "list": (lambda raw: [raw], lambda kept: kept[0]),
+    "closure": (_closure, lambda kept: kept()),
+    "view": (lambda raw: raw.view(1), lambda kept: kept[0]),
+    "view in a tuple": (lambda raw: (raw.expand(2),), lambda kept: kept[0].mean()),
+    "detached": (lambda raw: {"a": raw.detach()}, lambda kept: kept["a"]),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("derivatives", ["forward", "reverse", "finite_difference"])
+@pytest.mark.parametrize("estimator", [ClipR(float("inf")), UnrollK(10, "reverse")])
+def test_references_to_raw(name, derivatives, estimator):
+    """Views, too, lie in the memory that the λ-optimizer writes to."""
+
+    def make():
+        return Referring(*REFERENCES[name])
+
+    every = 10 if isinstance(estimator, UnrollK) else 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*by another path")
+        callback = observe(estimator, make(), derivatives=derivatives, every_n_steps=every)
+    assert relative_error(last_hypergradient(callback), truth(make)) < 1e-6
+
+
+@pytest.mark.parametrize("derivatives", ["forward", "reverse", "finite_difference"])
+def test_a_reference_out_of_reach_is_named(derivatives):
+    def make():
+        model = Referring(lambda raw: None, lambda kept: ELSEWHERE[0])
+        ELSEWHERE[:] = [model.alpha.raw]
+        return model
+
+    with pytest.warns(UserWarning, match=r"raw tensor of \['alpha'\] by another path.*Call the"):
+        callback = observe(ClipR(float("inf")), make(), derivatives=derivatives)
+    assert relative_error(last_hypergradient(callback), truth(make)) > 0.1
