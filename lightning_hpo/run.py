@@ -291,6 +291,12 @@ class Run:
         if not any(each.space.replays for each in served):
             training.statistics.clear()  # where no λ acts on a forward pass, none moves them
         else:
+            blind = [
+                type(each.estimator).__name__
+                for each in served
+                if each.space.replays and not each.estimator.follows_statistics
+            ]
+            training.statistics.warn_of_constants(list(dict.fromkeys(blind)))
             buffers = training.statistics.buffers()
             settle_statistics(
                 training, moment, gradients, lambda: self._validate(training.theta, buffers)

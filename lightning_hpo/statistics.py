@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -43,29 +43,54 @@ class RunningStatistics:
             for name, m in module.named_modules()
             if isinstance(m, _NormBase) and m.running_mean is not None
         }
-        synchronized = [
-            name
+        self._synchronized = {
+            name: m
             for name, m in layers.items()
             if isinstance(m, nn.SyncBatchNorm) and world_size() > 1
-        ]
-        if synchronized:
-            warnings.warn(
-                f"OnlineHPOCallback: the running statistics of {synchronized} (SyncBatchNorm) are "
-                "taken as constants: hypergradients miss how λ moves them. Without "
-                "sync_batchnorm=True they are followed",
-                stacklevel=2,
-            )
+        }
+        self._scripted = {
+            name: m
+            for name, m in module.named_modules()
+            if isinstance(m, torch.jit.ScriptModule)
+            and "running_mean" in dict(m.named_buffers(recurse=False))
+        }
+        self._followed = {n: m for n, m in layers.items() if n not in self._synchronized}
         self._places = [
             (layer, buffer)
-            for name, layer in layers.items()
+            for layer in self._followed.values()
             for buffer in ("running_mean", "running_var")
-            if name not in synchronized
         ]
         self.is_broadcast = is_broadcast
         self.by_value = False
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def warn_of_constants(self, estimators: Sequence[str]) -> None:
+        """Names the layers that train, and of which it is not followed how λ moves them.
+
+        Args:
+            estimators: Those that do not ask for it.
+        """
+        for layers, reason in (
+            (self._followed, f"{' and '.join(estimators)} does not follow them" * bool(estimators)),
+            (
+                self._synchronized,
+                "they are those of several ranks (SyncBatchNorm); without sync_batchnorm=True they "
+                "are followed",
+            ),
+            (
+                self._scripted,
+                "the layers are in TorchScript; the same layers in Python are followed",
+            ),
+        ):
+            names = [name for name, layer in layers.items() if layer.training]
+            if names and reason:
+                warnings.warn(
+                    f"OnlineHPOCallback takes the running statistics of {names} as constants: "
+                    f"hypergradients miss how λ moves them, because {reason}",
+                    stacklevel=2,
+                )
 
     def clear(self) -> None:
         """Follows none any longer."""
