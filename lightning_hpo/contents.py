@@ -138,14 +138,19 @@ class Held(NamedTuple):
 
     def is_same(self) -> bool:
         """Whether the container still holds the very same."""
-        now = self.holder.read(self.owner)
+        now = self._now()
         return len(now) == len(self.content) and self._begins_alike(now)
 
     def has_grown(self) -> bool:
         """Whether it holds the same, and perhaps more at its end."""
-        now = self.holder.read(self.owner)
+        now = self._now()
         grows = self.holder in (_LIST, _DICT, _ORDERED) and len(now) > len(self.content)
         return (grows or len(now) == len(self.content)) and self._begins_alike(now)
+
+    def _now(self) -> Any:
+        """Returns what it holds now; a plain one itself, which may be too large to copy."""
+        is_plain = type(self.owner) in (dict, list)
+        return self.owner if is_plain else self.holder.read(self.owner)
 
     def _begins_alike(self, now: Any) -> bool:
         then = self.content
@@ -324,13 +329,17 @@ class Walker:
                 del known[key]
         return reached
 
-    def judge(self, reached: Reached, before: Mapping[int, Any]) -> None:
+    def judge(self, reached: Reached, before: Mapping[int, Any]) -> set[int]:
         """Notes which large containers a step has changed.
 
         Args:
             reached: What was reached before the step.
             before: What tensors, arrays and generators held then.
+
+        Returns:
+            The keys of those that hold what they held, and need not be put back.
         """
+        unchanged = set()
         for key, (outer, inner) in reached.large.items():
             is_still = (
                 (outer.holder is _DEQUE or outer.has_grown())
@@ -341,6 +350,8 @@ class Walker:
             )
             if is_still:
                 self._still[key] = outer.owner
+                if outer.holder is not _DEQUE and len(outer.owner) == len(outer.content):
+                    unchanged.add(key)
                 continue
             self._moving[key] = outer.owner
             if self._still.pop(key, None) is not None and self._calls > _FIRST:
@@ -351,6 +362,7 @@ class Walker:
                     "object",
                     stacklevel=2,
                 )
+        return unchanged
 
     def name_of(self, wanted: Any) -> str:
         """Returns where the module holds an object, as in ``'meters[0].total'``."""
@@ -679,6 +691,7 @@ def exchanged(
     sources = {key: state.values.get(key, before[key]) for key in every}
     substitutes = {**swaps, **_stand_ins(walker, reached, state)}
     versions = [(t, t._version) for t in reached.watched.values()]
+    unchanged: set[int] = set()
     try:
         for key, value in copies_of(sources).items():
             every[key].data = value
@@ -690,11 +703,12 @@ def exchanged(
                 _write_generator(generator, state.values[key])
         _fill(reached, state, substitutes)
         yield
-        if reached.large:
-            walker.judge(reached, before)
+        if reached.large:  # those that an earlier content was put into are put back
+            unchanged = walker.judge(reached, before) - state.held.keys()
     finally:
-        for owner, holder, content in held.values():
-            holder.write(owner, content)
+        for key, (owner, holder, content) in held.items():
+            if key not in unchanged:
+                holder.write(owner, content)
         for key, empty in reached.empty.items():
             if empty and key not in held:
                 empty.clear()
