@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_hpo._kinds import Kind, has_dict, kind_of, read_slots, slots_of, write_slots
+from lightning_hpo._kinds import (
+    Kind,
+    classes_of,
+    has_dict,
+    kind_of,
+    read_slots,
+    slots_of,
+    write_slots,
+)
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.distributed import is_sharded
 
@@ -118,6 +127,25 @@ def _write_cell(cell: Any, content: list[Any]) -> None:
         del cell.cell_contents
 
 
+def _read_class(cls: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(cls).items() if not name.startswith("__")}
+
+
+def _write_class(cls: type, content: dict[str, Any]) -> None:
+    now = _read_class(cls)
+    for name in now.keys() - content.keys():
+        type.__delattr__(cls, name)
+    for name, value in content.items():
+        if name not in now or now[name] is not value:  # each write costs the caches of the class
+            type.__setattr__(cls, name, value)
+
+
+def _class_values(content: dict[str, Any]) -> list[Any]:
+    return [value for value in content.values() if not isinstance(value, _METHODS)]
+
+
+_METHODS = (FunctionType, classmethod, staticmethod, property)
+
 _DICT = Holder(dict.copy, _write_dict, dict.values)
 _MODULE = Holder(dict.copy, _write_dict, dict.values)
 _ORDERED = Holder(_read_ordered, _write_ordered, dict.values)
@@ -125,8 +153,17 @@ _LIST = Holder(list.copy, _write_list)
 _DEQUE = Holder(list, _write_deque)
 _SET = Holder(set.copy, _write_set)
 _CELL = Holder(_read_cell, _write_cell)
+_CLASS = Holder(_read_class, _write_class, _class_values)
 _SLOTS = Holder(read_slots, write_slots, dict.values)
 _CONTAINERS = {Kind.DICT: _DICT, Kind.LIST: _LIST, Kind.DEQUE: _DEQUE, Kind.SET: _SET}
+
+
+def held_by(value: Any) -> Held | None:
+    """Returns what a container holds now; None for other objects."""
+    holder = _CONTAINERS.get(kind_of(type(value)))
+    if isinstance(value, OrderedDict):
+        holder = _ORDERED
+    return None if holder is None else Held(value, holder, holder.read(value))
 
 
 class Held(NamedTuple):
@@ -295,6 +332,8 @@ class Reached:
 class Walker:
     """Goes through everything that a module reaches: attributes, containers, hooks, closures.
 
+    Attributes of classes are among them, but for those of libraries.
+
     A container of many entries is looked through at the first walks and then ever more rarely.
     Where no step has been seen to change it, or anything behind it, but perhaps by adding to its
     end, only its length is kept in between. So what a replay costs does not grow with a vocabulary
@@ -407,15 +446,23 @@ class Walker:
 
         def attributes(value: Any) -> None:
             cls = type(value)
+            classes(cls)
             if has_dict(cls) and type(vars(value)) is dict:
                 hold(vars(value), _DICT)
             if slots_of(cls):
                 hold(value, _SLOTS)
 
+        def classes(cls: type) -> None:
+            for base in classes_of(cls):
+                if id(base) not in seen:
+                    seen.add(id(base))
+                    hold(base, _CLASS)
+
         while stack:
             value = stack.pop()
             kind = kind_of(type(value))
             if kind is Kind.MODULE:
+                classes(type(value))
                 own = vars(value)
                 content = dict(own)
                 reached.held[id(own)] = Held(own, _MODULE, content)
@@ -509,6 +556,9 @@ def _named_children(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f".{name}", child) for name, child in registered.items())
     if kind in (Kind.MODULE, Kind.OBJECT, Kind.DICT, Kind.LIST) and has_dict(type(value)):
         yield from ((f".{name}", child) for name, child in vars(value).items())
+    for base in classes_of(type(value)) if kind in (Kind.MODULE, Kind.OBJECT) else ():
+        state = _read_class(base).items()
+        yield from ((f".{name}", child) for name, child in state if not isinstance(child, _METHODS))
     if kind is Kind.DICT:
         yield from ((f"[{key!r}]", child) for key, child in dict.items(value))
     elif kind in (Kind.LIST, Kind.DEQUE, Kind.TUPLE):
