@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_hpo._lightning import is_lightning_module
-from lightning_hpo.contents import own_attributes
+from lightning_hpo.holders import own_attributes
 
 # Containers with more entries, and tensors and arrays with more elements, are rather data than
 # state: they are shared.

@@ -22,8 +22,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_hpo._kinds import Kind, classes_of, has_dict, kind_of
 from lightning_hpo._lightning import MisconfigurationException
-from lightning_hpo.contents import Held, Walker, held_by, read_generator
+from lightning_hpo.contents import Walker
 from lightning_hpo.distributed import is_sharded, reshard
+from lightning_hpo.holders import Held, held_by, read_generator
 from lightning_hpo.private_state import is_library
 from lightning_hpo.rng import RandomState
 
