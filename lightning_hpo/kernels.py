@@ -30,13 +30,19 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
 
     Compiled code runs in eager mode, ``scaled_dot_product_attention`` on its MATH kernel (the fused
     ones have a first derivative only), recurrent layers as in :func:`native_recurrent`, weight
-    normalization as a composition. A kernel that the module itself selects inside its ``forward``
-    stays.
+    normalization and the mean squared error as compositions. A kernel that the module itself
+    selects inside its ``forward`` stays.
 
     Args:
         module: The module whose recurrent layers are meant.
     """
-    with eager(), sdpa_kernel(SDPBackend.MATH), native_recurrent(module), _composed_weight_norm():
+    with (
+        eager(),
+        sdpa_kernel(SDPBackend.MATH),
+        native_recurrent(module),
+        _composed_weight_norm(),
+        _composed_mean_squared_error(),
+    ):
         yield
 
 
@@ -64,6 +70,31 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     others = [d for d in range(v.dim()) if d != dim]
     norm = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1) if others else v.abs()
     return v * (g / norm)
+
+
+@contextmanager
+def _composed_mean_squared_error() -> Iterator[None]:
+    """Takes the mean of squared errors outside of their operator.
+
+    The operator that does both has no forward derivative of its gradient: that fails with
+    "ZeroTensors are immutable" (torch 2.14).
+    """
+    place = vars(torch._C._nn)
+    operator = place["mse_loss"]
+
+    def composed(input: Tensor, target: Tensor, reduction: int = _MEAN) -> Tensor:
+        if reduction != _MEAN:
+            return operator(input, target, reduction)  # type: ignore[no-any-return]
+        return operator(input, target, _NONE).mean()  # type: ignore[no-any-return]
+
+    place["mse_loss"] = composed
+    try:
+        yield
+    finally:
+        place["mse_loss"] = operator
+
+
+_NONE, _MEAN = 0, 1  # what operators call "none" and "mean"
 
 
 @contextmanager

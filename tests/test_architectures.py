@@ -495,6 +495,34 @@ def test_forward_derivatives_of_onednn_lstm():
     assert relative_error(*results) < 1e-4
 
 
+# ------------------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("derivatives", BACKENDS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_mean_squared_error(estimator, derivatives):
+    """Torch's own operator for the mean has no forward derivative of its gradient."""
+
+    class Regressor(Lit):
+        def __init__(self, error):
+            super().__init__(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)))
+            self.error = error
+
+        def loss(self, batch):
+            x, y = batch
+            return self.error(self.net(x).squeeze(-1), y.to(x))
+
+    def written_out(a, b):
+        return ((a - b) ** 2).mean()
+
+    operator = torch._C._nn.mse_loss
+    found, said = hypergradient(lambda: Regressor(F.mse_loss), estimator, derivatives)
+    expected, _ = hypergradient(lambda: Regressor(written_out), estimator, "reverse")
+    assert not said
+    assert relative_error(found, expected) < (1e-6 if derivatives == "finite_difference" else 1e-12)
+    assert torch._C._nn.mse_loss is operator
+
+
 # -------------------------------------------------------------------------------------------- CUDA
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -130,5 +130,6 @@ def is_missing_derivative(error: RuntimeError) -> bool:
             "once_differentiable",
             "marked with @once_differentiable",
             "computed under selective activation checkpoint",
+            "zerotensors are immutable",
         )
     )
