@@ -405,6 +405,7 @@ class Run:
     @torch.no_grad()
     def _update(self) -> Update | None:
         """Estimates the hypergradient and moves λ; None where no window is complete."""
+        self.recorder.shifts.look(may_wait=True)
         with self._traces("update", self.steps):
             gradients, norms, outcomes = self._estimate()
         is_applied = False
@@ -416,6 +417,7 @@ class Run:
         if self._start is not None:
             self._start.restore()
             self._start = None
+            self.recorder.shifts.forget()
         if not gradients:
             return None
         parts = [
