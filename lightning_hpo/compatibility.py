@@ -306,8 +306,8 @@ def check_untouched(
     return [
         f"training_step or validation_step writes to the trained parameter {written[0]!r} in place "
         "(as nn.Embedding(max_norm=...) does in its forward pass); replays of the step and held-out"
-        " batches would write to it too. Do that in step() of a subclass of the optimizer, which is "
-        "differentiated; done in on_train_batch_end, hypergradients take it as a constant shift"
+        " batches would write to it too. Do that in step() of a subclass of the optimizer, which "
+        "is differentiated; in on_train_batch_end, hypergradients take it as a constant shift"
     ]
 
 

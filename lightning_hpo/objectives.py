@@ -37,7 +37,12 @@ from lightning_hpo.kernels import (
 from lightning_hpo.regularizers.penalty import PenaltyMixin
 from lightning_hpo.rng import RandomState
 from lightning_hpo.shield import Shield
-from lightning_hpo.statistics import RunningStatistics, differentiable_statistics
+from lightning_hpo.statistics import (
+    Place,
+    RunningStatistics,
+    Standing,
+    differentiable_statistics,
+)
 from lightning_hpo.validation_entry import ValidationEntry
 from lightning_hpo.validation_value import DetachedMetric, check_loss, find_loss
 
@@ -187,6 +192,48 @@ class TrainingObjective:
         raws = {id(m.raw) for m in self._module.modules() if isinstance(m, Hyperparameter)}
         return [b for b in self._module.buffers() if id(b) not in raws]
 
+    def place_of(self, name: str) -> Place:
+        """Returns the module and the name in it of a buffer, by its qualified name."""
+        owner, _, own = name.rpartition(".")
+        return self._module.get_submodule(owner), own
+
+    def name_of(self, place: Place) -> str:
+        """Returns the qualified name of a buffer."""
+        owner, own = place
+        names = [name for name, m in self._module.named_modules() if m is owner]
+        return f"{names[0]}.{own}".strip(".") if names else own
+
+    def written_buffers(self, moment: Moment, theta: Sequence[Tensor]) -> list[str]:
+        """Lists the buffers of floating point numbers that a step moves, but for statistics.
+
+        Costs a forward pass, where there are such buffers.
+        """
+        known = {(id(owner), name) for owner, name in self.statistics.places}
+        raws = {id(h.raw) for h in self._module.modules() if isinstance(h, Hyperparameter)}
+        found = {
+            f"{prefix}.{name}".strip("."): (owner, name)
+            for prefix, owner in self._module.named_modules()
+            if not isinstance(owner, torch.jit.ScriptModule)
+            for name, b in owner._buffers.items()
+            if isinstance(b, Tensor)
+            and b.is_floating_point()
+            and b.numel()
+            and id(b) not in raws
+            and (id(owner), name) not in known
+        }
+        if not found:
+            return []
+        before = {name: o._buffers[own].clone() for name, (o, own) in found.items()}
+        with torch.enable_grad(), self.evaluations(moment, theta) as evaluate:
+            evaluate(theta, self.leaves())
+            return [
+                name
+                for name, (owner, own) in found.items()
+                if isinstance(after := owner._buffers.get(own), Tensor)
+                and after.shape == before[name].shape
+                and not torch.equal(after, before[name])
+            ]
+
     def leaves(self) -> list[Tensor]:
         """Returns raw λ as fresh leaves that require grad, in the order of the hyperparameters."""
         return [h.raw.detach().clone().requires_grad_() for h in self._hyperparameters]
@@ -219,8 +266,34 @@ class TrainingObjective:
             statistics: Whether it is a function of r and c. It runs in eager mode then, but for
                 differences with statistics ``by_value``.
         """
+        with self.evaluations(moment, theta, exact=exact, statistics=statistics) as evaluate:
+
+            def loss(values: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
+                value, moved = evaluate(values, lam)
+                scale = self.scale  # asks the gradient scaler, which may wait for a device
+                value = value if value is None or scale == 1 else value * scale
+                for r, c in zip(moved, values[len(theta) + len(moved) :], strict=True):
+                    term = scale * (c * r).sum()
+                    value = term if value is None else value + term
+                return value
+
+            yield loss
+
+    @contextmanager
+    def evaluations(
+        self,
+        moment: Moment,
+        theta: Sequence[Tensor],
+        *,
+        exact: bool = False,
+        statistics: bool = False,
+    ) -> Iterator[Callable[..., tuple[Tensor | None, list[Tensor]]]]:
+        """Gives L_T without factors, and r', as a function of ((θ, r), raw λ); see :meth:`at`.
+
+        After a call, until the next, the module holds what the step has left.
+        """
         step = self._module.training_step
-        followed = self.statistics.buffers() if statistics else []
+        followed = self.statistics.buffers(moment.state) if statistics else []
         with ExitStack() as kernels, ExitStack() as evaluation:
             kernels.enter_context(differentiable_checkpoints())
             if exact:
@@ -230,10 +303,12 @@ class TrainingObjective:
                 kernels.enter_context(eager())
                 kernels.enter_context(differentiable_statistics())
 
-            def loss(values: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
+            def evaluate(
+                values: Sequence[Tensor], lam: Sequence[Tensor]
+            ) -> tuple[Tensor | None, list[Tensor]]:
                 evaluation.close()
                 present = values[len(theta) : len(theta) + len(followed)]
-                moving = [r.clone() if is_traced else r.detach().clone() for r in present]
+                moving = [Standing.of(r) if is_traced else r.detach().clone() for r in present]
                 swaps = {
                     id(p): v
                     for p, v in zip(
@@ -254,14 +329,10 @@ class TrainingObjective:
                 ):
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
                     value = _training_loss(step(*arguments))
-                scale = self.scale  # asks the gradient scaler, which may wait for a device
-                value = value if value is None or scale == 1 else value * scale
-                for r, c in zip(moving, values[len(theta) + len(followed) :], strict=True):
-                    term = scale * (c * r).sum()
-                    value = term if value is None else value + term
-                return value
+                # The step may have put others in their place.
+                return value, self.statistics.buffers() if followed else []
 
-            yield loss
+            yield evaluate
 
     def gradient(
         self,
@@ -413,7 +484,8 @@ class ValidationObjective:
             logged[name] = value
 
         leaves = [r.detach().clone().requires_grad_() for r in statistics]
-        swaps = {id(r): leaf for r, leaf in zip(statistics, leaves, strict=True)}
+        with torch.enable_grad():  # a layer in training mode writes to them
+            swaps = {id(r): Standing.of(leaf) for r, leaf in zip(statistics, leaves, strict=True)}
         on_cuda = self._shield.device.type == "cuda"
         with (
             torch.enable_grad(),

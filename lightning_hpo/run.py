@@ -37,6 +37,8 @@ from lightning_hpo.step import (
     TraceCheck,
     TrainingMap,
     ValidationGradient,
+    check_buffers,
+    find_buffers,
     read_as_numbers,
     settle,
     settle_statistics,
@@ -291,12 +293,15 @@ class Run:
         if not any(each.space.replays for each in served):
             training.statistics.clear()  # where no λ acts on a forward pass, none moves them
         else:
+            find_buffers(training, moment, lambda buffers: self._validate([], buffers))
             buffers = training.statistics.buffers()
             settle_statistics(
                 training, moment, gradients, lambda: self._validate(training.theta, buffers)
             )
         for each in served:
             each.estimator.setup(each.space)
+        if len(training.statistics):
+            check_buffers(training, moment, [each.space for each in served])
         if self._resumed:
             self._restore(self._resumed, served)
             self._resumed = {}
@@ -306,9 +311,11 @@ class Run:
             self.recorder.check.expect(gradients)
         self.served = served
 
-    def _validate(self, theta: list[Tensor], statistics: Sequence[Tensor] = ()) -> None:
+    def _validate(
+        self, theta: Sequence[Tensor], statistics: Sequence[Tensor] = ()
+    ) -> list[Tensor | None]:
         """Takes a gradient of the validation loss, on a batch that is not used up."""
-        self._validation.gradient(self._held_out.peek(), theta, statistics)
+        return self._validation.gradient(self._held_out.peek(), theta, statistics)
 
     def _try_losses(self, moment: Moment) -> list[Tensor | None] | None:
         """Takes the gradient of both losses once; returns that of the training loss over θ."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -203,7 +204,8 @@ class Recorder:
             before = optimizer.register_step_pre_hook(self._before_optimizer_step)
             after = optimizer.register_step_post_hook(self._after_optimizer_step)
             # Before those of others, which may move θ.
-            optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)
+            hooks: OrderedDict[int, Any] = optimizer._optimizer_step_post_hooks  # type: ignore[assignment]
+            hooks.move_to_end(after.id, last=False)
             return [before, after]
         step = optimizer.step
 

@@ -37,7 +37,8 @@ class ShiftCheck:
         self._is_told = False
         self._trained: list[Tensor] = []
         self._versions: list[tuple[int, int]] = []
-        self._sums: Tensor | None = None
+        self._sums: Tensor | None = None  # an old one stays: memory does not come and go
+        self._has_sums = False
         self._moved: tuple[list[Tensor], Tensor] | None = None  # found, and not read yet
 
     def after_step(self, theta: Sequence[Tensor], *, is_last_batch: bool) -> None:
@@ -56,10 +57,11 @@ class ShiftCheck:
         self._versions = _versions(self._trained)
         if self._steps <= self._until or self._steps % _EVERY < _ROW or is_last_batch:
             self._sums = _sums(self._trained)
+            self._has_sums = True
 
     def forget(self) -> None:
         """Forgets θ, which is known to have been moved."""
-        self._trained, self._sums = [], None
+        self._trained, self._has_sums = [], False
 
     def look(self, *, may_wait: bool) -> None:
         """Compares θ now.
@@ -69,7 +71,7 @@ class ShiftCheck:
         """
         if not self._trained or self._is_told:
             return
-        if self._sums is None:
+        if self._sums is None or not self._has_sums:
             if self._versions != _versions(self._trained):
                 self._until = self._steps + _ROW  # it happens again, or has been put back
             return
