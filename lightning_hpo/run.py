@@ -38,6 +38,7 @@ from lightning_hpo.step import (
     TrainingMap,
     ValidationGradient,
     check_buffers,
+    check_forward,
     find_buffers,
     read_as_numbers,
     settle,
@@ -307,6 +308,8 @@ class Run:
             self._resumed = {}
         if any(each.space.replays for each in served):
             training.derivatives = settle(training, moment, gradients)
+            with together():
+                check_forward(training, moment)
         if self._trainer.accumulate_grad_batches == 1:
             self.recorder.check.expect(gradients)
         self.served = served
