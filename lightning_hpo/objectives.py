@@ -496,6 +496,7 @@ class ValidationObjective:
             self._shield(log=log, swaps=swaps),
             stage(self._trainer, RunningStage.VALIDATING),
             self._entry(batch),
+            _without_backward_hooks(module),
             _metrics_with_graphs(module) if self._metrics_keep_graphs else nullcontext(),
         ):
             for part in module.modules():
@@ -533,6 +534,22 @@ class ValidationObjective:
         else:
             output = step(*_validation_arguments(step, batch, held_out))
         return find_loss(output, logged, self._monitor, origin)
+
+
+@contextmanager
+def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
+    """Keeps the user's backward hooks on modules from what is no gradient of the training."""
+    parts = [m for m in module.modules() if m._backward_hooks or m._backward_pre_hooks]
+    kept = [
+        (hooks, dict(hooks)) for m in parts for hooks in (m._backward_hooks, m._backward_pre_hooks)
+    ]
+    try:
+        for hooks, _ in kept:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 @contextmanager

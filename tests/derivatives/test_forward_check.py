@@ -62,6 +62,19 @@ class OwnGradient(Mlp):
         return loss + 0.5 * sum(g.square().sum() for g in slopes)
 
 
+class Hooked(Mlp):
+    def __init__(self):
+        super().__init__(granularity="model")
+        self.net[0].weight.register_hook(lambda g: 0.5 * g)
+
+
+def test_hooks_that_change_gradients_are_named():
+    with pytest.raises(MisconfigurationException, match="'finite_difference' where hooks"):
+        observe(ClipR(math.inf), Hooked(), derivatives="forward")
+    found = last_hypergradient(observe(ClipR(math.inf), Hooked(), derivatives="finite_difference"))
+    assert relative_error(found, truth(Hooked)) < 1e-5
+
+
 KINDS = [ScriptedPart, ScriptedFunction, OwnDirection, OwnGradient]
 
 
