@@ -236,13 +236,27 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
                 "so that tangents cannot follow it. Use SGD, Adam, AdamW, RMSprop or another "
                 "elementwise optimizer"
             ]
-    if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
-        return [
-            "The optimizer moves complex parameters, along which derivatives are not taken. Keep "
-            "them as real parameters of shape (..., 2), and use torch.view_as_complex(p) in the "
-            "forward pass: the training is the same"
-        ]
-    return []
+    return check_complex(p for group in optimizer.param_groups for p in group["params"])
+
+
+def check_complex(
+    parameters: Iterable[Tensor], module: pl.LightningModule | None = None
+) -> list[str]:
+    """Refuses complex parameters that are trained.
+
+    Args:
+        parameters: What the optimizer has been given.
+        module: The LightningModule, by which they are named.
+    """
+    trained = {id(p) for p in parameters if p.is_complex() and p.requires_grad}
+    if not trained:
+        return []
+    names = [] if module is None else [n for n, p in module.named_parameters() if id(p) in trained]
+    return [
+        f"The optimizer moves complex parameters{f' ({names[0]!r})' if names else ''}, along which "
+        "derivatives are not taken. Keep them as real parameters of shape (..., 2), and use "
+        "torch.view_as_complex(p) in the forward pass: the training is the same"
+    ]
 
 
 def check_elementwise(dynamics: Dynamics, step: OptimizerStep) -> list[str]:

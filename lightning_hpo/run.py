@@ -241,7 +241,7 @@ class Run:
             self.training.objective.shield,
         )
         self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
-        verifier = _Verifier(self.training.dynamics)
+        verifier = _Verifier(self.training.dynamics, module)
         self._traces = TraceCheck(trainer, module)
         self.recorder = Recorder(trainer, module, callback, self.training, verifier, self._traces)
         self._averages = Averages(trainer, module, callback)
@@ -529,8 +529,9 @@ class Run:
 class _Verifier:
     """Refuses an optimizer whose step has no derivative: before it moves θ, where that is seen."""
 
-    def __init__(self, dynamics: Dynamics) -> None:
+    def __init__(self, dynamics: Dynamics, module: pl.LightningModule) -> None:
         self._dynamics = dynamics
+        self._module = module
         self._verification: Verification | None = None
         if isinstance(dynamics, GenericDynamics) and dynamics.is_foreign:
             self._verification = Verification(dynamics)
@@ -539,8 +540,9 @@ class _Verifier:
 
     def before(self, step: OptimizerStep, *, is_first: bool) -> None:
         """Looks at a step that is about to happen."""
-        findings: list[str] = []
-        if self._verification is not None:
+        # More may have joined the training since its start.
+        findings = compatibility.check_complex(self._dynamics.theta, self._module)
+        if self._verification is not None and not findings:
             reason = self._verification.before(step)
             findings = compatibility.unfollowed(self._dynamics.optimizer, reason)
         if is_first and not findings:

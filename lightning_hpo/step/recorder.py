@@ -200,7 +200,8 @@ class Recorder:
 
         Optimizers that wrap another one often leave out ``super().__init__()``, which makes hooks.
         """
-        if hasattr(type(optimizer).step, "hooked"):
+        has_hooks = hasattr(optimizer, "_optimizer_step_post_hooks")
+        if has_hooks and hasattr(type(optimizer).step, "hooked"):
             before = optimizer.register_step_pre_hook(self._before_optimizer_step)
             after = optimizer.register_step_post_hook(self._after_optimizer_step)
             # Before those of others, which may move θ.
