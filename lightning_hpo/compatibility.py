@@ -236,19 +236,21 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
                 "so that tangents cannot follow it. Use SGD, Adam, AdamW, RMSprop or another "
                 "elementwise optimizer"
             ]
-    return check_complex(p for group in optimizer.param_groups for p in group["params"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    others = not type(optimizer).__module__.startswith("torch.optim")  # may move what it is given
+    return check_complex(p for p in parameters if p.requires_grad or others)
 
 
 def check_complex(
     parameters: Iterable[Tensor], module: pl.LightningModule | None = None
 ) -> list[str]:
-    """Refuses complex parameters that are trained.
+    """Refuses complex parameters.
 
     Args:
-        parameters: What the optimizer has been given.
+        parameters: What the optimizer moves.
         module: The LightningModule, by which they are named.
     """
-    trained = {id(p) for p in parameters if p.is_complex() and p.requires_grad}
+    trained = {id(p) for p in parameters if p.is_complex()}
     if not trained:
         return []
     names = [] if module is None else [n for n, p in module.named_parameters() if id(p) in trained]

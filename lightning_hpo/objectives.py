@@ -22,7 +22,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
-from lightning_hpo._trainer import counted_as, stage
+from lightning_hpo._trainer import progress_of, progressed_to, stage
 from lightning_hpo.batch_copy import copy_batch
 from lightning_hpo.contents import ModuleState, pack_state, place_state
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
@@ -62,16 +62,14 @@ class Moment:
         batch: The batch, on the device. Each replay gets a copy: a step may write to it.
         batch_idx: Its index in the epoch.
         rng: The random state in which the step starts.
-        global_step: The trainer's count of steps at that step.
-        epoch: The trainer's count of epochs at that step.
+        progress: The trainer's counts and learning rates at that step.
         state: What the modules held at that step; None for a replay that happens at once.
     """
 
     batch: Any
     batch_idx: int
     rng: RandomState
-    global_step: int
-    epoch: int
+    progress: dict[str, Any]
     state: ModuleState | None = None
 
 
@@ -146,8 +144,7 @@ class TrainingObjective:
             batch=batch,
             batch_idx=batch_idx,
             rng=RandomState.capture(self.shield.device),
-            global_step=self._trainer.global_step,
-            epoch=self._trainer.current_epoch,
+            progress=progress_of(self._trainer),
         )
         if keep:
             moment.batch = copy_batch(batch)
@@ -320,9 +317,7 @@ class TrainingObjective:
                 evaluation.enter_context(
                     self.shield(rng=moment.rng, state=moment.state, swaps=swaps)
                 )
-                evaluation.enter_context(
-                    counted_as(self._trainer, moment.global_step, moment.epoch)
-                )
+                evaluation.enter_context(progressed_to(self._trainer, moment.progress))
                 with (
                     self._trainer.precision_plugin.train_step_context(),
                     self.shield.gradients_aside(),

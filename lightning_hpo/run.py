@@ -48,7 +48,7 @@ from lightning_hpo.step import (
 from lightning_hpo.values import fixed_options, remember_options
 
 # What state_dict() returns changes with it; the number is part of a checkpoint.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass
@@ -541,7 +541,8 @@ class _Verifier:
     def before(self, step: OptimizerStep, *, is_first: bool) -> None:
         """Looks at a step that is about to happen."""
         # More may have joined the training since its start.
-        findings = compatibility.check_complex(self._dynamics.theta, self._module)
+        trained = (p for p in self._dynamics.theta if p.requires_grad)
+        findings = compatibility.check_complex(trained, self._module)
         if self._verification is not None and not findings:
             reason = self._verification.before(step)
             findings = compatibility.unfollowed(self._dynamics.optimizer, reason)

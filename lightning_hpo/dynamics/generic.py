@@ -261,8 +261,7 @@ class GenericDynamics(Dynamics):
     def _moving(self, step: OptimizerStep) -> Collection[int]:
         """Lists the parameters that the optimizer sees; of torch.optim those with a gradient."""
         if self.is_foreign and not self.is_elementwise:
-            # Complex ones are not trained: they would have been refused.
-            return [i for i, p in enumerate(step.theta) if not p.is_complex()]
+            return range(len(step.theta))
         return {i for i, g in enumerate(step.gradients) if g is not None}
 
     def _is_followed(self, key: Key, value: Tensor) -> bool:
