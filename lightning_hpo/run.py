@@ -294,6 +294,12 @@ class Run:
         if not any(each.space.replays for each in served):
             training.statistics.clear()  # where no λ acts on a forward pass, none moves them
         else:
+            blind = [
+                type(each.estimator).__name__
+                for each in served
+                if each.space.replays and not each.estimator.follows_statistics
+            ]
+            training.statistics.warn_of_constants(list(dict.fromkeys(blind)))
             find_buffers(training, moment, lambda buffers: self._validate([], buffers))
             buffers = training.statistics.buffers()
             settle_statistics(
@@ -301,8 +307,9 @@ class Run:
             )
         for each in served:
             each.estimator.setup(each.space)
-        if len(training.statistics):
-            check_buffers(training, moment, [each.space for each in served])
+        follow = [each.space for each in served if each.estimator.follows_statistics]
+        if follow and len(training.statistics):
+            check_buffers(training, moment, follow)
         if self._resumed:
             self._restore(self._resumed, served)
             self._resumed = {}

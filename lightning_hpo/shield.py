@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._lightning import classes
-from lightning_hpo.contents import ModuleState, Reached, Walker, exchanged, remember, views_of
+from lightning_hpo.contents import Reached, Walker
 from lightning_hpo.distributed import is_sharded, reshard
+from lightning_hpo.exchange import ModuleState, exchanged, remember, views_of
 from lightning_hpo.muted_logger import MutedLogger
 from lightning_hpo.rng import RandomState, forked_rng
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_hpo._tensors import stacked_zeros, widened
-from lightning_hpo.contents import ModuleState
 from lightning_hpo.distributed import world_size
+from lightning_hpo.exchange import ModuleState
 
 Place = tuple[nn.Module, str]
 """A module, and the name of one of its buffers."""
@@ -72,23 +72,22 @@ class RunningStatistics:
             for name, m in module.named_modules()
             if isinstance(m, _NormBase) and m.running_mean is not None
         }
-        synchronized = [
-            name
+        self._synchronized = {
+            name: m
             for name, m in layers.items()
             if isinstance(m, nn.SyncBatchNorm) and world_size() > 1
-        ]
-        if synchronized:
-            warnings.warn(
-                f"OnlineHPOCallback: the running statistics of {synchronized} (SyncBatchNorm) are "
-                "taken as constants: hypergradients miss how λ moves them. Without "
-                "sync_batchnorm=True they are followed",
-                stacklevel=2,
-            )
+        }
+        self._scripted = {
+            name: m
+            for name, m in module.named_modules()
+            if isinstance(m, torch.jit.ScriptModule)
+            and "running_mean" in dict(m.named_buffers(recurse=False))
+        }
+        self._followed = {n: m for n, m in layers.items() if n not in self._synchronized}
         self._places: list[Place] = [
             (layer, buffer)
-            for name, layer in layers.items()
+            for layer in self._followed.values()
             for buffer in ("running_mean", "running_var")
-            if name not in synchronized
         ]
         self.is_broadcast = is_broadcast
         self.by_value = False
@@ -109,6 +108,32 @@ class RunningStatistics:
     def follow_by_value(self, reason: str) -> None:
         """Follows them by value from now on."""
         self.by_value, self.by_value_because = True, reason
+
+    def warn_of_constants(self, estimators: Sequence[str]) -> None:
+        """Names the layers that train, and of which it is not followed how λ moves them.
+
+        Args:
+            estimators: Those that do not ask for it.
+        """
+        for layers, reason in (
+            (self._followed, f"{' and '.join(estimators)} does not follow them" * bool(estimators)),
+            (
+                self._synchronized,
+                "they are those of several ranks (SyncBatchNorm); without sync_batchnorm=True they "
+                "are followed",
+            ),
+            (
+                self._scripted,
+                "the layers are in TorchScript; the same layers in Python are followed",
+            ),
+        ):
+            names = [name for name, layer in layers.items() if layer.training]
+            if names and reason:
+                warnings.warn(
+                    f"OnlineHPOCallback takes the running statistics of {names} as constants: "
+                    f"hypergradients miss how λ moves them, because {reason}",
+                    stacklevel=2,
+                )
 
     def clear(self) -> None:
         """Follows none any longer."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from functools import partial
 from types import MappingProxyType
 
@@ -27,6 +28,7 @@ from cases import (
 )
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from lightning_hpo import (
@@ -35,12 +37,14 @@ from lightning_hpo import (
     DropoutMixin,
     GaussianNoiseMixin,
     Hyperparameter,
+    Implicit,
     L2Mixin,
     OnlineHPOCallback,
     UnrollK,
     named_hyperparameters,
     objectives,
 )
+from lightning_hpo.distributed import gather
 from lightning_hpo.statistics import RunningStatistics
 
 STEPS = 6
@@ -615,6 +619,122 @@ def test_a_third_derivative_that_is_missing_is_replaced_by_differences(kind, est
     with pytest.warns(UserWarning, match=r"3rd\+ order"):
         result = found(ESTIMATORS[estimator](), kind())
     assert relative_error(result, truth(kind)) < 1e-5
+
+
+def gtgv():
+    return T1T2(scale_by_lr=False)
+
+
+def scripted():
+    return flat_net(torch.jit.script(nn.BatchNorm1d(5)))
+
+
+class WithScripted(Lit):
+    nets = MappingProxyType({"batch": scripted})
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kind", "text"),
+    [
+        (Implicit, Lit, r"\['net\.0\.1'\] as constants.*because Implicit does not follow"),
+        (gtgv, Noisy, r"\['net\.0\.1'\] as constants.*because T1T2 does not follow"),
+        (ClipR, WithScripted, r"\['net\.0\.1'\] as constants.*in TorchScript"),
+        (lambda: UnrollK(2), WithScripted, r"\['net\.0\.1'\] as constants.*in TorchScript"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_layers_that_are_constants_are_named_once(estimator, kind, text):
+    with pytest.warns(UserWarning, match=text) as caught:
+        found(estimator(), kind())
+    assert sum("as constants" in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kind", "callbacks"),
+    [
+        (ClipR, Lit, []),
+        (lambda: UnrollK(2), Noisy, []),
+        (T1T2, Noisy, []),
+        (gtgv, Lit, []),  # no λ acts on a forward pass of the last step
+        (T1T2, WithScripted, []),
+        (Implicit, Mlp, []),
+        (Implicit, Lit, [Freeze(0)]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_nothing_is_said_where_nothing_is_missed(estimator, kind, callbacks):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*as constants")
+        callback = OnlineHPOCallback(estimator(), optimizer=frozen)
+        fit(kind(), [*callbacks, callback], steps=3)
+    assert last_hypergradient(callback).isfinite().all()
+
+
+class Synchronized(nn.SyncBatchNorm):
+    """Torch's own runs on a GPU only. Here each rank normalizes by itself."""
+
+    def forward(self, x):
+        return nn.BatchNorm1d.forward(self, x)
+
+
+class WithSynchronized(Ranks):
+    nets = MappingProxyType({"batch": lambda: flat_net(Synchronized(5))})
+
+
+class Listen(pl.Callback):
+    """Counts, on each rank, the warnings that name the layer."""
+
+    text = "['net.0.1'] as constants: hypergradients miss how λ moves them, because they are those"
+
+    def __init__(self):
+        self.count = 0
+
+    def on_fit_start(self, trainer, module):
+        def listen(message, *_):
+            self.count += self.text in str(message)
+
+        warnings.simplefilter("always")
+        warnings.showwarning = listen  # of this process, which ends with the training
+
+    def on_train_end(self, trainer, module):
+        module.result[:] = torch.tensor(gather(self.count))
+
+
+@pytest.mark.usefixtures("within_two_minutes")
+@pytest.mark.parametrize(
+    ("estimator", "kind", "counts"),
+    [
+        (ClipR, WithSynchronized, [1, 1]),
+        (ClipR, Ranks, [0, 0]),
+        (T1T2, WithSynchronized, [0, 0]),  # replays nothing
+    ],
+)
+def test_layers_that_are_synchronized_between_ranks(estimator, kind, counts, monkeypatch):
+    # It refuses such layers on a CPU; the processes of the ranks are copies of this one.
+    monkeypatch.setattr(
+        DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda self, module: None
+    )
+    model = kind()
+    make_trainer(
+        2,
+        callbacks=[Listen(), OnlineHPOCallback(estimator(), optimizer=frozen)],
+        devices=2,
+        strategy="ddp_fork",
+        use_distributed_sampler=False,
+    ).fit(model)
+    assert model.result.tolist() == counts
+
+
+def test_one_rank_has_nothing_to_synchronize():
+    """The layer is that of one process, and is followed."""
+
+    class Own(Lit):
+        nets = MappingProxyType({"sync": lambda: flat_net(Synchronized(5))})
+
+    expected = truth(lambda: Own("sync"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*as constants")
+        assert relative_error(found(ClipR(math.inf), Own("sync")), expected) < 1e-6
 
 
 def test_nothing_is_carried_along_without_need(monkeypatch):

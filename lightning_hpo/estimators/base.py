@@ -43,6 +43,8 @@ class Estimator(ABC):
         stride: Which steps are observed where there is no window.
         uses_hessian: Whether products with H are asked for. Without them a step in which the λ act
             through penalties alone is not replayed.
+        follows_statistics: Whether it sees how λ moves the running statistics of normalization
+            layers. Where it does not, a warning names them.
         restart: Whether θ, the optimizer's state and the buffers return to the start of the window
             after each update.
     """
@@ -51,6 +53,7 @@ class Estimator(ABC):
     window: int | None = None
     stride: int = 1
     uses_hessian: bool = True
+    follows_statistics: bool = True
     restart: bool = False
 
     def setup(self, space: Space) -> None:

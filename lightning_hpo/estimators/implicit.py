@@ -60,6 +60,7 @@ class Implicit(Estimator):
     """
 
     window = 1
+    follows_statistics = False
 
     def __init__(
         self,

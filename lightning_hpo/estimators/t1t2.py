@@ -40,6 +40,7 @@ class T1T2(Estimator):
     def __init__(self, scale_by_lr: bool = True) -> None:
         check_flag("T1T2", scale_by_lr=scale_by_lr)
         self.scale_by_lr = scale_by_lr
+        self.follows_statistics = scale_by_lr
 
     def setup(self, space: Space) -> None:
         """Starts a training."""
