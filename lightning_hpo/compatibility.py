@@ -236,13 +236,29 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
                 "so that tangents cannot follow it. Use SGD, Adam, AdamW, RMSprop or another "
                 "elementwise optimizer"
             ]
-    if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
-        return [
-            "The optimizer moves complex parameters, along which derivatives are not taken. Keep "
-            "them as real parameters of shape (..., 2), and use torch.view_as_complex(p) in the "
-            "forward pass: the training is the same"
-        ]
-    return []
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    others = not type(optimizer).__module__.startswith("torch.optim")  # may move what it is given
+    return check_complex(p for p in parameters if p.requires_grad or others)
+
+
+def check_complex(
+    parameters: Iterable[Tensor], module: pl.LightningModule | None = None
+) -> list[str]:
+    """Refuses complex parameters.
+
+    Args:
+        parameters: What the optimizer moves.
+        module: The LightningModule, by which they are named.
+    """
+    trained = {id(p) for p in parameters if p.is_complex()}
+    if not trained:
+        return []
+    names = [] if module is None else [n for n, p in module.named_parameters() if id(p) in trained]
+    return [
+        f"The optimizer moves complex parameters{f' ({names[0]!r})' if names else ''}, along which "
+        "derivatives are not taken. Keep them as real parameters of shape (..., 2), and use "
+        "torch.view_as_complex(p) in the forward pass: the training is the same"
+    ]
 
 
 def check_elementwise(dynamics: Dynamics, step: OptimizerStep) -> list[str]:
@@ -306,7 +322,8 @@ def check_untouched(
     return [
         f"training_step or validation_step writes to the trained parameter {written[0]!r} in place "
         "(as nn.Embedding(max_norm=...) does in its forward pass); replays of the step and held-out"
-        " batches would write to it too. Do that in on_train_batch_end"
+        " batches would write to it too. Do that in step() of a subclass of the optimizer, which "
+        "is differentiated; in on_train_batch_end, hypergradients take it as a constant shift"
     ]
 
 

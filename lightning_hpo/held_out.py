@@ -145,6 +145,7 @@ class HeldOut:
                 hook = getattr(owner, "hpo_dataloader", None)
                 if callable(hook):
                     self._requested = self._request(hook)
+                    _check_repeats(self._requested, f"{type(owner).__name__}.hpo_dataloader()")
                     break
         if self._requested is not None:
             return self._choose(self._requested)
@@ -251,6 +252,19 @@ class HeldOut:
             limits = limits[self._index : self._index + 1]
         count = min(limits, default=0) or self._open.length or 0
         return k if count in (0, float("inf")) else k % int(count)
+
+
+def _check_repeats(given: Any, origin: str) -> None:
+    """Refuses an iterator, which ends in the middle of a training.
+
+    Raises:
+        MisconfigurationException: If it is one.
+    """
+    if isinstance(given, Iterator) and not isinstance(given, classes("utilities.CombinedLoader")):
+        raise MisconfigurationException(
+            f"OnlineHPOCallback: {origin} returned a {type(given).__name__}, expected a "
+            "DataLoader, or another iterable of batches that can be iterated again and again"
+        )
 
 
 def _has_any(owner: Any, kind: str) -> bool:

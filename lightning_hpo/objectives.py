@@ -22,7 +22,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
-from lightning_hpo._trainer import counted_as, stage
+from lightning_hpo._trainer import progress_of, progressed_to, stage
 from lightning_hpo.batch_copy import copy_batch
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
 from lightning_hpo.exchange import ModuleState, pack_state, place_state
@@ -37,7 +37,12 @@ from lightning_hpo.kernels import (
 from lightning_hpo.regularizers.penalty import PenaltyMixin
 from lightning_hpo.rng import RandomState
 from lightning_hpo.shield import Shield
-from lightning_hpo.statistics import RunningStatistics, differentiable_statistics
+from lightning_hpo.statistics import (
+    Place,
+    RunningStatistics,
+    Standing,
+    differentiable_statistics,
+)
 from lightning_hpo.validation_entry import ValidationEntry
 from lightning_hpo.validation_value import DetachedMetric, check_loss, find_loss
 
@@ -57,16 +62,14 @@ class Moment:
         batch: The batch, on the device. Each replay gets a copy: a step may write to it.
         batch_idx: Its index in the epoch.
         rng: The random state in which the step starts.
-        global_step: The trainer's count of steps at that step.
-        epoch: The trainer's count of epochs at that step.
+        progress: The trainer's counts and learning rates at that step.
         state: What the modules held at that step; None for a replay that happens at once.
     """
 
     batch: Any
     batch_idx: int
     rng: RandomState
-    global_step: int
-    epoch: int
+    progress: dict[str, Any]
     state: ModuleState | None = None
 
 
@@ -141,8 +144,7 @@ class TrainingObjective:
             batch=batch,
             batch_idx=batch_idx,
             rng=RandomState.capture(self.shield.device),
-            global_step=self._trainer.global_step,
-            epoch=self._trainer.current_epoch,
+            progress=progress_of(self._trainer),
         )
         if keep:
             moment.batch = copy_batch(batch)
@@ -187,6 +189,48 @@ class TrainingObjective:
         raws = {id(m.raw) for m in self._module.modules() if isinstance(m, Hyperparameter)}
         return [b for b in self._module.buffers() if id(b) not in raws]
 
+    def place_of(self, name: str) -> Place:
+        """Returns the module and the name in it of a buffer, by its qualified name."""
+        owner, _, own = name.rpartition(".")
+        return self._module.get_submodule(owner), own
+
+    def name_of(self, place: Place) -> str:
+        """Returns the qualified name of a buffer."""
+        owner, own = place
+        names = [name for name, m in self._module.named_modules() if m is owner]
+        return f"{names[0]}.{own}".strip(".") if names else own
+
+    def written_buffers(self, moment: Moment, theta: Sequence[Tensor]) -> list[str]:
+        """Lists the buffers of floating point numbers that a step moves, but for statistics.
+
+        Costs a forward pass, where there are such buffers.
+        """
+        known = {(id(owner), name) for owner, name in self.statistics.places}
+        raws = {id(h.raw) for h in self._module.modules() if isinstance(h, Hyperparameter)}
+        found = {
+            f"{prefix}.{name}".strip("."): (owner, name)
+            for prefix, owner in self._module.named_modules()
+            if not isinstance(owner, torch.jit.ScriptModule)
+            for name, b in owner._buffers.items()
+            if isinstance(b, Tensor)
+            and b.is_floating_point()
+            and b.numel()
+            and id(b) not in raws
+            and (id(owner), name) not in known
+        }
+        if not found:
+            return []
+        before = {name: o._buffers[own].clone() for name, (o, own) in found.items()}
+        with torch.enable_grad(), self.evaluations(moment, theta) as evaluate:
+            evaluate(theta, self.leaves())
+            return [
+                name
+                for name, (owner, own) in found.items()
+                if isinstance(after := owner._buffers.get(own), Tensor)
+                and after.shape == before[name].shape
+                and not torch.equal(after, before[name])
+            ]
+
     def leaves(self) -> list[Tensor]:
         """Returns raw λ as fresh leaves that require grad, in the order of the hyperparameters."""
         return [h.raw.detach().clone().requires_grad_() for h in self._hyperparameters]
@@ -219,8 +263,34 @@ class TrainingObjective:
             statistics: Whether it is a function of r and c. It runs in eager mode then, but for
                 differences with statistics ``by_value``.
         """
+        with self.evaluations(moment, theta, exact=exact, statistics=statistics) as evaluate:
+
+            def loss(values: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
+                value, moved = evaluate(values, lam)
+                scale = self.scale  # asks the gradient scaler, which may wait for a device
+                value = value if value is None or scale == 1 else value * scale
+                for r, c in zip(moved, values[len(theta) + len(moved) :], strict=True):
+                    term = scale * (c * r).sum()
+                    value = term if value is None else value + term
+                return value
+
+            yield loss
+
+    @contextmanager
+    def evaluations(
+        self,
+        moment: Moment,
+        theta: Sequence[Tensor],
+        *,
+        exact: bool = False,
+        statistics: bool = False,
+    ) -> Iterator[Callable[..., tuple[Tensor | None, list[Tensor]]]]:
+        """Gives L_T without factors, and r', as a function of ((θ, r), raw λ); see :meth:`at`.
+
+        After a call, until the next, the module holds what the step has left.
+        """
         step = self._module.training_step
-        followed = self.statistics.buffers() if statistics else []
+        followed = self.statistics.buffers(moment.state) if statistics else []
         with ExitStack() as kernels, ExitStack() as evaluation:
             kernels.enter_context(differentiable_checkpoints())
             if exact:
@@ -230,10 +300,12 @@ class TrainingObjective:
                 kernels.enter_context(eager())
                 kernels.enter_context(differentiable_statistics())
 
-            def loss(values: Sequence[Tensor], lam: Sequence[Tensor]) -> Tensor | None:
+            def evaluate(
+                values: Sequence[Tensor], lam: Sequence[Tensor]
+            ) -> tuple[Tensor | None, list[Tensor]]:
                 evaluation.close()
                 present = values[len(theta) : len(theta) + len(followed)]
-                moving = [r.clone() if is_traced else r.detach().clone() for r in present]
+                moving = [Standing.of(r) if is_traced else r.detach().clone() for r in present]
                 swaps = {
                     id(p): v
                     for p, v in zip(
@@ -245,23 +317,17 @@ class TrainingObjective:
                 evaluation.enter_context(
                     self.shield(rng=moment.rng, state=moment.state, swaps=swaps)
                 )
-                evaluation.enter_context(
-                    counted_as(self._trainer, moment.global_step, moment.epoch)
-                )
+                evaluation.enter_context(progressed_to(self._trainer, moment.progress))
                 with (
                     self._trainer.precision_plugin.train_step_context(),
                     self.shield.gradients_aside(),
                 ):
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
                     value = _training_loss(step(*arguments))
-                scale = self.scale  # asks the gradient scaler, which may wait for a device
-                value = value if value is None or scale == 1 else value * scale
-                for r, c in zip(moving, values[len(theta) + len(followed) :], strict=True):
-                    term = scale * (c * r).sum()
-                    value = term if value is None else value + term
-                return value
+                # The step may have put others in their place.
+                return value, self.statistics.buffers() if followed else []
 
-            yield loss
+            yield evaluate
 
     def gradient(
         self,
@@ -413,7 +479,8 @@ class ValidationObjective:
             logged[name] = value
 
         leaves = [r.detach().clone().requires_grad_() for r in statistics]
-        swaps = {id(r): leaf for r, leaf in zip(statistics, leaves, strict=True)}
+        with torch.enable_grad():  # a layer in training mode writes to them
+            swaps = {id(r): Standing.of(leaf) for r, leaf in zip(statistics, leaves, strict=True)}
         on_cuda = self._shield.device.type == "cuda"
         with (
             torch.enable_grad(),
@@ -424,6 +491,7 @@ class ValidationObjective:
             self._shield(log=log, swaps=swaps),
             stage(self._trainer, RunningStage.VALIDATING),
             self._entry(batch),
+            _without_backward_hooks(module),
             _metrics_with_graphs(module) if self._metrics_keep_graphs else nullcontext(),
         ):
             for part in module.modules():
@@ -461,6 +529,22 @@ class ValidationObjective:
         else:
             output = step(*_validation_arguments(step, batch, held_out))
         return find_loss(output, logged, self._monitor, origin)
+
+
+@contextmanager
+def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
+    """Keeps the user's backward hooks on modules from what is no gradient of the training."""
+    parts = [m for m in module.modules() if m._backward_hooks or m._backward_pre_hooks]
+    kept = [
+        (hooks, dict(hooks)) for m in parts for hooks in (m._backward_hooks, m._backward_pre_hooks)
+    ]
+    try:
+        for hooks, _ in kept:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 @contextmanager

@@ -37,6 +37,9 @@ from lightning_hpo.step import (
     TraceCheck,
     TrainingMap,
     ValidationGradient,
+    check_buffers,
+    check_forward,
+    find_buffers,
     read_as_numbers,
     settle,
     settle_statistics,
@@ -45,7 +48,7 @@ from lightning_hpo.step import (
 from lightning_hpo.values import fixed_options, remember_options
 
 # What state_dict() returns changes with it; the number is part of a checkpoint.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass
@@ -238,7 +241,7 @@ class Run:
             self.training.objective.shield,
         )
         self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
-        verifier = _Verifier(self.training.dynamics)
+        verifier = _Verifier(self.training.dynamics, module)
         self._traces = TraceCheck(trainer, module)
         self.recorder = Recorder(trainer, module, callback, self.training, verifier, self._traces)
         self._averages = Averages(trainer, module, callback)
@@ -297,24 +300,32 @@ class Run:
                 if each.space.replays and not each.estimator.follows_statistics
             ]
             training.statistics.warn_of_constants(list(dict.fromkeys(blind)))
+            find_buffers(training, moment, lambda buffers: self._validate([], buffers))
             buffers = training.statistics.buffers()
             settle_statistics(
                 training, moment, gradients, lambda: self._validate(training.theta, buffers)
             )
         for each in served:
             each.estimator.setup(each.space)
+        follow = [each.space for each in served if each.estimator.follows_statistics]
+        if follow and len(training.statistics):
+            check_buffers(training, moment, follow)
         if self._resumed:
             self._restore(self._resumed, served)
             self._resumed = {}
         if any(each.space.replays for each in served):
             training.derivatives = settle(training, moment, gradients)
+            with together():
+                check_forward(training, moment)
         if self._trainer.accumulate_grad_batches == 1:
             self.recorder.check.expect(gradients)
         self.served = served
 
-    def _validate(self, theta: list[Tensor], statistics: Sequence[Tensor] = ()) -> None:
+    def _validate(
+        self, theta: Sequence[Tensor], statistics: Sequence[Tensor] = ()
+    ) -> list[Tensor | None]:
         """Takes a gradient of the validation loss, on a batch that is not used up."""
-        self._validation.gradient(self._held_out.peek(), theta, statistics)
+        return self._validation.gradient(self._held_out.peek(), theta, statistics)
 
     def _try_losses(self, moment: Moment) -> list[Tensor | None] | None:
         """Takes the gradient of both losses once; returns that of the training loss over θ."""
@@ -411,6 +422,7 @@ class Run:
     @torch.no_grad()
     def _update(self) -> Update | None:
         """Estimates the hypergradient and moves λ; None where no window is complete."""
+        self.recorder.shifts.look(may_wait=True)
         with self._traces("update", self.steps):
             gradients, norms, outcomes = self._estimate()
         is_applied = False
@@ -422,6 +434,7 @@ class Run:
         if self._start is not None:
             self._start.restore()
             self._start = None
+            self.recorder.shifts.forget()
         if not gradients:
             return None
         parts = [
@@ -523,8 +536,9 @@ class Run:
 class _Verifier:
     """Refuses an optimizer whose step has no derivative: before it moves θ, where that is seen."""
 
-    def __init__(self, dynamics: Dynamics) -> None:
+    def __init__(self, dynamics: Dynamics, module: pl.LightningModule) -> None:
         self._dynamics = dynamics
+        self._module = module
         self._verification: Verification | None = None
         if isinstance(dynamics, GenericDynamics) and dynamics.is_foreign:
             self._verification = Verification(dynamics)
@@ -533,8 +547,10 @@ class _Verifier:
 
     def before(self, step: OptimizerStep, *, is_first: bool) -> None:
         """Looks at a step that is about to happen."""
-        findings: list[str] = []
-        if self._verification is not None:
+        # More may have joined the training since its start.
+        trained = (p for p in self._dynamics.theta if p.requires_grad)
+        findings = compatibility.check_complex(trained, self._module)
+        if self._verification is not None and not findings:
             reason = self._verification.before(step)
             findings = compatibility.unfollowed(self._dynamics.optimizer, reason)
         if is_first and not findings:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,32 @@ from lightning_hpo._tensors import stacked_zeros, widened
 from lightning_hpo.distributed import world_size
 from lightning_hpo.exchange import ModuleState
 
+Place = tuple[nn.Module, str]
+"""A module, and the name of one of its buffers."""
+
+
+class Standing(Tensor):
+    """Stands for a buffer in a replay: it has a graph, and can be copied and read like a buffer."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, leaf: Tensor) -> Tensor:
+        """Returns a copy of a leaf that a step may write to."""
+        result: Tensor = leaf.clone().as_subclass(cls)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        result = memo[id(self)] = self.detach().as_subclass(Tensor).clone()
+        return result
+
+    def numpy(self, **options: Any) -> Any:
+        """Returns the values."""
+        return self.detach().as_subclass(Tensor).numpy(**options)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.detach().as_subclass(Tensor).__array__(*args, **kwargs)
+
 
 class RunningStatistics:
     r"""The running means and variances r of a module, which L_V is a function of.
@@ -22,8 +49,9 @@ class RunningStatistics:
         r' = (1 − m) r + m b(θ, λ; batch)
 
     b are the mean and the unbiased variance of a batch, m the momentum of the layer (1/n for a
-    cumulative average). Those of ``nn.BatchNorm*d`` and ``nn.InstanceNorm*d`` and their subclasses
-    are meant. What else a training step writes to is taken as constant.
+    cumulative average). Those of ``nn.BatchNorm*d`` and ``nn.InstanceNorm*d`` are meant, and what
+    else a step writes to buffers that L_V depends on (:meth:`follow`). What a step writes without
+    a graph (under ``no_grad``, through ``detach()`` or ``.data``) is taken as constant.
 
     Args:
         module: The module.
@@ -35,6 +63,7 @@ class RunningStatistics:
         by_value: Whether finite differences run on the kernels of the training, which write r'
             without a graph. Tangents need no more than its values; adjoints miss what reaches θ and
             λ through it.
+        by_value_because: Why that is so.
     """
 
     def __init__(self, module: nn.Module, *, is_broadcast: bool = False) -> None:
@@ -55,16 +84,30 @@ class RunningStatistics:
             and "running_mean" in dict(m.named_buffers(recurse=False))
         }
         self._followed = {n: m for n, m in layers.items() if n not in self._synchronized}
-        self._places = [
+        self._places: list[Place] = [
             (layer, buffer)
             for layer in self._followed.values()
             for buffer in ("running_mean", "running_var")
         ]
         self.is_broadcast = is_broadcast
         self.by_value = False
+        self.by_value_because = ""
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def places(self) -> list[Place]:
+        """Which buffers of which modules are followed."""
+        return list(self._places)
+
+    def follow(self, places: Iterable[Place]) -> None:
+        """Follows these, and no others."""
+        self._places = list(places)
+
+    def follow_by_value(self, reason: str) -> None:
+        """Follows them by value from now on."""
+        self.by_value, self.by_value_because = True, reason
 
     def warn_of_constants(self, estimators: Sequence[str]) -> None:
         """Names the layers that train, and of which it is not followed how λ moves them.
@@ -96,17 +139,20 @@ class RunningStatistics:
         """Follows none any longer."""
         self._places = []
 
-    def buffers(self) -> list[Tensor]:
-        """Returns the buffers as they are now."""
-        return [layer._buffers[name] for layer, name in self._places]  # type: ignore[misc]
+    def buffers(self, state: ModuleState | None = None) -> list[Tensor]:
+        """Returns the buffers that are in place now, or were at an earlier moment."""
+        held = {} if state is None else state.held
+        contents: list[Any] = [
+            held[id(layer._buffers)].content if id(layer._buffers) in held else layer._buffers
+            for layer, _ in self._places
+        ]
+        return [content[name] for content, (_, name) in zip(contents, self._places, strict=True)]
 
     def leaves(self, state: ModuleState | None) -> list[Tensor]:
         """Returns copies that require grad, of the present or of an earlier moment."""
-        if state is None:
-            values = self.buffers()
-        else:
-            values = [state.values.get(id(buffer), buffer) for buffer in self.buffers()]
-        return [value.detach().clone().requires_grad_() for value in values]
+        values = {} if state is None else state.values
+        buffers = self.buffers(state)
+        return [values.get(id(b), b).detach().clone().requires_grad_() for b in buffers]
 
     def zeros(self, m: int) -> list[Tensor]:
         """Returns m stacked zeros per buffer, in float32 or better."""
@@ -144,7 +190,11 @@ def _normalized(
 ) -> Tensor:
     """Does what a fused operator does, with derivatives where running statistics require grad."""
     options = momentum, eps, cudnn_enabled
-    if running_mean is None or running_var is None or not running_mean.requires_grad:
+    if (
+        running_mean is None
+        or running_var is None
+        or not (running_mean.requires_grad or running_var.requires_grad)
+    ):
         return operator(input, weight, bias, running_mean, running_var, training, *options)
     if not training:
         shape = (1, -1, *[1] * (input.dim() - 2))

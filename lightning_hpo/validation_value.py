@@ -42,6 +42,9 @@ def find_loss(output: Any, logged: Mapping[str, Any], monitor: str | None, origi
         MisconfigurationException: If there is none.
     """
     if monitor is not None:
+        # With on_step=True and on_epoch=True Lightning appends to the name that is logged.
+        plain = monitor.removesuffix("_epoch").removesuffix("_step")
+        monitor = monitor if monitor in logged or plain not in logged else plain
         if monitor not in logged:
             raise MisconfigurationException(
                 f"{origin} returned no loss and logged {sorted(logged) or 'nothing'}. {_REMEDY}"

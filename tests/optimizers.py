@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, defaultdict
 from copy import deepcopy
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 
 
 class Rule(optim.Optimizer):
@@ -251,17 +255,18 @@ class ThroughSuper(optim.Adam):
 
 
 class Lookahead(optim.Optimizer):
-    """Zhang et al. (2019), as timm writes it: no constructor of torch, the state of another."""
+    """Zhang et al. (2019): no constructor of torch, nor the hooks that it makes."""
 
     def __init__(self, parameters, lr=0.05, every=3):
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
         self.base = optim.SGD(parameters, lr=lr, momentum=0.9)
         self.param_groups = self.base.param_groups
         self.defaults = self.base.defaults
         self.state = defaultdict(dict)
         for group in self.param_groups:
             group["lookahead_step"], group["every"] = 0, every
+
+    def zero_grad(self, set_to_none=True):
+        self.base.zero_grad(set_to_none)
 
     @torch.no_grad()
     def update_slow(self, group):
@@ -442,9 +447,95 @@ class CountsElsewhere(Rule):
         p.sub_(group["lr"] * g / ELSEWHERE[0])
 
 
+# -------------------------------------------------------------------------- counts of other kinds
+
+
+class Counting(Rule):
+    """Takes smaller steps from the fifth on; trials would bring that forward."""
+
+    def __init__(self, parameters, lr=0.05):
+        super().__init__(parameters, lr)
+        self.counter = self.start()
+
+    def update(self, group, p, g):
+        p.sub_(group["lr"] * (1.0 if self.taken < 5 else 0.2) * g)
+
+
+class CountsInArray(Counting):
+    def start(self):
+        return np.zeros(1)
+
+    def before(self):
+        self.counter += 1
+        self.taken = int(self.counter[0])
+
+
+class CountsInIterator(Counting):
+    def start(self):
+        return itertools.count(1)
+
+    def before(self):
+        self.taken = next(self.counter)
+
+
+@dataclass(slots=True)
+class Slots:
+    taken: int = 0
+
+
+class CountsInSlots(Counting):
+    def start(self):
+        return Slots()
+
+    def before(self):
+        self.counter.taken += 1
+        self.taken = self.counter.taken
+
+
+class CountsInNamespace(CountsInSlots):
+    def start(self):
+        return SimpleNamespace(taken=0)
+
+
+# ------------------------------------------------------------------------------ clipping of its own
+
+
+class Clips(Rule):
+    def before(self):
+        every = [p for group in self.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(every, 0.3)
+
+    def update(self, group, p, g):
+        p.sub_(group["lr"] * g)
+
+
+class ClipsEachForItself(Rule):
+    def update(self, group, p, g):
+        nn.utils.clip_grad_norm_([p], 0.1)
+        p.sub_(group["lr"] * p.grad)
+
+
+class Views(Rule):
+    """Momentum in one buffer, of which each parameter has a part."""
+
+    def __init__(self, parameters, lr=0.05):
+        super().__init__(parameters, lr)
+        every = [p for group in self.param_groups for p in group["params"]]
+        self.flat = torch.zeros(sum(p.numel() for p in every), dtype=every[0].dtype)
+        parts = self.flat.split([p.numel() for p in every])
+        self.parts = {p: part.view_as(p) for p, part in zip(every, parts, strict=True)}
+
+    def before(self):
+        self.flat.mul_(0.9)
+
+    def update(self, group, p, g):
+        p.sub_(group["lr"] * self.parts[p].add_(g))
+
+
 EXACT = [
     Lists, Nested, Objects, OnGroups, Buffers, DataDecay, DataSet, CountsInState, CountsInAttribute,
     Noisy, Madgrad, Lamb, Foreach, ThroughSuper, Lookahead, LookaheadOfState, RequiredClosure,
+    CountsInArray, CountsInIterator, CountsInSlots, CountsInNamespace, Clips, ClipsEachForItself,
 ]  # fmt: skip
 """Followed exactly."""
 
@@ -455,6 +546,7 @@ REFUSED = [
     (DAdaptAdam, "is not what tangents follow"),
     (ByItem, "the parameter after a step, as a function of the gradient, is not"),
     (ReadsTheParameters, "the parameter after a step, as a function of the gradient, is not"),
+    (Views, "shares memory with other state"),
     (CountsElsewhere, "not the same when it is made twice"),
 ]
 """Refused before anything has moved, each with a part of the reason."""

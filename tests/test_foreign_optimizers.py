@@ -87,8 +87,32 @@ def test_complex_parameters_are_refused_at_setup(kind):
         observe(ClipR(), model)
     assert torch.equal(weights(model), before)
     model.phase.requires_grad_(False)
-    model.configure_optimizers = lambda: torch.optim.SGD(model.net.parameters(), lr=0.1)
+    if kind is optimizers.Lists:  # one of torch.optim may have been given what is not trained
+        model.configure_optimizers = lambda: kind(model.net.parameters(), lr=0.1)
     assert len(observe(ClipR(), model, steps=3).history) == 3
+
+
+@pytest.mark.parametrize("make", [T1T2, ClipR, lambda: UnrollK(2, "reverse")])
+def test_complex_parameters_that_come_later_are_refused_when_they_come(make):
+    class Later(Mlp):
+        def __init__(self):
+            super().__init__(schedule=False)
+            self.phase = torch.nn.Parameter(torch.ones(3, dtype=torch.complex128))
+
+        def loss(self, batch):
+            return super().loss(batch) + self.phase.abs().square().sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 4:
+                self.trainer.optimizers[0].add_param_group({"params": [self.phase]})
+
+    model = Later()
+    with pytest.raises(MisconfigurationException, match=r"complex parameters \('phase'\)"):
+        observe(make(), model)
+    assert model.global_step == 4
 
 
 def test_the_remedy_for_complex_parameters():

@@ -1,5 +1,6 @@
 """Running statistics are state that training moves: hypergradients see how λ moves them."""
 
+import copy
 import math
 import warnings
 from functools import partial
@@ -100,11 +101,35 @@ def flat_net(norm):
     return nn.Sequential(nn.Linear(4, 5, bias=False), norm, nn.Tanh())
 
 
+class Functional(nn.Module):
+    """Statistics in buffers of a module that is no normalization layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("square", torch.ones(5))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mean, self.square, None, None, self.training, 0.3)
+
+
+class Assigned(nn.BatchNorm1d):
+    """Puts a new tensor in the place of a buffer."""
+
+    def forward(self, x):
+        output = super().forward(x)
+        if self.training:
+            self.running_mean = 0.5 * self.running_mean
+        return output
+
+
 NETS = {
     "batch": lambda: flat_net(nn.BatchNorm1d(5)),
     "cumulative": lambda: flat_net(nn.BatchNorm1d(5, momentum=None, affine=False)),
     "twice": lambda: flat_net(Twice()),
     "direct": lambda: flat_net(Direct(5)),
+    "functional": lambda: flat_net(Functional()),
+    "assigned": lambda: flat_net(Assigned(5)),
     "images": lambda: Images(nn.BatchNorm1d(5, momentum=None)),
     "instance": lambda: Images(nn.InstanceNorm1d(5, track_running_stats=True)),
     "instance_affine": lambda: Images(nn.InstanceNorm1d(5, affine=True, track_running_stats=True)),
@@ -185,7 +210,7 @@ def test_hypergradients_equal_whole_trainings(net, estimator):
 
 @pytest.mark.parametrize("derivatives", BACKENDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("net", ["twice", "instance_affine"])
+@pytest.mark.parametrize("net", ["twice", "instance_affine", "functional"])
 def test_every_backend(net, estimator, derivatives):
     result = found(ESTIMATORS[estimator](), make(net), derivatives=derivatives)
     assert relative_error(result, truth(lambda: make(net))) < 1e-5
@@ -298,7 +323,7 @@ def test_taking_them_as_constants_is_far_off(monkeypatch):
     expected = truth(model, steps=40)
     assert relative_error(found(ClipR(math.inf), model(), steps=40), expected) < 1e-6
     monkeypatch.setattr(RunningStatistics, "__len__", lambda self: 0)
-    monkeypatch.setattr(RunningStatistics, "buffers", lambda self: [])
+    monkeypatch.setattr(RunningStatistics, "buffers", lambda self, state=None: [])
     monkeypatch.setattr(RunningStatistics, "leaves", lambda self, state: [])
     assert relative_error(found(ClipR(math.inf), model(), steps=40), expected) > 0.3
 
@@ -462,6 +487,138 @@ def test_what_has_no_derivative_is_named():
     with pytest.warns(UserWarning, match="takes the running statistics.*'?running_mean"):
         result = found(ClipR(math.inf), WithFused())
     assert result.isfinite().all()
+
+
+class Own(nn.Module):
+    """What many write by hand: an average under no_grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x):
+        mean = x.mean(0) if self.training else self.mean
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(mean, 0.3)
+        return x - mean
+
+
+class Detached(nn.BatchNorm1d):
+    """A subclass that updates its statistics from what has no graph."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        mean, variance = x.mean(0), x.var(0)
+        self.running_mean += 0.3 * (mean.detach() - self.running_mean)
+        self.running_var.data.lerp_(variance.data, 0.3)
+        return (x - mean) / (variance + self.eps).sqrt()
+
+
+class WithoutGraph(Lit):
+    nets = MappingProxyType(
+        {"own": lambda: flat_net(Own()), "detached": lambda: flat_net(Detached(5))}
+    )
+
+
+UNSEEN = {"own": "'net.0.1.mean'", "detached": "'net.0.1.running_mean', 'net.0.1.running_var'"}
+
+
+@pytest.mark.parametrize("net", UNSEEN)
+@pytest.mark.parametrize("estimator", ["ClipR", "forward"])
+def test_what_is_written_without_a_graph_is_followed_by_differences(net, estimator):
+    with pytest.warns(UserWarning, match=f"uses finite differences, because .*{UNSEEN[net]}"):
+        result = found(ESTIMATORS[estimator](), WithoutGraph(net))
+    assert relative_error(result, truth(lambda: WithoutGraph(net))) < 1e-5
+
+
+@pytest.mark.parametrize("derivatives", ["auto", "reverse", "finite_difference"])
+@pytest.mark.parametrize("net", UNSEEN)
+def test_reverse_mode_takes_it_as_constant_and_says_so(net, derivatives):
+    with pytest.warns(UserWarning, match=f"as constants, because .*{UNSEEN[net]}"):
+        result = found(
+            UnrollK(STEPS, "reverse"),
+            WithoutGraph(net),
+            derivatives=derivatives,
+            every_n_steps=STEPS,
+        )
+    assert relative_error(result, truth(lambda: WithoutGraph(net))) > 1e-3
+
+
+class Looks(Lit):
+    """Reads its statistics where a graph would be in the way."""
+
+    def training_step(self, batch, batch_idx):
+        self.seen = float(self.net[0][1].running_mean.numpy().mean())
+        return super().training_step(batch, batch_idx)
+
+
+class Copies(Lit):
+    def training_step(self, batch, batch_idx):
+        copied = copy.deepcopy(self.net)
+        optimizer = torch.optim.SGD(copied.parameters(), lr=0.1)
+        F.cross_entropy(copied(batch[0]), batch[1]).backward()
+        optimizer.step()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("kind", [Looks, Copies])
+def test_a_step_may_read_and_copy_them(kind, estimator):
+    assert relative_error(found(ESTIMATORS[estimator](), kind()), truth(kind)) < 1e-6
+
+
+class InTrainingMode(Lit):
+    def validation_step(self, batch, batch_idx):
+        self.train()
+        return self.loss(batch)
+
+
+class NormInTrainingMode(Lit):
+    """A test time adaptation: the layer goes by the statistics of the batch."""
+
+    def on_validation_model_eval(self):
+        self.eval()
+        self.net[0][1].train()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("kind", [InTrainingMode, NormInTrainingMode])
+def test_a_layer_may_write_to_them_in_a_validation(kind, estimator):
+    losses = []
+    for sign in (1, -1):
+        model = kind()
+        fit(model, [Move(sign * 1e-4)], steps=STEPS)
+        losses.append(validation_loss(model.train()))
+    expected = torch.tensor([(losses[0] - losses[1]) / 2e-4])
+    assert relative_error(found(ESTIMATORS[estimator](), kind()), expected) < 1e-6
+
+
+class SmoothInput(Lit):
+    """A penalty on the gradient over the input."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].clone().requires_grad_()
+        output = self.net(x)
+        (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        return F.cross_entropy(output, batch[1]) + 0.1 * slope.square().mean()
+
+
+class SmoothLogits(Lit):
+    def training_step(self, batch, batch_idx):
+        x = batch[0].clone().requires_grad_()
+        loss = F.cross_entropy(self.net(x), batch[1])
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        return loss + 10 * slope.square().sum()
+
+
+@pytest.mark.parametrize("kind", [SmoothInput, SmoothLogits])
+@pytest.mark.parametrize("estimator", ["ClipR", "reverse"])
+def test_a_third_derivative_that_is_missing_is_replaced_by_differences(kind, estimator):
+    with pytest.warns(UserWarning, match=r"3rd\+ order"):
+        result = found(ESTIMATORS[estimator](), kind())
+    assert relative_error(result, truth(kind)) < 1e-5
 
 
 def gtgv():

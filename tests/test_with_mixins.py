@@ -142,10 +142,10 @@ def test_bad_input_is_refused(module, mixins, message):
         with_mixins(module, *mixins)
 
 
-def test_a_plain_module_gets_no_penalty():
-    module = with_mixins(nn.Linear(2, 2), L2Mixin)
-    with pytest.raises(TypeError, match="is no LightningModule"):
-        module.register_l2(init=0.1)
+@pytest.mark.parametrize("module", [nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2))])
+def test_what_is_no_lightning_module_is_refused(module):
+    with pytest.raises(TypeError, match="expected a LightningModule"):
+        with_mixins(module, L2Mixin)
 
 
 # ------------------------------------------------------------------------------- copied callbacks

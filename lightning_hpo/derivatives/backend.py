@@ -125,6 +125,7 @@ def is_missing_derivative(error: RuntimeError) -> bool:
             "not differentiable",
             "does not support double",
             "double backward",
+            "3rd+ order derivatives",
             "does not support forward",
             "forward ad",
             "once_differentiable",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import random
+import warnings
 from collections import deque
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lightning_hpo._kinds import read_slots
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ The name is the path to it, ``"GG.0"``; a parameter that is the key of a dict is
 """
 
 _LEAVES = (Tensor, Ref)
+_COPIED = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def rebuilt(
@@ -46,8 +52,9 @@ def rebuilt(
     """Returns a value with the same containers, of which none is shared, around other tensors.
 
     Containers are dicts, lists, tuples, sets and deques, of subclasses too, optimizers, and plain
-    objects of the user's classes. Modules, functions, and what has no attributes of its own are
-    left as they are.
+    objects of the user's classes, with or without slots. Arrays, generators of random numbers and
+    iterators over things in memory are copied. Modules, functions, and what has no attributes of
+    its own are left as they are.
 
     Args:
         value: The value.
@@ -71,6 +78,8 @@ def rebuilt(
         result = leaf(name, at, value)
     elif isinstance(value, torch.Generator):
         result = value.clone_state()
+    elif isinstance(value, _COPIED) or type(value).__module__ == "itertools":
+        result = _copied(value)
     elif isinstance(value, dict):
         result = memo[id(value)] = _emptied(value)
         for key, held in value.items():
@@ -90,8 +99,12 @@ def rebuilt(
     elif isinstance(value, (set, frozenset)):
         result = type(value)(inner(k, held) for k, held in enumerate(value))
     elif _is_plain_object(value):
-        result = memo[id(value)] = object.__new__(type(value))
-        vars(result).update({key: inner(key, held) for key, held in vars(value).items()})
+        kind = type(value)
+        result = memo[id(value)] = kind() if kind is SimpleNamespace else object.__new__(kind)
+        for member, held in read_slots(value).items():
+            member.__set__(result, inner(member.__name__, held))  # also where it is frozen
+        if hasattr(value, "__dict__"):
+            vars(result).update({key: inner(key, held) for key, held in vars(value).items()})
     else:
         return value
     memo[id(value)] = result
@@ -105,13 +118,24 @@ def _emptied(container: Any) -> Any:
     return result
 
 
+def _copied(value: Any) -> Any:
+    """Returns a copy with a position of its own, of what can be copied."""
+    try:
+        with warnings.catch_warnings():  # itertools say that they will not be from Python 3.14 on
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return deepcopy(value)
+    except TypeError:
+        return value
+
+
 def _is_plain_object(value: Any) -> bool:
     kind = type(value)
+    if kind is SimpleNamespace:
+        return True
     return isinstance(value, torch.optim.Optimizer) or (
-        hasattr(value, "__dict__")
+        (hasattr(value, "__dict__") or bool(read_slots(value)))
         and not callable(value)
         and not isinstance(value, (type, ModuleType, nn.Module))
         and kind.__module__.partition(".")[0] not in ("builtins", "torch", "logging", "threading")
         and "__new__" not in {n for base in kind.__mro__[:-1] for n in vars(base)}
-        and not any("__slots__" in vars(base) for base in kind.__mro__)
     )

@@ -27,6 +27,10 @@ _ITSELF = (
     Tensor.data.__get__,  # type: ignore[attr-defined]
 )
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_FOREACH_MUL: dict[Any, Callable[..., Tensor]] = {
+    torch._foreach_mul: Tensor.mul,
+    torch._foreach_mul_: Tensor.mul_,
+}
 _POWERS = (torch.pow, Tensor.pow, Tensor.__pow__)
 
 
@@ -71,6 +75,12 @@ class Differentiable(TorchFunctionMode):
             for target, value in zip(*args[:2], strict=True):
                 self._copy(target, value)
             return args[0]
+        if func is torch._foreach_norm:
+            # The forward derivative of the fused form has the wrong shape.
+            return [torch.linalg.vector_norm(t, *args[1:], **kwargs) for t in args[0]]
+        if func in _FOREACH_MUL and isinstance(args[1], Tensor):
+            # Nor has the fused form a derivative with respect to a factor that is one number.
+            return [_FOREACH_MUL[func](t, args[1]) for t in args[0]]
         if func is Tensor.__setitem__ and self._functional:
             return self._set_item(*args)
         if isinstance(kwargs.get("out"), Tensor):

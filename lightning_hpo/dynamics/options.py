@@ -57,6 +57,8 @@ class OptimizerOptions:
         self._dynamics = GenericDynamics(optimizer)
         self._saved: list[dict[str, Any]] = []
         self._read: dict[str, tuple[tuple[int, int], Tensor]] = {}
+        # Raw λ at the start, and the number that it stands for, which a constraint may round.
+        self._starts: dict[str, tuple[Tensor, Any]] = {}
         groups = optimizer.param_groups
         self._is_scale = scheduled or len({float(group["lr"]) for group in groups}) > 1
         self._by_option: dict[str, Hyperparameter] = {}
@@ -86,6 +88,10 @@ class OptimizerOptions:
                     f"number(s), the value to be tuned or fixed has {h.raw.numel()}"
                 )
             self._by_option[option] = h
+            if hyperparameter is None and not (option == "lr" and self._is_scale):
+                numbers = torch.tensor(values, dtype=h.raw.dtype)
+                if torch.allclose(h().detach().flatten(), numbers, rtol=1e-6, atol=0.0):
+                    self._starts[option] = h.raw.detach().cpu().clone(), value
 
     @property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
@@ -113,7 +119,10 @@ class OptimizerOptions:
         self._saved = [{option: group[option] for option in self._by_option} for group in groups]
         for group in groups:
             for option, h in self._by_option.items():
-                value = _numbers(h.constraint(self._raw(option)))
+                raw = self._raw(option)
+                start = self._starts.get(option)
+                is_first = start is not None and torch.equal(raw, start[0])
+                value = start[1] if is_first else _numbers(h.constraint(raw))  # type: ignore[index]
                 if option == "lr" and self._is_scale:
                     assert isinstance(value, float)
                     value *= float(group["lr"])

@@ -114,6 +114,9 @@ class Verification:
     def _trial(self, step: OptimizerStep) -> str | None:
         """Makes the step twice on copies: with the closure's loss of 1 and of 2."""
         dynamics = self._dynamics
+        shared = _sharing_memory(dynamics, step)
+        if shared is not None:
+            return f"its state {shared!r} shares memory with other state, which copies do not"
         before = _fingerprint(dynamics)
         drawn = RandomState.capture(step.theta[0].device)
         bare = replace(step, rng=None)  # so that it is seen whether numbers are drawn
@@ -296,6 +299,19 @@ def _called(name: str) -> str:
     if name == THETA:
         return "the parameter"
     return f"its state {name!r}"
+
+
+def _sharing_memory(dynamics: GenericDynamics, step: OptimizerStep) -> str | None:
+    """Returns the name of a tensor that is a view of another one, or of the same memory."""
+    seen: dict[int, Tensor] = {}
+    for (name, _), value in dynamics._tensors(step).items():
+        if name in (THETA, GRADIENT) or value.layout is not torch.strided or not value.numel():
+            continue
+        other = seen.setdefault(value.untyped_storage().data_ptr(), value)
+        is_part = value.numel() != other.numel() or value.data_ptr() != other.data_ptr()
+        if other is not value and is_part:
+            return name
+    return None
 
 
 def _fingerprint(dynamics: GenericDynamics) -> dict[str, Any]:

@@ -157,7 +157,13 @@ def _found(root: nn.Module, has_init: bool) -> dict[str, _Site]:
     acting = {path: s for path, s in sites.items() if s.rate > 0}
     others = _other_dropout(root)
     if not acting and not (sites and has_init):
-        rest = _listed([*sites, *others])
+        if sites:
+            raise ValueError(
+                f"register_dropout: the dropout of {type(root).__name__} ({_listed([*sites])}) "
+                "has a rate of 0, from which it does not move. Pass init=, the keep probability "
+                "to start with, or give the layers a rate"
+            )
+        rest = _listed(others)
         hint = f"; it has {rest}: to tune these, name them in at=" if rest else ""
         raise ValueError(
             f"register_dropout: {type(root).__name__} has no nn.Dropout, and no nn.LSTM, nn.GRU or "

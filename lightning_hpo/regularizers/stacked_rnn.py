@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -73,6 +75,16 @@ class StackedRNN(nn.Module):
     def dropout(self) -> float:
         """The drop rate between the layers."""
         return self.between.p
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds ``weight_ih_l1`` and the like in the layer that has it."""
+        own, _, index = name.partition("_l")
+        number = index.partition("_")[0]
+        if own.startswith(("weight_", "bias_")) and number.isdigit():
+            layers = super().__getattr__("layers")
+            if int(number) < len(layers):  # type: ignore[arg-type]
+                return getattr(layers[int(number)], name.replace(f"_l{number}", "_l0"))  # type: ignore[index]
+        return super().__getattr__(name)
 
     def flatten_parameters(self) -> None:
         """Lays out the weights of each layer as cuDNN wants them."""

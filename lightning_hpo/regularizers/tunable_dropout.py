@@ -85,6 +85,13 @@ class TunableDropout(nn.Module):
         """The drop rate 1 − λ, as a number."""
         return drop_rate(self.keep)
 
+    @p.setter
+    def p(self, rate: float) -> None:
+        """Moves λ; that of all layers which share it."""
+        with torch.no_grad():
+            value = torch.as_tensor(1.0 - rate).to(self.keep.raw)
+            self.keep.raw.copy_(self.keep.constraint.inverse(value))
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns a tensor of the shape of ``x``; ``x`` itself in evaluation mode."""
         if not self.training:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_hpo._lightning import is_lightning_module
 from lightning_hpo.regularizers._mixin import RegularizerMixin
 
 
@@ -35,9 +36,9 @@ def with_mixins(module: nn.Module, *mixins: type[RegularizerMixin]) -> Any:
         The same module.
 
     Raises:
-        TypeError: If one is no such mixin, or ``module`` is no ``nn.Module``.
+        TypeError: If one is no such mixin, or ``module`` is no LightningModule.
     """
-    if not isinstance(module, nn.Module):
+    if not is_lightning_module(module):
         raise TypeError(
             f"with_mixins: module={module!r} is a {type(module).__name__}, expected a "
             "LightningModule that has been built"

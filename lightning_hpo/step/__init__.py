@@ -1,7 +1,9 @@
 """One training step as a map, and its derivative."""
 
 from lightning_hpo.step.backends import settle, settle_statistics
+from lightning_hpo.step.buffers import check_buffers, find_buffers
 from lightning_hpo.step.effect import Effect
+from lightning_hpo.step.forward_check import check_forward
 from lightning_hpo.step.numbers import read_as_numbers, warn_of_other_paths
 from lightning_hpo.step.recorder import Observer, Recorder
 from lightning_hpo.step.snapshot import Snapshot
@@ -23,6 +25,9 @@ __all__ = [
     "TraceCheck",
     "TrainingMap",
     "ValidationGradient",
+    "check_buffers",
+    "check_forward",
+    "find_buffers",
     "read_as_numbers",
     "settle",
     "settle_statistics",

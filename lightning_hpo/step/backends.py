@@ -55,7 +55,7 @@ def settle(training: TrainingMap, moment: Moment, gradients: Sequence[Tensor | N
     if training.derivatives == "finite_difference":
         return training.derivatives
     if training.sharded:
-        return _fall_back("the parameters are sharded")
+        return fall_back("the parameters are sharded")
     theta = training.theta
     distance = _distance(training.objective.gradient(moment, theta, exact=True), gradients, theta)
     if not distance > 0.05:
@@ -76,7 +76,7 @@ def settle(training: TrainingMap, moment: Moment, gradients: Sequence[Tensor | N
     )
     remedy = "under torch.compile, torch._inductor.config.fallback_random = True avoids that"
     if training.is_automatic:
-        return _fall_back(f"{reason}; {remedy}")
+        return fall_back(f"{reason}; {remedy}")
     warnings.warn(
         f"OnlineHPOCallback(derivatives={training.derivatives!r}): {reason}, so that "
         "hypergradients belong to other noise and dropout masks than the step. Use "
@@ -115,7 +115,11 @@ def settle_statistics(
             raise
         reason = f"an operator has no derivative with respect to them: {error}"
     found = gradients if reason else eager
-    training.statistics.by_value = _distance(found, gradients, training.theta) > 0.05
+    if _distance(found, gradients, training.theta) > 0.05:
+        training.statistics.follow_by_value(
+            "eager mode draws other random numbers than compiled code, unless "
+            "torch._inductor.config.fallback_random = True"
+        )
     lost = torch.tensor(float(bool(reason)), device=training.theta[0].device)
     average_([lost])
     if lost > 0:
@@ -184,14 +188,14 @@ def with_fallback(
         training.is_agreed = world_size() == 1
     if reason:
         close()
-        training.derivatives = _fall_back(reason)
+        training.derivatives = fall_back(reason)
         return multiply()
     if is_first:
         training.derivatives = "reverse"
     return result
 
 
-def _fall_back(reason: str) -> str:
+def fall_back(reason: str) -> str:
     """Says once why finite differences are used, and returns their name."""
     warnings.warn(
         f"OnlineHPOCallback(derivatives='auto') uses finite differences, because {reason}",

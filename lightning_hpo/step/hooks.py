@@ -58,6 +58,7 @@ def may_interfere(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.
         or any(p._post_accumulate_grad_hooks for p in module.parameters())
         or is_foreign(trainer.precision_plugin)
         or is_foreign(trainer.strategy)
-        or len(optimizer._optimizer_step_pre_hooks) > 1  # one is that of the callback
+        # One is that of the callback; those that wrap another optimizer may have none.
+        or len(getattr(optimizer, "_optimizer_step_pre_hooks", ())) > 1
         or bool(_global_optimizer_pre_hooks)
     )

@@ -125,9 +125,8 @@ class Network:
         if known and known.by_value and self._training.derivatives == "finite_difference":
             warnings.warn(
                 "OnlineHPOCallback: reverse mode takes the running statistics of normalization "
-                "layers as constants, because eager mode draws other random numbers than compiled "
-                "code. Use UnrollK(mode='forward') or ClipR, or set "
-                "torch._inductor.config.fallback_random = True",
+                f"layers, and other buffers, as constants, because {known.by_value_because}. Use "
+                "UnrollK(mode='forward') or ClipR",
                 stacklevel=2,
             )
         zeros = known.zeros(m)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from lightning_hpo.shield import Shadow
 from lightning_hpo.step.batches import Batches
 from lightning_hpo.step.hooks import may_change_gradients, may_interfere
 from lightning_hpo.step.replay_check import ReplayCheck
+from lightning_hpo.step.shifts import ShiftCheck
 from lightning_hpo.step.space import Space
 from lightning_hpo.step.step import Step
 from lightning_hpo.step.trace_check import TraceCheck
@@ -57,6 +59,7 @@ class Recorder:
     Attributes:
         lr: The learning rate of the last step, of the first parameter group.
         check: Compares gradients with their replays.
+        shifts: Compares θ with what the optimizer has left.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Recorder:
     ) -> None:
         self._stepped = False
         self.check = ReplayCheck(training, partial(may_change_gradients, trainer, module, callback))
+        self.shifts = ShiftCheck(module)
         self._trainer = trainer
         self._module = module
         self._training = training
@@ -196,11 +200,14 @@ class Recorder:
 
         Optimizers that wrap another one often leave out ``super().__init__()``, which makes hooks.
         """
-        if hasattr(type(optimizer).step, "hooked"):
-            return [
-                optimizer.register_step_pre_hook(self._before_optimizer_step),
-                optimizer.register_step_post_hook(self._after_optimizer_step),
-            ]
+        has_hooks = hasattr(optimizer, "_optimizer_step_post_hooks")
+        if has_hooks and hasattr(type(optimizer).step, "hooked"):
+            before = optimizer.register_step_pre_hook(self._before_optimizer_step)
+            after = optimizer.register_step_post_hook(self._after_optimizer_step)
+            # Before those of others, which may move θ.
+            hooks: OrderedDict[int, Any] = optimizer._optimizer_step_post_hooks  # type: ignore[assignment]
+            hooks.move_to_end(after.id, last=False)
+            return [before, after]
         step = optimizer.step
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -244,6 +251,8 @@ class Recorder:
     def _hand_out(self) -> None:
         """Shows the step to its observers."""
         step, may_wait = self._due
+        if any(space.window != 1 for space, _ in self._observers):
+            self.shifts.look(may_wait=may_wait)
         with self._traces("step", step, may_wait=may_wait):
             self._show()
 
@@ -275,6 +284,8 @@ class Recorder:
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes to it in place
         if self._training.options is not None:
             self._training.options.restore_()
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress
+        self.shifts.after_step(self._training.theta, is_last_batch=progress.is_last_batch)
 
     # ------------------------------------------------------------------------------------ clipping
 

@@ -326,7 +326,7 @@ def _shown(values: list[Any]) -> list[Any]:
     for i, value in enumerate(values):
         kind = kind_of(type(value))
         if kind is Kind.TENSOR:
-            if (total := _sum_of_bits(value)) is not None:
+            if (total := sum_of_bits(value)) is not None:
                 sums.setdefault(total.device, []).append((i, total))
         elif kind is Kind.ARRAY:
             if not value.dtype.hasobject:
@@ -341,7 +341,7 @@ def _shown(values: list[Any]) -> list[Any]:
     return shown
 
 
-def _sum_of_bits(value: Tensor) -> Tensor | None:
+def sum_of_bits(value: Tensor) -> Tensor | None:
     """Returns a sum over the bits of a tensor that depends on their places, too."""
     if is_lazy(value) or is_sharded([value]) or value.layout is not torch.strided:
         return None

@@ -247,3 +247,26 @@ def test_hooks_of_parameters(make, derivatives, accumulated):
     assert relative_error(last_hypergradient(found), expected) < 1e-4
     plain = truth(lambda: Mlp("momentum"), **options)
     assert relative_error(plain, last_hypergradient(found)) > 0.05
+
+
+class HalvesInside(Mlp):
+    """A hook on a module."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.net[1].register_full_backward_hook(lambda m, inner, outer: (0.5 * inner[0],))
+
+
+class ScalesBefore(Mlp):
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.net[2].register_full_backward_pre_hook(lambda m, outer: (2 * outer[0],))
+
+
+@pytest.mark.parametrize("kind", [HalvesInside, ScalesBefore])
+def test_hooks_of_modules_have_no_business_with_the_validation_loss(kind):
+    """Tangents follow them by differences; none acts on L_V."""
+    callback = observe(ClipR(math.inf), kind("momentum"), derivatives="finite_difference")
+    expected = truth(lambda: kind("momentum"))
+    assert relative_error(last_hypergradient(callback), expected) < 1e-5
+    assert relative_error(truth(lambda: Mlp("momentum")), expected) > 0.05
