@@ -38,7 +38,10 @@ def _copied(value: Any, memo: dict[int, Any], memories: dict[int, Any]) -> Any:
     return memo[id(value)][1]
 
 
-_SHARED = {Kind.ATOM, Kind.MODULE, Kind.SCRIPT, Kind.FUNCTION, Kind.METHOD, Kind.PARTIAL, Kind.CELL}
+_SHARED = {
+    *(Kind.ATOM, Kind.MODULE, Kind.SCRIPT, Kind.FUNCTION, Kind.METHOD, Kind.PARTIAL, Kind.CELL),
+    *(Kind.HOST, Kind.TRAINER, Kind.WEAK),
+}
 
 
 def _copy_tensor(value: Tensor, memo: dict[int, Any], memories: dict[int, Any]) -> Tensor:

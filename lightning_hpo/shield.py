@@ -87,7 +87,7 @@ class Shield:
         modules = list(self._module.modules())
         # A backward pass through sharded parameters adds to the gradients of all of them.
         aside = self.gradients_aside() if reshard(modules) else nullcontext()
-        reached = self._walker.walk(looks=True)
+        reached = self._walker.walk(looks="validation" if rng is None else "step")
         # The step may write to what stands for a parameter that gets no gradient.
         swaps = {
             key: value.clone() if key in self._without_gradient else value
@@ -158,12 +158,19 @@ class Shield:
         trained -= self._without_gradient.keys()
         parameters = reached.parameters
         untrained = {key: p for key, p in parameters.items() if key not in trained}
-        whole = sum(p.numel() for p in parameters.values())
-        if 5 * sum(p.numel() for p in untrained.values()) > 4 * whole:
-            large = {key: p for key, p in untrained.items() if p.numel() > _SMALL}
-            reached.watched.update(large)
-            untrained = {key: p for key, p in untrained.items() if key not in large}
-        return reached.tensors | untrained
+        room = sum(p.numel() for p in parameters.values()) - sum(
+            p.numel() for p in untrained.values()
+        )
+        if sum(p.numel() for p in untrained.values()) > 4 * room:
+            # A teacher of what is trained is no larger than that.
+            for key, p in sorted(untrained.items(), key=lambda item: item[1].numel()):
+                room -= p.numel()
+                if room < 0 and p.numel() > _SMALL:
+                    reached.watched[key] = untrained.pop(key)
+        chosen = self._walker.chosen(reached)
+        arrays = {key: value for key, value in chosen.items() if not isinstance(value, Tensor)}
+        reached.arrays.update(arrays)
+        return {**reached.tensors, **untrained, **{k: chosen[k] for k in chosen.keys() - arrays}}
 
 
 class Shadow:

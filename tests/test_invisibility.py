@@ -30,18 +30,16 @@ ESTIMATORS = {
 EVERY_ESTIMATOR = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
 
 
-class Recorder(pl.Callback):
-    """Remembers what replays do: it is the host's, and not put back after them."""
-
-    def __init__(self):
-        self.draws = defaultdict(list)
-        self.count = []
+# What replays do, and what a callback sees meanwhile: in global variables, which are not put back.
+DRAWS = defaultdict(list)
+FAILING = []
+SEEN = {}
 
 
 class Eventful(L2Mixin, pl.LightningModule):
     """Has everything in which a careless replay leaves a trace."""
 
-    def __init__(self, recorder=None):
+    def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)
@@ -55,7 +53,6 @@ class Eventful(L2Mixin, pl.LightningModule):
         self.outputs = []
         self.seen = {}
         self.calls = 0
-        self.recorder = recorder or Recorder()
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -64,7 +61,7 @@ class Eventful(L2Mixin, pl.LightningModule):
         out = self.net(x + self.sigma() * noise)
         loss = F.cross_entropy(out, y) * (1 + 0.01 * jitter) + self.penalty()
         mask = F.dropout(torch.ones(5), 0.5)
-        self.recorder.draws[self.global_step].append((noise, jitter, mask))
+        DRAWS[self.global_step].append((noise, jitter, mask))
         self.calls += 1
         self.outputs.append(loss.item())
         self.seen[batch_idx] = self.calls
@@ -254,24 +251,24 @@ def test_what_a_module_keeps_for_itself_is_put_back(make, change):
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
 def test_a_replay_draws_what_its_step_drew(make, derivatives):
     """Noise, NumPy, Python and dropout; also where the replay comes steps later."""
-    recorder = Recorder()
+    DRAWS.clear()
     pl.seed_everything(7)
     fit(
-        Eventful(recorder),
+        Eventful(),
         OnlineHPOCallback(make(), optimizer=frozen, derivatives=derivatives),
         steps=9,
         train=DataLoader(TensorDataset(*TRAIN), batch_size=8, shuffle=True),
     )
-    assert sorted(recorder.draws) == list(range(9))
+    assert sorted(DRAWS) == list(range(9))
     replayed = 0
-    for step, (first, *others) in recorder.draws.items():
+    for step, (first, *others) in DRAWS.items():
         replayed += bool(others)
         for other in others:
             assert torch.equal(other[0], first[0]), step
             assert other[1] == first[1]
             assert torch.equal(other[2], first[2])
     assert replayed == 9
-    noises = [draws[0][0] for draws in recorder.draws.values()]
+    noises = [draws[0][0] for draws in DRAWS.values()]
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(noises))
 
 
@@ -289,7 +286,7 @@ class Witness(pl.Callback):
 
         class Watched(kind):  # a training works on a copy of the estimator
             def observe(self, step):
-                witness.before = witness.snapshot(*witness.watched)
+                SEEN["before"] = witness.snapshot(*witness.watched)
                 super().observe(step)
 
         self.estimator.__class__ = Watched
@@ -302,7 +299,7 @@ class Witness(pl.Callback):
         method = getattr(owner, name)
 
         def watched(*args):
-            self.before = self.snapshot(*self.watched)
+            SEEN["before"] = self.snapshot(*self.watched)
             method(*args)
 
         setattr(owner, name, watched)
@@ -324,10 +321,10 @@ class Witness(pl.Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.watched = trainer, module
-        self.before = self.snapshot(trainer, module)
+        SEEN["before"] = self.snapshot(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.before = self.snapshot(trainer, module)
+        SEEN["before"] = self.snapshot(trainer, module)
 
     def on_exception(self, trainer, module, exception):
         self.after = self.snapshot(trainer, module)
@@ -365,11 +362,12 @@ def fails_in(method, at, estimator, **callback_options):
         def _maybe_fail(self, where):
             shielded = "log" in vars(self)
             if where == method and shielded:
-                self.recorder.count.append(1)
-                if len(self.recorder.count) == at:
+                FAILING.append(1)
+                if len(FAILING) == at:
                     raise KeyError("the user's own")
 
     pl.seed_everything(5)
+    FAILING.clear()
     witness = Witness(estimator)
     callback = OnlineHPOCallback(estimator, optimizer=frozen, **callback_options)
     model = Failing()
@@ -383,7 +381,7 @@ def fails_in(method, at, estimator, **callback_options):
 @pytest.mark.parametrize("derivatives", ["reverse", "forward", "finite_difference"])
 def test_everything_is_put_back_when_a_replay_raises_at_once(at, derivatives):
     witness = fails_in("training_step", at, estimator=ClipR(), derivatives=derivatives)
-    assert_put_back(witness.before, witness.after)
+    assert_put_back(SEEN["before"], witness.after)
 
 
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
@@ -394,7 +392,7 @@ def test_everything_is_put_back_when_a_later_replay_raises(at, derivatives):
         "training_step", at, estimator=UnrollK(3, "reverse"), derivatives=derivatives
     )
     assert witness.after.global_step == 3
-    assert_put_back(witness.before, witness.after)
+    assert_put_back(SEEN["before"], witness.after)
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
@@ -430,7 +428,7 @@ def test_everything_is_put_back_when_a_replay_at_the_batch_raises(at, make, erro
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_everything_is_put_back_when_the_validation_step_raises(at):
     witness = fails_in("validation_step", at, estimator=T1T2())
-    assert_put_back(witness.before, witness.after)
+    assert_put_back(SEEN["before"], witness.after)
 
 
 def test_the_optimizer_is_let_go_of():
