@@ -7,6 +7,7 @@ import ctypes
 import enum
 import functools
 import random
+import sys
 import threading
 import types
 import weakref
@@ -187,6 +188,18 @@ slots_of: Callable[[type], tuple[types.MemberDescriptorType, ...]] = functools.l
     maxsize=4096
 )(_slots_of)
 """Returns the slots of a type written in Python, inherited ones included."""
+
+
+# Classes of these packages keep no state of a step.
+_NO_STATE = _HOST | {"lightning_hpo", "torch", "torchmetrics", "numpy"} | sys.stdlib_module_names
+
+
+def _classes_of(cls: type) -> tuple[type, ...]:
+    return tuple(base for base in cls.__mro__ if _root(base) not in _NO_STATE)
+
+
+classes_of: Callable[[type], tuple[type, ...]] = functools.lru_cache(maxsize=4096)(_classes_of)
+"""Returns those of a type and its bases whose own attributes a step may change."""
 
 
 def read_slots(value: Any) -> dict[types.MemberDescriptorType, Any]:

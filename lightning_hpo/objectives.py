@@ -24,8 +24,8 @@ from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
 from lightning_hpo._trainer import counted_as, stage
 from lightning_hpo.batch_copy import copy_batch
-from lightning_hpo.contents import ModuleState, pack_state, place_state
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
+from lightning_hpo.exchange import ModuleState, pack_state, place_state
 from lightning_hpo.held_out import HeldOutBatch
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.kernels import (

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_hpo._lightning import is_lightning_module
-from lightning_hpo.contents import own_attributes
+from lightning_hpo.holders import own_attributes
 
 # Containers with more entries, and tensors and arrays with more elements, are rather data than
 # state: they are shared.
@@ -256,7 +256,7 @@ class _Found:
         self._waiting += (function.__kwdefaults__ or {}).values()
         if vars(function):
             self._waiting.append(vars(function))
-        if _is_library(function.__code__.co_filename):
+        if is_library(function.__code__.co_filename):
             return
         variables = function.__globals__
         for name in function.__code__.co_names:
@@ -353,7 +353,7 @@ def _is_position(value: Any) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _is_library(path: str) -> bool:
+def is_library(path: str) -> bool:
     """Whether code is installed or Python's own: its global variables are no state of a loader."""
     return "site-packages" in path or path.startswith((_STDLIB, "<frozen"))
 
@@ -362,7 +362,7 @@ def _is_library(path: str) -> bool:
 def _members(kind: type) -> list[Any]:
     """Returns the methods of a class of the user's, and what it holds itself."""
     functions = [m for m in vars(kind).values() if isinstance(m, FunctionType)]
-    if not functions or all(_is_library(f.__code__.co_filename) for f in functions):
+    if not functions or all(is_library(f.__code__.co_filename) for f in functions):
         return []
     return functions + [
         m for name, m in vars(kind).items() if not (name.startswith("__") or m in functions)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._lightning import classes
-from lightning_hpo.contents import ModuleState, Reached, Walker, exchanged, remember, views_of
+from lightning_hpo.contents import Reached, Walker
 from lightning_hpo.distributed import is_sharded, reshard
+from lightning_hpo.exchange import ModuleState, exchanged, remember, views_of
 from lightning_hpo.muted_logger import MutedLogger
 from lightning_hpo.rng import RandomState, forked_rng
 
@@ -162,7 +163,8 @@ class Shield:
             p.numel() for p in untrained.values()
         )
         if sum(p.numel() for p in untrained.values()) > 4 * room:
-            # A teacher of what is trained is no larger than that.
+            # A teacher of what is trained is as large as that; some of the others are smaller.
+            room *= 2
             for key, p in sorted(untrained.items(), key=lambda item: item[1].numel()):
                 room -= p.numel()
                 if room < 0 and p.numel() > _SMALL:

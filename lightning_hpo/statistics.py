@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_hpo._tensors import stacked_zeros, widened
-from lightning_hpo.contents import ModuleState
 from lightning_hpo.distributed import world_size
+from lightning_hpo.exchange import ModuleState
 
 
 class RunningStatistics:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import TRAIN, VALID, MemoryLogger, Mlp, fit, frozen, train_loader
+from cases import TRAIN, VALID, MemoryLogger, Mlp, Recorder, fit, frozen, train_loader
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,16 +30,10 @@ ESTIMATORS = {
 EVERY_ESTIMATOR = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
 
 
-# What replays do, and what a callback sees meanwhile: in global variables, which are not put back.
-DRAWS = defaultdict(list)
-FAILING = []
-SEEN = {}
-
-
 class Eventful(L2Mixin, pl.LightningModule):
     """Has everything in which a careless replay leaves a trace."""
 
-    def __init__(self):
+    def __init__(self, recorder=None):
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)
@@ -53,6 +47,7 @@ class Eventful(L2Mixin, pl.LightningModule):
         self.outputs = []
         self.seen = {}
         self.calls = 0
+        self.recorder = recorder or Recorder(draws=defaultdict(list), count=[])
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -61,7 +56,7 @@ class Eventful(L2Mixin, pl.LightningModule):
         out = self.net(x + self.sigma() * noise)
         loss = F.cross_entropy(out, y) * (1 + 0.01 * jitter) + self.penalty()
         mask = F.dropout(torch.ones(5), 0.5)
-        DRAWS[self.global_step].append((noise, jitter, mask))
+        self.recorder.draws[self.global_step].append((noise, jitter, mask))
         self.calls += 1
         self.outputs.append(loss.item())
         self.seen[batch_idx] = self.calls
@@ -251,24 +246,24 @@ def test_what_a_module_keeps_for_itself_is_put_back(make, change):
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
 def test_a_replay_draws_what_its_step_drew(make, derivatives):
     """Noise, NumPy, Python and dropout; also where the replay comes steps later."""
-    DRAWS.clear()
+    recorder = Recorder(draws=defaultdict(list))
     pl.seed_everything(7)
     fit(
-        Eventful(),
+        Eventful(recorder),
         OnlineHPOCallback(make(), optimizer=frozen, derivatives=derivatives),
         steps=9,
         train=DataLoader(TensorDataset(*TRAIN), batch_size=8, shuffle=True),
     )
-    assert sorted(DRAWS) == list(range(9))
+    assert sorted(recorder.draws) == list(range(9))
     replayed = 0
-    for step, (first, *others) in DRAWS.items():
+    for step, (first, *others) in recorder.draws.items():
         replayed += bool(others)
         for other in others:
             assert torch.equal(other[0], first[0]), step
             assert other[1] == first[1]
             assert torch.equal(other[2], first[2])
     assert replayed == 9
-    noises = [draws[0][0] for draws in DRAWS.values()]
+    noises = [draws[0][0] for draws in recorder.draws.values()]
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(noises))
 
 
@@ -280,13 +275,14 @@ class Witness(pl.Callback):
 
     def __init__(self, estimator):
         self.estimator = estimator
+        self.seen = Recorder()
 
     def setup(self, trainer, module, stage):
         kind, witness = type(self.estimator), self
 
         class Watched(kind):  # a training works on a copy of the estimator
             def observe(self, step):
-                SEEN["before"] = witness.snapshot(*witness.watched)
+                witness.seen.before = witness.snapshot(*witness.watched)
                 super().observe(step)
 
         self.estimator.__class__ = Watched
@@ -299,7 +295,7 @@ class Witness(pl.Callback):
         method = getattr(owner, name)
 
         def watched(*args):
-            SEEN["before"] = self.snapshot(*self.watched)
+            self.seen.before = self.snapshot(*self.watched)
             method(*args)
 
         setattr(owner, name, watched)
@@ -321,10 +317,10 @@ class Witness(pl.Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.watched = trainer, module
-        SEEN["before"] = self.snapshot(trainer, module)
+        self.seen.before = self.snapshot(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        SEEN["before"] = self.snapshot(trainer, module)
+        self.seen.before = self.snapshot(trainer, module)
 
     def on_exception(self, trainer, module, exception):
         self.after = self.snapshot(trainer, module)
@@ -362,12 +358,11 @@ def fails_in(method, at, estimator, **callback_options):
         def _maybe_fail(self, where):
             shielded = "log" in vars(self)
             if where == method and shielded:
-                FAILING.append(1)
-                if len(FAILING) == at:
+                self.recorder.count.append(1)
+                if len(self.recorder.count) == at:
                     raise KeyError("the user's own")
 
     pl.seed_everything(5)
-    FAILING.clear()
     witness = Witness(estimator)
     callback = OnlineHPOCallback(estimator, optimizer=frozen, **callback_options)
     model = Failing()
@@ -381,7 +376,7 @@ def fails_in(method, at, estimator, **callback_options):
 @pytest.mark.parametrize("derivatives", ["reverse", "forward", "finite_difference"])
 def test_everything_is_put_back_when_a_replay_raises_at_once(at, derivatives):
     witness = fails_in("training_step", at, estimator=ClipR(), derivatives=derivatives)
-    assert_put_back(SEEN["before"], witness.after)
+    assert_put_back(witness.seen.before, witness.after)
 
 
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
@@ -392,7 +387,7 @@ def test_everything_is_put_back_when_a_later_replay_raises(at, derivatives):
         "training_step", at, estimator=UnrollK(3, "reverse"), derivatives=derivatives
     )
     assert witness.after.global_step == 3
-    assert_put_back(SEEN["before"], witness.after)
+    assert_put_back(witness.seen.before, witness.after)
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
@@ -401,16 +396,17 @@ def test_everything_is_put_back_when_a_later_replay_raises(at, derivatives):
 def test_everything_is_put_back_when_a_replay_at_the_batch_raises(at, make, error):
     """Where gradients accumulate, tangents are multiplied before the step."""
 
-    class Failing(Mlp):
-        replays = 0
+    recorder = Recorder(count=[])
 
+    class Failing(Mlp):
         def __init__(self):
             super().__init__()
             self.net.insert(1, nn.BatchNorm1d(5))
 
         def training_step(self, batch, batch_idx):
-            Failing.replays += "log" in vars(self)
-            if Failing.replays == at:
+            if "log" in vars(self):
+                recorder.count.append(batch_idx)
+            if len(recorder.count) == at:
                 raise error
             return super().training_step(batch, batch_idx)
 
@@ -419,7 +415,7 @@ def test_everything_is_put_back_when_a_replay_at_the_batch_raises(at, make, erro
     options = {"train": train_loader(batch_size=4), "accumulate_grad_batches": 2}
     with pytest.raises((KeyError, SystemExit, KeyboardInterrupt)):
         fit(model, OnlineHPOCallback(make(), optimizer=frozen, derivatives="reverse"), **options)
-    assert Failing.replays == at
+    assert len(recorder.count) == at
     assert not {"log", "log_dict", "print"} & vars(model).keys()
     for name, buffer in model.named_buffers():
         assert buffer is buffers[name], name
@@ -428,7 +424,7 @@ def test_everything_is_put_back_when_a_replay_at_the_batch_raises(at, make, erro
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_everything_is_put_back_when_the_validation_step_raises(at):
     witness = fails_in("validation_step", at, estimator=T1T2())
-    assert_put_back(SEEN["before"], witness.after)
+    assert_put_back(witness.seen.before, witness.after)
 
 
 def test_the_optimizer_is_let_go_of():

@@ -377,10 +377,10 @@ def test_large_containers_are_put_back_like_others(name):
 def test_a_large_container_that_is_only_read_is_not_copied():
     model = Large(lambda: {f"w{i}": {"count": i} for i in range(2000)})
     walker = Walker(model)
-    for call in range(6):
+    for call in range(8):
         reached = walker.walk(looks=True)
-        assert (id(model.large) in reached.held) == (call < 3)
-        assert (id(model.large["w5"]) in reached.held) == (call < 3)
+        assert (id(model.large) in reached.held) == (call < 5)
+        assert (id(model.large["w5"]) in reached.held) == (call < 5)
         walker.judge(reached, {})
     assert id(model.large) in reached.lengths
 
@@ -695,3 +695,94 @@ def test_parameters_that_are_frozen_meanwhile(kind, make):
     assert [p.requires_grad for p in observed.parameters()] == [
         p.requires_grad for p in alone.parameters()
     ]
+
+
+# ---------------------------------------------------------------------------- attributes of classes
+
+
+class OfTheClass(Mlp):
+    """Keeps everything with the class, as a slip or on purpose."""
+
+    seen = []  # noqa: RUF012
+    last = None
+    counter = 0
+    scale = torch.ones(())
+    numbers = itertools.count(1)
+
+    def __init__(self):
+        super().__init__("momentum")
+        kind = OfTheClass
+        kind.seen, kind.last, kind.counter, kind.scale = [], None, 0, torch.ones(())
+        kind.numbers = itertools.count(1)
+        vars(kind).get("late") and delattr(kind, "late")
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.seen.append(loss.item())
+        OfTheClass.counter += 1
+        type(self).last = batch_idx
+        type(self).late = getattr(self, "late", 0) + 1
+        self.scale.mul_(0.97)
+        factor = self.scale + 0.01 * (self.counter + len(self.seen) + self.late)
+        return loss * (factor + 0.01 / next(self.numbers))
+
+    def kept(self):
+        return (self.seen, self.last, self.counter, self.late, float(self.scale), str(self.numbers))
+
+
+class Meter:
+    """An object whose class counts."""
+
+    total = 0.0
+
+    def update(self, x):
+        Meter.total += x
+        return Meter.total
+
+
+class OfAPart(Mlp):
+    """So do the classes of what it holds."""
+
+    def __init__(self):
+        super().__init__("momentum")
+        Meter.total = 0.0
+        self.parts = [nn.ModuleList([Counted()]), Meter()]
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * (1 + 0.01 * self.parts[0][0](self.parts[1].update(1.0)))
+
+    def kept(self):
+        return Meter.total, Counted.calls
+
+
+class Counted(nn.Module):
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        Counted.calls = 0
+
+    def forward(self, x):
+        Counted.calls += 1
+        return x + Counted.calls
+
+
+@pytest.mark.parametrize("kind", [OfTheClass, OfAPart])
+def test_attributes_of_classes(kind):
+    for make in ESTIMATORS.values():
+        results = []
+        for callback in (OnlineHPOCallback(make(), optimizer=frozen), None):
+            model = kind()
+            fit(model, callback)
+            results.append((weights(model), copy.deepcopy(model.kept())))
+        assert torch.equal(results[0][0], results[1][0])
+        assert results[0][1] == results[1][1]
+    assert_exact(kind)
+
+
+def test_classes_of_libraries_are_left_alone():
+    """Walking through them would take long, and nothing of a step is kept there."""
+    reached = Walker(Mlp()).walk()
+    owners = [held.owner for held in reached.held.values() if isinstance(held.owner, type)]
+    assert owners == [Mlp]

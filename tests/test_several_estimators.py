@@ -9,6 +9,7 @@ from cases import (
     VALID,
     MemoryLogger,
     Mlp,
+    Recorder,
     fit,
     flat,
     frozen,
@@ -118,20 +119,19 @@ def test_accumulation_is_shared_too():
 
 
 def test_replays_validation_batches_and_gradients_are_shared():
-    class Counting(Noisy):
-        replays = validations = 0
+    counts = Recorder(replays=0, validations=0)
 
+    class Counting(Noisy):
         def training_step(self, batch, batch_idx):
-            self.replays += "log" in vars(self)  # muted: this is a replay
-            Counting.replays += "log" in vars(self)
+            counts.replays += "log" in vars(self)  # muted: this is a replay
             return super().training_step(batch, batch_idx)
 
         def validation_step(self, batch, batch_idx):
-            Counting.validations += "log" in vars(self)
+            counts.validations += "log" in vars(self)
             return super().validation_step(batch, batch_idx)
 
     def count(estimator):
-        Counting.replays = Counting.validations = 0
+        counts.replays = counts.validations = 0
         observe(
             estimator,
             Counting(),
@@ -140,7 +140,7 @@ def test_replays_validation_batches_and_gradients_are_shared():
             limit_val_batches=0,
             dataloader=[list(VALID)],
         )
-        return Counting.replays, Counting.validations
+        return counts.replays, counts.validations
 
     alone = count(ClipR())
     assert count({"noise": ClipR(5.0), "l2*": ClipR(2.0)}) == alone

@@ -7,21 +7,24 @@ import mmap
 import queue
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from functools import partial
+from types import CellType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_hpo._kinds import Kind, kind_of
+from lightning_hpo._kinds import Kind, classes_of, has_dict, kind_of
 from lightning_hpo._lightning import MisconfigurationException
-from lightning_hpo.contents import Held, Walker, read_generator
+from lightning_hpo.contents import Walker
 from lightning_hpo.distributed import is_sharded, reshard
+from lightning_hpo.holders import Held, held_by, read_generator
+from lightning_hpo.private_state import is_library
 from lightning_hpo.rng import RandomState
 from lightning_hpo.stores import is_writable
 
@@ -63,6 +66,8 @@ _REMEDIES = {
 # Elements of a tensor that are summed at a time: what is looked at is not copied as a whole.
 _CHUNK = 1 << 20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Of a variable outside of the module with more entries, only their number is compared.
+_ENTRIES = 10_000
 _PLAIN = (int, float, complex, str, bytes, type, type(None))
 _NOTHING = object()
 
@@ -72,7 +77,8 @@ class TraceCheck:
 
     What a step changes is put back by the shield, wherever it knows how. This looks at the result:
     at what the module and the batch hold, at the optimizer's state, gradients, schedulers and
-    random states. It looks at the first two steps, and at a later one; in between it costs nothing.
+    random states, and at the variables outside of the module that its methods name. It looks at the
+    first two steps, and at a later one; in between it costs nothing.
     Nothing is copied: tensors are compared by sums of their bits.
 
     Args:
@@ -112,8 +118,18 @@ class TraceCheck:
         yield
         self._report(before.changes(), refuses=step == 1 and place != "update")
 
-    def _report(self, changes: Mapping[str, list[str]], *, refuses: bool) -> None:
+    def _report(self, changes: dict[str, list[str]], *, refuses: bool) -> None:
         sentences = []
+        outside = [name for name in changes.pop("outside", ()) if name not in self._told]
+        if outside:
+            self._told.update(outside)
+            warnings.warn(
+                "OnlineHPOCallback: replays of training_step or validation_step change variables "
+                f"outside of the module, and do not put them back: {', '.join(outside)}. If steps "
+                "depend on them, the training is another one than without the callback; keep them "
+                "as attributes of the module",
+                stacklevel=2,
+            )
         for kind, names in changes.items():
             new = [name for name in names if name not in self._told]
             self._told.update(new)
@@ -172,6 +188,7 @@ class _Look:
                 found.update((id(value), value) for value in group if type(value) in kinds)
         self._values = list(found.values())
         self._shown = _shown(self._values)
+        self._outside = [] if shards else list(_outside(module))
 
     def changes(self) -> dict[str, list[str]]:
         """Returns the names of what is another now, by what it belongs to."""
@@ -197,6 +214,9 @@ class _Look:
         for name, p in self._parameters.items():
             if name in self._root.gradients and p.grad is not self._root.gradients[name]:
                 note(f"gradients[{name!r}]")
+        outside = [each.name for each in self._outside if each.has_changed()]
+        if outside:
+            found["outside"] = list(dict.fromkeys(outside))
         differing = self._random.differences(RandomState.capture(self._device))
         if differing:
             found["random"] = [f"that of {name}" for name in differing]
@@ -221,6 +241,78 @@ class _Look:
             if _get(then, key) is not _get(now, key) and key != "_hpo_record":
                 label = getattr(key, "__name__", key)  # of a slot
                 yield f"{path}.{label}" if is_attributes else f"{path}[{label!r}]"
+
+
+class _Variable:
+    """A variable outside of the module that its methods name, and what it holds at a moment.
+
+    Args:
+        name: Its name.
+        read: Returns the object that it stands for.
+    """
+
+    def __init__(self, name: str, read: Callable[[], Any]) -> None:
+        self.name = repr(name)
+        self._read = read
+        self._value = value = read()
+        self._held: Held | None = None
+        if not hasattr(value, "__len__") or len(value) <= _ENTRIES:
+            self._held = held_by(value)
+        self._attributes = self._look()
+
+    def has_changed(self) -> bool:
+        """Whether it stands for another object, or for one that holds something else."""
+        is_same = self._held is None or self._held.is_same()
+        return self._read() is not self._value or not is_same or self._look() != self._attributes
+
+    def _look(self) -> Any:
+        value = self._value
+        if kind_of(type(value)) is Kind.OBJECT and has_dict(type(value)):
+            return {name: id(item) for name, item in vars(value).items()}
+        return _shown([value])
+
+
+def _outside(module: nn.Module) -> Iterator[_Variable]:
+    """Yields the global variables that the methods of a module name, and those they close over.
+
+    Functions of the user's that are named count like methods.
+    """
+    waiting = [
+        getattr(member, "__func__", member)  # of a class or static method
+        for kind in {type(m) for m in module.modules()}
+        for base in classes_of(kind)
+        for member in vars(base).values()
+    ]
+    seen: set[int] = set()
+    while waiting:
+        function = waiting.pop()
+        if not isinstance(function, FunctionType) or id(function) in seen:
+            continue
+        seen.add(id(function))
+        if is_library(function.__code__.co_filename):
+            continue
+        named: list[tuple[str, Callable[[], Any]]] = [
+            (name, partial(function.__globals__.get, name))
+            for name in function.__code__.co_names
+            if name in function.__globals__
+        ]
+        for name, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            named.append((name, partial(_content, cell)))
+        for name, read in named:
+            value = read()
+            if isinstance(value, FunctionType):
+                waiting.append(value)
+            elif not isinstance(value, (type, ModuleType, nn.Module)):
+                yield _Variable(name, read)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
 
 
 def _get(mapping: Any, key: Any) -> Any:

@@ -6,6 +6,7 @@ import queue
 import random
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -352,3 +353,90 @@ def test_it_looks_at_few_steps(monkeypatch):
     observe(ClipR(), Mlp(), steps=230, max_epochs=-1, every_n_steps=5)
     # The batch and the step; at updates, the step has been made.
     assert looked == [1, 1, 2, 2, 6, 11, 105, 105, 111]
+
+
+# --------------------------------------------------------------------------- outside of the module
+
+COUNT = 0
+SEEN = []
+CACHE = {}
+TENSOR = torch.zeros(2)
+SETTINGS = SimpleNamespace(scale=1.0, calls=0)
+VOCABULARY = {"a": 1}
+
+
+def note(x):
+    SEEN.append(x)
+
+
+class Global(Leaving):
+    def change(self, batch, loss):
+        global COUNT
+        COUNT += VOCABULARY["a"]
+
+
+class Named(Leaving):
+    """By way of a function."""
+
+    def change(self, batch, loss):
+        note(loss.item())
+
+
+class Cached(Leaving):
+    def change(self, batch, loss):
+        CACHE[len(CACHE)] = SETTINGS.scale
+
+
+class InPlace(Leaving):
+    def change(self, batch, loss):
+        TENSOR.add_(1.0)
+
+
+class Attribute(Leaving):
+    def change(self, batch, loss):
+        SETTINGS.calls += 1
+
+
+def closing():
+    seen = []
+
+    class Closing(Leaving):
+        def change(self, batch, loss):
+            seen.append(loss.item())
+
+    return Closing()
+
+
+OUTSIDE = {
+    "COUNT": Global,
+    "SEEN": Named,
+    "CACHE": Cached,
+    "TENSOR": InPlace,
+    "SETTINGS": Attribute,
+    "seen": closing,
+}
+
+
+@EVERY_ESTIMATOR
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_variables_outside_of_the_module(name, make):
+    text = rf"outside of the module, and do not put them back: '{name}'\. If.*as attributes"
+    with pytest.warns(UserWarning, match=text) as caught:
+        observe(make(), OUTSIDE[name]())
+    assert sum("outside of the module" in str(w.message) for w in caught) == 1
+
+
+class Reading(Leaving):
+    """Reads them alone."""
+
+    def change(self, batch, loss):
+        assert COUNT + len(SEEN) + len(CACHE) >= 0
+        assert float(TENSOR.sum()) + SETTINGS.scale + VOCABULARY["a"] >= 0
+        self.log("loss", loss)
+
+
+@EVERY_ESTIMATOR
+def test_variables_that_are_read(make):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*outside of the module")
+        observe(make(), Reading())

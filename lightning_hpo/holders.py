@@ -1,0 +1,260 @@
+"""How containers, generators and iterators hold what a step may change: read, written, copied."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import random
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Set
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_hpo._kinds import (
+    Kind,
+    kind_of,
+    read_slots,
+    write_slots,
+)
+from lightning_hpo.stores import read_objects, write_objects
+
+MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
+"""Not the user's; kernels are exchanged by way of ``forward``."""
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Returns the attributes of a module that are the user's state, and its mode."""
+    return {name: value for name, value in vars(module).items() if name not in MODULE_INTERNALS}
+
+
+# ------------------------------------------------------------------------------------- containers
+
+
+class Holder(NamedTuple):
+    """How the content of one kind of container is read, put back, and what it consists of."""
+
+    read: Callable[[Any], Any]
+    write: Callable[[Any, Any], None]
+    values: Callable[[Any], Iterable[Any]] = iter
+
+
+# The methods of the base classes: those of a subclass may do more than to store.
+def _write_dict(owner: dict[Any, Any], content: dict[Any, Any]) -> None:
+    dict.clear(owner)
+    dict.update(owner, content)
+
+
+def _read_ordered(owner: OrderedDict[Any, Any]) -> dict[Any, Any]:
+    return dict(OrderedDict.items(owner))
+
+
+def _write_ordered(owner: OrderedDict[Any, Any], content: dict[Any, Any]) -> None:
+    OrderedDict.clear(owner)
+    for key, value in content.items():
+        OrderedDict.__setitem__(owner, key, value)
+
+
+def _write_list(owner: list[Any], content: list[Any]) -> None:
+    list.__setitem__(owner, slice(None), content)
+
+
+def _write_deque(owner: deque[Any], content: list[Any]) -> None:
+    deque.clear(owner)
+    deque.extend(owner, content)
+
+
+def _write_set(owner: set[Any], content: Set[Any]) -> None:
+    if set.__ne__(owner, content):  # the order of its elements may depend on its past
+        set.intersection_update(owner, content)
+        set.update(owner, content)
+
+
+def read_cell(cell: Any) -> list[Any]:
+    """Returns what a cell of a closure holds, in a list; an empty one where it is empty."""
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # empty
+        return []
+
+
+def _write_cell(cell: Any, content: list[Any]) -> None:
+    if content:
+        cell.cell_contents = content[0]
+    elif read_cell(cell):
+        del cell.cell_contents
+
+
+def read_class(cls: type) -> dict[str, Any]:
+    """Returns the attributes of a class itself, methods included."""
+    return {name: value for name, value in vars(cls).items() if not name.startswith("__")}
+
+
+def _write_class(cls: type, content: dict[str, Any]) -> None:
+    now = read_class(cls)
+    for name in now.keys() - content.keys():
+        type.__delattr__(cls, name)
+    for name, value in content.items():
+        if name not in now or now[name] is not value:  # each write costs the caches of the class
+            type.__setattr__(cls, name, value)
+
+
+def _class_values(content: dict[str, Any]) -> list[Any]:
+    return [value for value in content.values() if not isinstance(value, METHODS)]
+
+
+def read_trainer(trainer: Any) -> dict[str, Any]:
+    """Returns the attributes of a trainer that are not its own parts."""
+    # Connectors have names with an underscore; so have the loggers, which the shield exchanges.
+    return {name: value for name, value in vars(trainer).items() if not name.startswith("_")}
+
+
+def _write_trainer(trainer: Any, content: dict[str, Any]) -> None:
+    own = vars(trainer)
+    for name in read_trainer(trainer).keys() - content.keys():
+        del own[name]
+    own.update(content)
+
+
+METHODS = (FunctionType, classmethod, staticmethod, property)
+
+DICT = Holder(dict.copy, _write_dict, dict.values)
+MODULE = Holder(dict.copy, _write_dict, dict.values)
+ORDERED = Holder(_read_ordered, _write_ordered, dict.values)
+LIST = Holder(list.copy, _write_list)
+DEQUE = Holder(list, _write_deque)
+SET = Holder(set.copy, _write_set)
+CELL = Holder(read_cell, _write_cell)
+CLASS = Holder(read_class, _write_class, _class_values)
+SLOTS = Holder(read_slots, write_slots, dict.values)
+TRAINER = Holder(read_trainer, _write_trainer, dict.values)
+OBJECTS = Holder(read_objects, write_objects)
+CONTAINERS = {Kind.DICT: DICT, Kind.LIST: LIST, Kind.DEQUE: DEQUE, Kind.SET: SET}
+
+
+def held_by(value: Any) -> Held | None:
+    """Returns what a container holds now; None for other objects."""
+    holder = CONTAINERS.get(kind_of(type(value)))
+    if isinstance(value, OrderedDict):
+        holder = ORDERED
+    return None if holder is None else Held(value, holder, holder.read(value))
+
+
+class Held(NamedTuple):
+    """What a container holds at a moment: the very objects."""
+
+    owner: Any
+    holder: Holder
+    content: Any
+
+    def is_same(self) -> bool:
+        """Whether the container still holds the very same."""
+        now = self._now()
+        return len(now) == len(self.content) and self._begins_alike(now)
+
+    def has_grown(self) -> bool:
+        """Whether it holds the same, and perhaps more at its end."""
+        now = self._now()
+        grows = self.holder in (LIST, DICT, ORDERED) and len(now) > len(self.content)
+        return (grows or len(now) == len(self.content)) and self._begins_alike(now)
+
+    def _now(self) -> Any:
+        """Returns what it holds now; a plain one itself, which may be too large to copy."""
+        is_plain = type(self.owner) in (dict, list)
+        return self.owner if is_plain else self.holder.read(self.owner)
+
+    def _begins_alike(self, now: Any) -> bool:
+        then = self.content
+        if isinstance(now, set):
+            return bool(now == then)
+        alike = all(map(operator.is_, now, then))
+        if isinstance(now, dict):
+            alike = alike and all(map(operator.is_, now.values(), then.values()))
+        return alike
+
+
+def cut(owner: Any, holder: Holder, length: int) -> bool:
+    """Takes away what has come at the end of a container; returns whether that was possible."""
+    if holder is LIST:
+        list.__delitem__(owner, slice(length, None))
+    elif holder in (DICT, ORDERED):
+        pop = OrderedDict.popitem if holder is ORDERED else dict.popitem
+        while len(owner) > length:
+            pop(owner)
+    return len(owner) == length
+
+
+# --------------------------------------------------------------------- generators and iterators
+
+
+def read_generator(value: Any) -> Any:
+    """Returns the state of a generator of random numbers."""
+    if isinstance(value, (torch.Generator, np.random.RandomState)):
+        return value.get_state()
+    return value.getstate() if isinstance(value, random.Random) else value.bit_generator.state
+
+
+def write_generator(value: Any, state: Any) -> None:
+    """Puts back what :func:`read_generator` returned."""
+    if isinstance(value, (torch.Generator, np.random.RandomState)):
+        value.set_state(state)
+    elif isinstance(value, random.Random):
+        value.setstate(state)
+    else:
+        value.bit_generator.state = state
+
+
+def copy_iterator(value: Any) -> Any:
+    """Copies an iterator over things in memory, at its position; None where it has no copy."""
+    if kind_of(type(value)) is not Kind.ITERATOR or type(value).__module__ not in (
+        "builtins",
+        "itertools",
+    ):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            kind, arguments, *state = value.__reduce__()
+    except TypeError:  # a generator, an open file, or from Python 3.14 on
+        return None
+    parts = []
+    for part in arguments:
+        if kind_of(type(part)) is Kind.ITERATOR:
+            part = copy_iterator(part)
+            if part is None:
+                return None
+        parts.append(part)
+    result = kind(*parts)
+    if state and state[0] is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            result.__setstate__(copy.copy(_with_own_lists(state[0])))
+    return result
+
+
+def _with_own_lists(state: Any) -> Any:
+    """``itertools.cycle`` goes on filling the list that is part of its state."""
+    if isinstance(state, tuple):
+        return tuple(list(part) if isinstance(part, list) else part for part in state)
+    return state
+
+
+class Guard:
+    """Stands in the place of an iterator that could not be put back; refuses to be advanced."""
+
+    def __init__(self, iterator: Any, refuse: Callable[[Any], Any]) -> None:
+        self._iterator = iterator
+        self._refuse = refuse
+
+    def __iter__(self) -> Guard:
+        return self
+
+    def __next__(self) -> Any:
+        self._refuse(self._iterator)
+
+    def __getattr__(self, name: str) -> Any:  # send, close, …
+        self._refuse(self._iterator)
