@@ -21,6 +21,7 @@ from lightning_hpo._kinds import (
     read_slots,
     slots_of,
 )
+from lightning_hpo._tensors import note_views
 from lightning_hpo.distributed import is_sharded
 from lightning_hpo.holders import (
     CELL,
@@ -429,7 +430,11 @@ class Walker:
 
 def _sort(value: Tensor, reached: Reached, most: int) -> None:
     """Files a tensor. One with a graph was computed, and is not written to."""
-    if is_computed(value) or is_lazy(value):
+    if is_lazy(value):
+        return
+    if is_computed(value):
+        if value._base is not None and value._base.is_leaf:
+            note_views([value._base])
         return
     if is_sharded([value]):  # replays work on the shards themselves
         return

@@ -99,6 +99,7 @@ class ModuleState:
         tuples: Tuples.
         tensors: Tensors that a step may write to.
         values: What these held, and the arrays, generators and iterators.
+        gradients: Gradients of leaves that no optimizer moves.
         others: The arrays, generators and iterators.
     """
 
@@ -107,6 +108,7 @@ class ModuleState:
     tuples: dict[int, Any] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
+    gradients: dict[int, Tensor | None] = field(default_factory=dict)
     others: dict[int, Any] = field(default_factory=dict)
 
 
@@ -131,7 +133,8 @@ def remember(
     values |= copies_of({key: t for key, t in tensors.items() if key not in values})
     values |= {key: read_store(array) for key, array in reached.arrays.items()}
     values |= {key: read_generator(value) for key, value in reached.generators.items()}
-    values |= {key: copy_iterator(value) for key, value in reached.iterators.items()}
+    memo: dict[int, Any] = {}
+    values |= {key: copy_iterator(value, memo) for key, value in reached.iterators.items()}
     return ModuleState(
         held={key: _without_graphs(held) for key, held in reached.held.items()},
         empty=reached.empty,
@@ -145,13 +148,20 @@ def remember(
 def _without_graphs(held: Held) -> Held:
     """What an earlier step has computed is a number; its graph is let go of."""
     values = held.holder.values(held.content)
-    if not any(isinstance(v, Tensor) and is_computed(v) for v in values):
+    if not any(_has_graph(v) for v in values):
         return held
     return held._replace(content=_replaced(held, _detached))
 
 
 def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) and is_computed(value) else value
+    return value.detach() if _has_graph(value) else value
+
+
+def _has_graph(value: Any) -> bool:
+    """Whether a value is a tensor that was computed, and no mere view of a parameter."""
+    if not isinstance(value, Tensor) or not is_computed(value):
+        return False
+    return value._base is None or not value._base.is_leaf
 
 
 def _replaced(held: Held, change: Callable[[Any], Any]) -> Any:
@@ -307,11 +317,12 @@ def _stand_ins(walker: Walker, reached: Reached, state: ModuleState) -> dict[int
         )
 
     found = {}
+    memo: dict[int, Any] = {}
     iterators = reached.iterators | {
         key: value for key, value in state.others.items() if kind_of(type(value)) is Kind.ITERATOR
     }
     for key, value in iterators.items():
-        copied = copy_iterator(state.values.get(key, value))
+        copied = copy_iterator(state.values.get(key, value), memo)
         found[key] = Guard(value, refuse) if copied is None else copied
     return found
 

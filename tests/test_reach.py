@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    STEPS,
     Mlp,
     fit,
     frozen,
@@ -786,3 +787,117 @@ def test_classes_of_libraries_are_left_alone():
     reached = Walker(Mlp()).walk()
     owners = [held.owner for held in reached.held.values() if isinstance(held.owner, type)]
     assert owners == [Mlp]
+
+
+# ------------------------------------------------------------- gradients and views kept by the step
+
+
+class MovesPrompt(Mlp):
+    """Adversarial training for free: moves a perturbation by what the last step has left."""
+
+    def __init__(self):
+        super().__init__("momentum")
+        self.prompt = self.make_prompt()
+
+    def make_prompt(self):
+        return torch.zeros(4, requires_grad=True)
+
+    def training_step(self, batch, batch_idx):
+        if self.prompt.grad is not None:
+            self.prompt.data.add_(0.1 * self.prompt.grad.sign())
+            self.prompt.grad.zero_()
+        return self.loss((batch[0] + self.prompt, batch[1]))
+
+    def kept(self):
+        return self.prompt.tolist(), str(self.prompt.grad)
+
+
+class MovesParameter(MovesPrompt):
+    def make_prompt(self):
+        return nn.Parameter(torch.zeros(4))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("kind", [MovesPrompt, MovesParameter])
+def test_gradients_of_leaves_that_no_optimizer_moves(kind):
+    for make in ESTIMATORS.values():
+        assert_undisturbed(kind, make)
+    assert_exact(kind)
+
+
+class Transposed(Mlp):
+    """Decodes with a view of the weight that encodes."""
+
+    def __init__(self):
+        super().__init__("momentum")
+        self.decoder = self.view(self.net[0].weight)
+
+    def view(self, weight):
+        return weight.t()
+
+    def training_step(self, batch, batch_idx):
+        decoded = F.linear(torch.tanh(self.net[0](batch[0])), self.decoder.reshape(4, 5))
+        return self.loss(batch) + F.mse_loss(decoded, batch[0])
+
+
+class Flattened(Transposed):
+    def view(self, weight):
+        return weight.view(-1)
+
+
+@pytest.mark.parametrize("kind", [Transposed, Flattened])
+@pytest.mark.parametrize("derivatives", ["auto", "finite_difference"])
+def test_views_of_weights(kind, derivatives):
+    for make in (lambda: ClipR(math.inf), lambda: UnrollK(STEPS, "reverse")):
+        every = {} if isinstance(make(), ClipR) else {"every_n_steps": STEPS}
+        callback = observe(make(), kind(), derivatives=derivatives, **every)
+        assert relative_error(last_hypergradient(callback), truth(kind)) < 1e-5
+    # Replays make the node of a view anew, which reorders a sum by one rounding; walks must not.
+    assert_undisturbed(kind, T1T2)
+
+
+# ------------------------------------------------------------- iterators that draw from one another
+
+
+class Drawing(Mlp):
+    def __init__(self):
+        super().__init__("momentum")
+        self.source = self.make()
+
+    def make(self):
+        return itertools.chain([1.0, 2.0] * 20, [3.0])
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) * (1 + 0.1 * next(self.source))
+
+
+class Chained(Drawing):
+    def make(self):
+        chain = itertools.chain.from_iterable([[1.0, 2.0, 3.0]] * 20)
+        next(chain)
+        return chain
+
+
+class Repeated(Drawing):
+    def make(self):
+        return itertools.chain(*itertools.repeat([1.0, 2.0], 20))
+
+
+class Alternating(Drawing):
+    """Two attributes draw from one."""
+
+    def make(self):
+        self.numbers = iter([float(i) for i in range(100)])
+        return map(float, self.numbers)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * next(self.numbers))
+
+
+@pytest.mark.parametrize("kind", [Drawing, Chained, Repeated, Alternating])
+def test_iterators_that_draw_from_others(kind):
+    for make in ESTIMATORS.values():
+        assert_undisturbed(kind, make)
+    assert_exact(kind)
