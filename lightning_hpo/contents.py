@@ -29,10 +29,12 @@ from lightning_hpo.holders import (
     CONTAINERS,
     DEQUE,
     DICT,
+    LIST,
     METHODS,
     MODULE,
     OBJECTS,
     ORDERED,
+    SET,
     SLOTS,
     TRAINER,
     Guard,
@@ -334,7 +336,7 @@ class Walker:
         def hold(owner: Any, holder: Holder) -> None:
             key = id(owner)
             is_left = key in self._still and not reached.is_due
-            if is_left and len(owner) > _LARGE and holder is not DEQUE:
+            if is_left and holder in (DICT, LIST, ORDERED, SET) and len(owner) > _LARGE:
                 reached.lengths[key] = owner, holder, len(owner)
                 return
             content = holder.read(owner)
