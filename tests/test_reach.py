@@ -386,6 +386,29 @@ def test_a_large_container_that_is_only_read_is_not_copied():
     assert id(model.large) in reached.lengths
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {i: {j: {k: {} for k in range(9)} for j in range(9)} for i in range(15)},
+        lambda: [list(range(50)) for _ in range(90)],
+    ],
+    ids=["trie", "lists"],
+)
+def test_many_small_containers_together_are_large(make):
+    model = Large(make)
+    model.counts = [{"n": 0} for _ in range(9)]
+    model.changing = [{j: {k: k for k in range(9)} for j in range(9)} for _ in range(30)]
+    walker = Walker(model)
+    for _ in range(8):
+        reached = walker.walk(looks=True)
+        model.changing[3][2][1] += 1
+        walker.judge(reached, {})
+    assert id(model.large) in reached.held
+    assert id(model.large[0]) not in reached.held
+    assert id(model.counts[0]) in reached.held  # small, and copied each time
+    assert id(model.changing[3][2]) in reached.held
+
+
 def test_a_large_container_that_loses_entries_later_is_named():
     class Losing(Large):
         def training_step(self, batch, batch_idx):
