@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import array
+import ctypes
 import enum
 import functools
 import random
 import sys
+import threading
 import types
 import weakref
 from collections import deque
@@ -23,7 +26,7 @@ class Kind(enum.Enum):
 
     ATOM = enum.auto()  # immutable, opaque, or machinery: neither copied nor looked into
     TENSOR = enum.auto()
-    ARRAY = enum.auto()
+    ARRAY = enum.auto()  # of NumPy, and other memory that is written to in place
     GENERATOR = enum.auto()  # of random numbers
     ITERATOR = enum.auto()  # cannot be put back once it has been advanced
     MODULE = enum.auto()
@@ -37,7 +40,10 @@ class Kind(enum.Enum):
     METHOD = enum.auto()
     PARTIAL = enum.auto()
     CELL = enum.auto()
+    WEAK = enum.auto()  # a weak reference
     OBJECT = enum.auto()  # attributes, in a __dict__ or in slots
+    HOST = enum.auto()  # the same of a callback, a datamodule or a loader, which may hold data
+    TRAINER = enum.auto()
 
 
 _ATOMS = (
@@ -60,16 +66,20 @@ _ATOMS = (
     types.ModuleType,
     types.BuiltinFunctionType,
     types.CodeType,
-    weakref.ReferenceType,
     weakref.ProxyType,
     weakref.CallableProxyType,
 )
 
-# What the training itself moves, or what belongs to the host: a step gets at it, but its state is
-# not the module's. By name, so that it is known in either package of Lightning.
+# By name, so that it is known in either package of Lightning.
 _HOST = {"lightning", "lightning_fabric", "pytorch_lightning"}
-_HOST_BASES = {"Callback", "LightningDataModule", "Logger", "Strategy", "Trainer"}
-_MACHINERY_BASES = (torch.optim.Optimizer, DataLoader)
+_BY_HOST_BASE = {
+    "Callback": Kind.HOST,
+    "LightningDataModule": Kind.HOST,
+    "Logger": Kind.ATOM,
+    "Strategy": Kind.ATOM,
+    "Trainer": Kind.TRAINER,
+}
+# What the training itself moves: a step gets at it, but its state is not the module's.
 _MACHINERY_OF = _HOST | {
     "_io",
     "_thread",
@@ -90,12 +100,13 @@ _MACHINERY_OF_TORCH = ("torch._", "torch.distributed.", "torch.fx.", "torch.util
 _BY_BASE: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
     (_ATOMS, Kind.ATOM),
     (Tensor, Kind.TENSOR),
-    (np.ndarray, Kind.ARRAY),
+    ((np.ndarray, bytearray, array.array, memoryview, torch.UntypedStorage), Kind.ARRAY),
     (
         (torch.Generator, np.random.Generator, np.random.RandomState, random.Random),
         Kind.GENERATOR,
     ),
-    (_MACHINERY_BASES, Kind.ATOM),
+    (torch.optim.Optimizer, Kind.ATOM),
+    (DataLoader, Kind.HOST),
     (torch.jit.ScriptModule, Kind.SCRIPT),
     (nn.Module, Kind.MODULE),
     (dict, Kind.DICT),
@@ -107,6 +118,8 @@ _BY_BASE: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
     (types.MethodType, Kind.METHOD),
     (functools.partial, Kind.PARTIAL),
     (types.CellType, Kind.CELL),
+    (weakref.ReferenceType, Kind.WEAK),
+    (threading.local, Kind.OBJECT),
 )
 
 
@@ -114,21 +127,42 @@ def _kind_of(cls: type) -> Kind:
     for bases, kind in _BY_BASE:
         if issubclass(cls, bases):
             return kind
+    if _is_numeric(cls):
+        return Kind.ARRAY
     name = cls.__module__
+    if name == "multiprocessing.sharedctypes":
+        return Kind.OBJECT
     is_bare = not has_dict(cls) and not slots_of(cls)
     if issubclass(cls, Iterator) and (is_bare or name == "torch.utils.data.dataloader"):
         return Kind.ITERATOR
-    if is_bare or _root(cls) in _MACHINERY_OF or name.startswith(_MACHINERY_OF_TORCH):
-        return Kind.ATOM
-    if any(base.__name__ in _HOST_BASES and _root(base) in _HOST for base in cls.__mro__):
-        return Kind.ATOM
     if any(_root(base) == "lightning_hpo" for base in cls.__mro__):
         return Kind.ATOM  # a penalty, whose constants may be as many as θ: replays share them
+    if cls.__name__ == "Trainer" and _root(cls) in _HOST:
+        return Kind.TRAINER
+    if is_bare or _root(cls) in _MACHINERY_OF or name.startswith(_MACHINERY_OF_TORCH):
+        return Kind.ATOM
+    for base in cls.__mro__:
+        if _root(base) in _HOST and base.__name__ in _BY_HOST_BASE:
+            return _BY_HOST_BASE[base.__name__]
     return Kind.OBJECT
 
 
 kind_of: Callable[[type], Kind] = functools.lru_cache(maxsize=4096)(_kind_of)
 """Returns how the instances of a type hold what can change in them."""
+
+
+def _is_numeric(cls: type) -> bool:
+    """Whether a type is one of ctypes without pointers, whose content is put back as bytes."""
+    parts: list[Any] = [cls]
+    while parts:
+        part = parts.pop()
+        if issubclass(part, ctypes.Array):
+            parts.append(part._type_)
+        elif issubclass(part, (ctypes.Structure, ctypes.Union)):
+            parts += [field[1] for field in getattr(part, "_fields_", ())]
+        elif not issubclass(part, ctypes._SimpleCData) or getattr(part, "_type_", "P") in "OPXZz":
+            return False
+    return True
 
 
 def _root(cls: type) -> str:
@@ -137,7 +171,7 @@ def _root(cls: type) -> str:
 
 def has_dict(cls: type) -> bool:
     """Whether the instances of a type have attributes in a ``__dict__`` of their own."""
-    return bool(cls.__dictoffset__)
+    return bool(cls.__dictoffset__) or issubclass(cls, threading.local)
 
 
 def _slots_of(cls: type) -> tuple[types.MemberDescriptorType, ...]:

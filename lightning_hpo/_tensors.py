@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_hpo.distributed import is_sharded, local
 
@@ -91,13 +92,24 @@ def separate(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[T
     return result
 
 
+# Parameters of which a module keeps views, such as a transposed weight. Keys are weak references.
+_VIEWED = WeakTensorKeyDictionary()
+
+
+def note_views(bases: Iterable[Tensor]) -> None:
+    """Notes parameters of which there are views, so that these see what :func:`holding` does."""
+    for base in bases:
+        _VIEWED[base] = None
+
+
 @contextmanager
 def holding(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
     """Lets tensors hold other values for a while; afterwards they are bit for bit as before.
 
     The storages are exchanged: nothing is copied or rounded, and whatever refers to the tensors
     (modules, hooks, recurrent layers) sees the values. Sharded parameters refer to their storage in
-    several places, so that values are copied into it, and the old ones put back by copy.
+    several places, and so do views; there values are copied into it, and the old ones put back by
+    copy.
     """
     if is_sharded(tensors):
         slices = [local(t.detach()) for t in tensors]
@@ -111,13 +123,19 @@ def holding(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[Non
                 s.copy_(value)
         return
     before = [t.data for t in tensors]
+    viewed = {i: t.data.clone() for i, t in enumerate(tensors) if _VIEWED and t in _VIEWED}
     try:
-        for t, value in zip(tensors, values, strict=True):
-            t.data = value.to(t.dtype)
+        for i, (t, value) in enumerate(zip(tensors, values, strict=True)):
+            if i in viewed:
+                t.data.copy_(value)
+            else:
+                t.data = value.to(t.dtype)
         yield
     finally:
-        for t, data in zip(tensors, before, strict=True):
+        for i, (t, data) in enumerate(zip(tensors, before, strict=True)):
             t.data = data
+            if i in viewed:
+                data.copy_(viewed[i])
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import copy
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lightning_hpo._kinds import Kind, has_dict, kind_of, read_slots, write_slots
 from lightning_hpo._lightning import MisconfigurationException
+from lightning_hpo.stores import read_objects, write_objects
 
 
 def copy_batch(batch: Any) -> Any:
@@ -38,34 +40,85 @@ def _copied(value: Any, memo: dict[int, Any], memories: dict[int, Any]) -> Any:
     return memo[id(value)][1]
 
 
-_SHARED = {Kind.ATOM, Kind.MODULE, Kind.SCRIPT, Kind.FUNCTION, Kind.METHOD, Kind.PARTIAL, Kind.CELL}
+_SHARED = {
+    *(Kind.ATOM, Kind.MODULE, Kind.SCRIPT, Kind.FUNCTION, Kind.METHOD, Kind.PARTIAL, Kind.CELL),
+    *(Kind.HOST, Kind.TRAINER, Kind.WEAK),
+}
+
+
+class _Part(NamedTuple):
+    """A stretch of a storage, in bytes, and the tensors that lie in it with their copies."""
+
+    start: int
+    end: int
+    views: list[tuple[Tensor, Tensor]]
 
 
 def _copy_tensor(value: Tensor, memo: dict[int, Any], memories: dict[int, Any]) -> Tensor:
-    """Copies a tensor; one that lies in the memory of another lies in that of its copy."""
-    try:
-        memory = value.untyped_storage()
-        place = memory._cdata
-    except (NotImplementedError, RuntimeError):  # sparse
-        return value.clone()
-    if place not in memories:
-        memories[place] = memory, [], None
-    _, views, own = memories[place]
-    if not views:
-        copied = value.detach().clone()
-        views.append((value, copied))
+    """Copies a tensor, and the attributes that have been set on it.
+
+    One that overlaps with another lies in the same memory as its copy. Only what is covered by
+    both is copied: batches may be slices of the whole data.
+    """
+    if value.is_nested or value.layout is not torch.strided:
+        return value.detach().clone()
+    memory = value.untyped_storage()
+    start = int(value.storage_offset()) * value.element_size()
+    steps = zip(value.size(), value.stride(), strict=True)
+    last = int(sum((n - 1) * stride for n, stride in steps)) if value.numel() else -1
+    new = _Part(start, start + (last + 1) * value.element_size(), [])
+    # The storage is kept, so that its place is not given to another one meanwhile.
+    _, parts = memories.setdefault(memory._cdata, (memory, []))
+    shared = [part for part in parts if part.start < new.end and new.start < part.end]
+    if shared:
+        copied = torch.empty(0, dtype=value.dtype, device=value.device)
+        if type(value) is not Tensor:
+            copied = copied.as_subclass(type(value))
     else:
-        if own is None:
-            own = memory.clone()
-            memories[place] = memory, views, own
-            _lay(views[0][1], own, views[0][0])
-        copied = _lay(torch.empty(0, dtype=value.dtype, device=value.device), own, value)
+        copied = value.detach().clone()
+    new.views.append((value, copied))
+    if shared:
+        parts[:] = [part for part in parts if not any(part is other for other in shared)]
+        new = _joined([*shared, new], memory)
+    parts.append(new)
+    for name, item in vars(value).items():
+        if name not in vars(copied):
+            vars(copied)[name] = _copied(item, memo, memories)
     return copied.requires_grad_() if value.requires_grad else copied
 
 
-def _lay(view: Tensor, memory: torch.UntypedStorage, like: Tensor) -> Tensor:
+def _joined(parts: list[_Part], memory: torch.UntypedStorage) -> _Part:
+    """Lays the copies of tensors that overlap into one copy of their memory."""
+    views = [pair for part in parts for pair in part.views]
+    start = min(part.start for part in parts) // 16 * 16  # a multiple of each element's size
+    end = max(part.end for part in parts)
+    whole = torch.empty(0, dtype=torch.uint8, device=views[0][0].device)
+    own = whole.set_(memory, start, (end - start,), (1,)).clone().untyped_storage()
     with torch.no_grad():
-        return view.set_(memory, like.storage_offset(), like.size(), like.stride())
+        for like, view in views:
+            offset = like.storage_offset() - start // like.element_size()
+            view.set_(own, offset, like.size(), like.stride())
+    return _Part(start, end, views)
+
+
+def _copy_array(value: Any, memo: dict[int, Any], memories: dict[int, Any]) -> Any:
+    """Copies an array, of objects too, or other memory that is written to in place."""
+    if isinstance(value, np.ndarray):
+        result = np.array(value, copy=True, subok=True)
+        if value.dtype == object:
+            memo[id(value)] = value, result
+            write_objects(result, [_copied(item, memo, memories) for item in read_objects(value)])
+        return result
+    if isinstance(value, (bytearray, array.array)):
+        return value[:]
+    if isinstance(value, memoryview):
+        if value.readonly:
+            return value
+        own: Any = memoryview(bytearray(value))
+        return own.cast(value.format, value.shape)
+    if isinstance(value, torch.UntypedStorage):
+        return value.clone()
+    return type(value).from_buffer_copy(value)
 
 
 def _copy_generator(value: Any, memo: dict[int, Any], memories: dict[int, Any]) -> Any:
@@ -154,11 +207,15 @@ def _by_attributes(value: Any, memo: dict[int, Any], memories: dict[int, Any]) -
     """Copies an object, and then what its attributes, slots and entries hold."""
     if kind_of(type(value)) is Kind.ITERATOR:
         return None
-    result = copy.copy(value)
+    is_its_own = has_dict(type(value)) and vars(value) is value  # entries are attributes
+    result = dict.__new__(type(value)) if is_its_own else copy.copy(value)
     if type(result) is not type(value) or result is value:
         return None
     memo[id(value)] = value, result
-    if has_dict(type(value)):
+    if is_its_own:
+        result.__dict__ = result
+        dict.update(result, value)
+    elif has_dict(type(value)):
         # As they are in the original: what a __copy__ has made of them may be half a copy.
         held = {name: _copied(item, memo, memories) for name, item in vars(value).items()}
         vars(result).clear()
@@ -170,13 +227,13 @@ def _by_attributes(value: Any, memo: dict[int, Any], memories: dict[int, Any]) -
 
 
 def _is_own(result: Any, value: Any) -> bool:
-    """Whether a copy shares no tensor or array with the original, and has as many of them."""
+    """Whether a copy shares no tensor, array or container with the original, and has as many."""
     ours, theirs = list(_memories(result)), list(_memories(value))
     return len(ours) == len(theirs) and not set(ours) & set(theirs)
 
 
 def _memories(value: Any) -> Iterator[Any]:
-    """Yields where the tensors and arrays that an object reaches lie in memory."""
+    """Yields where tensors, arrays and containers that an object reaches lie in memory."""
     seen = {id(value)}
     stack = [value]
     while stack:
@@ -190,9 +247,15 @@ def _memories(value: Any) -> Iterator[Any]:
             except (NotImplementedError, RuntimeError):
                 yield id(value)
         elif kind is Kind.ARRAY:
-            if value.size:
+            if not isinstance(value, np.ndarray):
+                yield id(value)
+            elif value.dtype == object:
+                children += read_objects(value)
+            elif value.size:
                 yield value.__array_interface__["data"][0]
         elif kind not in _SHARED:
+            if kind in (Kind.DICT, Kind.LIST, Kind.DEQUE, Kind.SET) and len(value):
+                yield id(value)
             if kind is Kind.DICT:
                 children += dict.values(value)
             elif kind in (Kind.LIST, Kind.DEQUE, Kind.TUPLE, Kind.SET):
@@ -208,7 +271,7 @@ def _memories(value: Any) -> Iterator[Any]:
 
 _COPIERS = {
     Kind.TENSOR: _copy_tensor,
-    Kind.ARRAY: lambda value, *_: np.array(value, copy=True, subok=True),
+    Kind.ARRAY: _copy_array,
     Kind.GENERATOR: _copy_generator,
     Kind.TUPLE: _copy_tuple,
     Kind.DICT: _copy_container,

@@ -6,7 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from lightning_hpo._kinds import (
     read_slots,
     slots_of,
 )
+from lightning_hpo._tensors import note_views
 from lightning_hpo.distributed import is_sharded
 from lightning_hpo.holders import (
     CELL,
@@ -28,26 +29,47 @@ from lightning_hpo.holders import (
     CONTAINERS,
     DEQUE,
     DICT,
+    LIST,
     METHODS,
     MODULE,
+    OBJECTS,
     ORDERED,
+    SET,
     SLOTS,
+    TRAINER,
     Guard,
     Held,
     Holder,
     read_cell,
     read_class,
+    read_trainer,
 )
+from lightning_hpo.stores import is_same_store, is_writable, read_objects, size_of
 
 # Tensors and arrays up to this many elements, kept as plain attributes, are copied for a replay. A
-# larger one is rather data than a counter; a replay that writes to it is refused.
+# larger one is rather data than a counter: it is copied where steps have been seen to change it.
 _COPIED_ELEMENTS = 1_000_000
 
-# A container with more entries is looked through now and then only: see Walker.
+# All of the larger ones are copied at the first replays, up to this many elements together.
+_LOOKED_AT = 1 << 26
+
+# Of data that a callback, a datamodule or a loader holds, up to this many.
+_COPIED_DATA = 10_000
+
+# What holds more entries, all in all, is looked through now and then only: see Walker.
 _LARGE = 1_000
 
-# Walks at which that happens in any case: the losses of both kinds, and the first products.
-_FIRST = 4
+# Up to this many entries are looked at one by one.
+_FEW = 32
+
+# Walks of each kind at which that happens in any case. Several come before θ moves, and a teacher
+# that follows θ does not change before.
+_FIRST = 5
+
+_WITH_ATTRIBUTES = {Kind.MODULE, Kind.OBJECT, Kind.HOST, Kind.DICT, Kind.LIST, Kind.ARRAY}
+
+_WITH_CLASS = {Kind.MODULE, Kind.OBJECT, Kind.HOST}
+_WITH_ATTRIBUTES = {*_WITH_CLASS, Kind.DICT, Kind.LIST, Kind.ARRAY}
 
 # Of these one object may stand in many places.
 _NAMELESS = (int, float, complex, str, bytes, type, type(None))
@@ -63,13 +85,6 @@ _CHECKPOINT_HOOKS = frozenset(
 )
 
 
-class Large(NamedTuple):
-    """A large container that has been looked through, and what lies behind it alone."""
-
-    outer: Held
-    inner: Reached
-
-
 @dataclass
 class Reached:
     """What a walk has come by, by ``id``.
@@ -81,12 +96,16 @@ class Reached:
         parameters: Parameters, and other leaves that require grad.
         tensors: Other tensors that a step may write to.
         tuples: Tuples, which may hold what does change.
-        watched: Tensors that are too large to be copied.
+        watched: Tensors and arrays that are too large to be copied every time.
         arrays: Arrays that a step may write to.
         generators: Generators of random numbers.
         iterators: Iterators.
         lengths: Large containers that steps have not been seen to change, and their lengths.
-        large: Large containers that have been looked through.
+        parents: By way of what an object has been reached.
+        data: What is reached by way of callbacks, datamodules and loaders only.
+        is_due: Whether all has been looked through, to see what a step changes.
+        is_early: Whether that is one of the first times.
+        is_thorough: Whether what is large is copied.
     """
 
     held: dict[int, Held] = field(default_factory=dict)
@@ -95,17 +114,16 @@ class Reached:
     parameters: dict[int, Tensor] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     tuples: dict[int, Any] = field(default_factory=dict)
-    watched: dict[int, Tensor] = field(default_factory=dict)
+    watched: dict[int, Any] = field(default_factory=dict)
     arrays: dict[int, Any] = field(default_factory=dict)
     generators: dict[int, Any] = field(default_factory=dict)
     iterators: dict[int, Any] = field(default_factory=dict)
     lengths: dict[int, tuple[Any, Holder, int]] = field(default_factory=dict)
-    large: dict[int, Large] = field(default_factory=dict)
-
-    def add(self, other: Reached) -> None:
-        """Takes over what another walk has come by."""
-        for name, found in vars(other).items():
-            vars(self)[name].update(found)
+    parents: dict[int, int] = field(default_factory=dict)
+    data: set[int] = field(default_factory=set)
+    is_due: bool = False
+    is_early: bool = False
+    is_thorough: bool = False
 
 
 class Walker:
@@ -113,10 +131,14 @@ class Walker:
 
     Attributes of classes are among them, but for those of libraries.
 
-    A container of many entries is looked through at the first walks and then ever more rarely.
-    Where no step has been seen to change it, or anything behind it, but perhaps by adding to its
-    end, only its length is kept in between. So what a replay costs does not grow with a vocabulary
-    or a history.
+    At the first walks all is looked through, and copied, and then ever more rarely. In between,
+    what has been seen to change is copied, and so is what is small. Where there are many entries,
+    nested ones counted, and no step has been seen to change any of it, but perhaps by adding to
+    the end of a container, only the length of that one is kept. So what a replay costs does not
+    grow with a vocabulary, a history or a frozen backbone.
+
+    What callbacks, datamodules and loaders hold comes last: a step gets at it by the trainer. Of
+    the data there, entries of large containers are not looked into.
 
     Args:
         root: The module, or any other object.
@@ -124,63 +146,153 @@ class Walker:
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._calls = 0
-        self._is_due = True
+        self._walks: dict[Any, int] = {}
+        self._size = 0
         self._still: dict[int, Any] = {}
         self._moving: dict[int, Any] = {}
+        self._judged: dict[int, Any] = {}
+        self._volatile: dict[int, Any] = {}
         self._seen: set[int] = set()
 
-    def walk(self, *, looks: bool = False) -> Reached:
+    def walk(self, *, looks: str | bool = False) -> Reached:
         """Walks.
 
         Args:
-            looks: Whether a step runs now, so that a large container can be seen to change.
+            looks: What runs now, so that it can be seen what it changes: a validation step may
+                leave alone what a training step changes. Else nothing does.
         """
-        self._calls += looks
-        # Two at a time: a validation step may leave alone what a training step changes.
-        since = self._calls - 10 ** (len(str(self._calls)) - 1)
-        self._is_due = looks and (self._calls <= _FIRST or since < 2)
+        reached = Reached()
+        if looks:
+            count = self._walks[looks] = self._walks.get(looks, 0) + 1
+            # Two at a time: the gradient of a step, and its products.
+            since = count - 10 ** (len(str(count)) - 1)
+            reached.is_early = count <= _FIRST
+            reached.is_due = reached.is_early or since < 2
+        reached.is_thorough = reached.is_due or (not looks and self._walks.get("step", 0) < _FIRST)
         self._seen = {id(self._root)}
-        reached = self._explore([self._root])
-        for known in (self._still, self._moving):
-            for key in known.keys() - self._seen:
-                del known[key]
+        hosts = self._explore([self._root], reached)
+        if hosts:
+            known = set(self._seen)
+            while hosts:  # a callback may hold a loader
+                hosts = self._explore(hosts, reached, is_data=True)
+            reached.data = self._seen - known
+        for marked in (self._still, self._moving, self._judged, self._volatile):
+            for key in marked.keys() - self._seen:
+                del marked[key]
         return reached
 
+    def chosen(self, reached: Reached) -> dict[int, Any]:
+        """Returns what is copied of the tensors and arrays that are watched."""
+        watched = reached.watched
+        if not reached.is_thorough:
+            return {key: watched[key] for key in watched.keys() & self._volatile.keys()}
+        found = {}
+        room = _LOOKED_AT
+        for size, key in sorted((_size(value), key) for key, value in watched.items()):
+            is_data = key in reached.data and size > _COPIED_ELEMENTS
+            if key in self._volatile or (size <= room and not is_data):
+                room -= size
+                found[key] = watched[key]
+        return found
+
     def judge(self, reached: Reached, before: Mapping[int, Any]) -> set[int]:
-        """Notes which large containers a step has changed.
+        """Notes what a step has changed.
 
         Args:
             reached: What was reached before the step.
-            before: What tensors, arrays and generators held then.
+            before: What tensors and arrays held then.
 
         Returns:
-            The keys of those that hold what they held, and need not be put back.
+            The keys of containers that hold what they held, and need not be put back.
         """
-        unchanged = set()
-        for key, (outer, inner) in reached.large.items():
-            is_still = (
-                (outer.holder is DEQUE or outer.has_grown())
-                and all(held.is_same() for held in inner.held.values())
-                and all(torch.equal(t.data, before[k]) for k, t in inner.tensors.items())
-                and all(np.array_equal(a, before[k]) for k, a in inner.arrays.items())
-                and not inner.generators
-            )
-            if is_still:
-                self._still[key] = outer.owner
-                if outer.holder is not DEQUE and len(outer.owner) == len(outer.content):
-                    unchanged.add(key)
-                continue
-            self._moving[key] = outer.owner
-            if self._still.pop(key, None) is not None and self._calls > _FIRST:
-                warnings.warn(
-                    f"OnlineHPOCallback: steps change {self.name_of(outer.owner)}, which has "
-                    f"{len(outer.content)} entries and which they left alone at first. Until now "
-                    "replays may have changed it as well; keep what steps change in a smaller "
-                    "object",
-                    stacklevel=2,
-                )
+        unchanged = {key for key, held in reached.held.items() if held.is_same()}
+        changed = reached.held.keys() - unchanged
+        for found in (reached.tensors, reached.parameters, reached.arrays, reached.watched):
+            for key, value in found.items():
+                if key in before and not _is_as_before(value, before[key]):
+                    changed.add(key)
+        for key in changed & reached.watched.keys():
+            if key not in self._volatile:
+                self._volatile[key] = value = reached.watched[key]
+                if not reached.is_early:
+                    self._warn(value, f"{_size(value)} elements")
+        self._mark(reached, changed)
+        self._size = len(reached.held)
         return unchanged
+
+    def must_judge(self, reached: Reached) -> bool:
+        """Whether it is time to see what the step under way changes."""
+        return (
+            reached.is_due
+            or len(reached.held) > 2 * self._size + _LARGE
+            or any(
+                len(held.content) > _LARGE and key not in self._still and key not in self._judged
+                for key, held in reached.held.items()
+            )
+        )
+
+    def _mark(self, reached: Reached, changed: set[int]) -> None:
+        """Notes behind what there are many entries of which none changes."""
+        swapped = reached.parameters.keys() | reached.buffers.keys() | reached.iterators.keys()
+        owners: dict[int, Any] = {key: held.owner for key, held in reached.held.items()}
+        owners |= reached.tuples
+        large = {key for key, held in reached.held.items() if len(held.content) > _LARGE}
+        grown = {
+            key
+            for key in large & changed
+            if reached.held[key].holder is DEQUE or reached.held[key].has_grown()
+        }
+        owners.update(reached.tensors | reached.parameters | reached.arrays | reached.watched)
+        self._moving.update((key, owners[key]) for key in changed - grown)
+        self._judged.update((key, owners[key]) for key in large)
+        weight: dict[int, int] = {}
+        live = set(reached.generators)  # what is to be come by at each walk
+        for key, held in reached.held.items():
+            values = held.holder.values(held.content)
+            weight[key] = 1 + len(held.content)
+            if held.holder is MODULE or not swapped.isdisjoint(map(id, values)):
+                live.add(key)
+        for key, value in reached.tuples.items():
+            weight[key] = 1 + len(value)
+            if not swapped.isdisjoint(map(id, value)):
+                live.add(key)
+        below: set[int] = set()  # of these, something further down changes
+        for key, parent in reversed(reached.parents.items()):
+            weight[parent] = weight.get(parent, 1) + weight.get(key, 1)
+            if key in live:
+                live.add(parent)
+            if key in self._moving or key in grown or key in below:
+                below.add(parent)
+        still: dict[int, Any] = {}
+        inside: set[int] = set()
+        for key, parent in reached.parents.items():
+            if parent in still or parent in inside:
+                inside.add(key)
+            elif (
+                weight.get(key, 0) > _LARGE
+                and (key in reached.held or key in reached.tuples)
+                and key not in live
+                and key not in below
+                and key not in self._moving
+            ):
+                still[key] = owners[key]
+        if not reached.is_due:
+            self._still.update(still)
+            return
+        before, self._still = self._still, still
+        if reached.is_early:
+            return
+        for key in before.keys() & owners.keys() & (below | (large & changed - grown)):
+            entries = len(owners[key]) if key in large else weight[key] - 1
+            self._warn(owners[key], f"{entries} entries")
+
+    def _warn(self, value: Any, size: str) -> None:
+        warnings.warn(
+            f"OnlineHPOCallback: steps change {self.name_of(value)}, which has {size} and which "
+            "they left alone at first. Until now replays may have changed it as well; keep what "
+            "steps change in a smaller object",
+            stacklevel=2,
+        )
 
     def name_of(self, wanted: Any) -> str:
         """Returns where the module holds an object, as in ``'meters[0].total'``."""
@@ -208,42 +320,59 @@ class Walker:
                     stack.append(((name + label).lstrip("."), child))
         return None
 
-    def _explore(self, stack: list[Any]) -> Reached:
-        reached = Reached()
+    def _explore(self, stack: list[Any], reached: Reached, *, is_data: bool = False) -> list[Any]:
+        """Goes through some objects, but for callbacks, datamodules and loaders: returns these."""
         seen = self._seen
+        parents = reached.parents
+        later: list[Any] = []
 
-        def push(values: Iterable[Any]) -> None:
+        def push(values: Iterable[Any], parent: int) -> None:
             for value in values:
                 if kind_of(type(value)) is not Kind.ATOM and id(value) not in seen:
                     seen.add(id(value))
+                    parents[id(value)] = parent
                     stack.append(value)
 
         def hold(owner: Any, holder: Holder) -> None:
+            key = id(owner)
+            is_left = key in self._still and not reached.is_due
+            if is_left and holder in (DICT, LIST, ORDERED, SET) and len(owner) > _LARGE:
+                reached.lengths[key] = owner, holder, len(owner)
+                return
             content = holder.read(owner)
-            reached.held[id(owner)] = Held(owner, holder, content)
-            push(holder.values(content))
+            reached.held[key] = Held(owner, holder, content)
+            # A deque may let go of its first entries for new ones.
+            if is_left or (is_data and len(content) > _LARGE):
+                return
+            kinds = set() if len(content) <= _FEW else set(map(type, holder.values(content)))
+            if not kinds or any(kind_of(kind) is not Kind.ATOM for kind in kinds):
+                push(holder.values(content), key)
 
         def attributes(value: Any) -> None:
             cls = type(value)
-            classes(cls)
-            if has_dict(cls) and type(vars(value)) is dict:
-                hold(vars(value), DICT)
+            classes(value)
+            if has_dict(cls) and type(own := vars(value)) is dict:
+                parents.setdefault(id(own), id(value))
+                hold(own, DICT)
             if slots_of(cls):
                 hold(value, SLOTS)
 
-        def classes(cls: type) -> None:
-            for base in classes_of(cls):
+        def classes(value: Any) -> None:
+            for base in classes_of(type(value)):
                 if id(base) not in seen:
                     seen.add(id(base))
+                    parents[id(base)] = id(value)
                     hold(base, CLASS)
 
         while stack:
             value = stack.pop()
             kind = kind_of(type(value))
+            key = id(value)
             if kind is Kind.MODULE:
-                classes(type(value))
+                classes(value)
                 own = vars(value)
                 content = dict(own)
+                parents[id(own)] = key
                 reached.held[id(own)] = Held(own, MODULE, content)
                 reached.buffers.update((id(b), b) for b in content["_buffers"].values())
                 for name, item in content.items():
@@ -251,80 +380,94 @@ class Walker:
                         continue
                     if type(item) in (dict, OrderedDict) and not item:
                         reached.empty[id(item)] = item
-                    elif kind_of(type(item)) is not Kind.ATOM and id(item) not in seen:
-                        seen.add(id(item))
-                        stack.append(item)
+                    else:
+                        push((item,), id(own))
             elif kind is Kind.TENSOR:
-                _sort(value, reached)
+                _sort(value, reached, _COPIED_DATA if is_data else _COPIED_ELEMENTS)
             elif kind is Kind.CELL:
                 hold(value, CELL)
             elif kind in CONTAINERS:
-                holder = CONTAINERS[kind]
-                if isinstance(value, OrderedDict):
-                    holder = ORDERED
-                if len(value) <= _LARGE:
-                    hold(value, holder)
-                elif id(value) not in self._still or self._is_due:
-                    self._look_through(value, holder, reached)
-                elif kind is Kind.DEQUE:  # it may let go of its first entries for new ones
-                    reached.held[id(value)] = Held(value, holder, holder.read(value))
-                else:
-                    reached.lengths[id(value)] = value, holder, len(value)
+                hold(value, ORDERED if isinstance(value, OrderedDict) else CONTAINERS[kind])
                 attributes(value)
             elif kind is Kind.TUPLE:
-                push(value)
-                reached.tuples[id(value)] = value
-            elif kind is Kind.OBJECT:
+                reached.tuples[key] = value
+                if reached.is_due or key not in self._still:
+                    push(value, key)
+            elif kind is Kind.OBJECT or (kind is Kind.HOST and is_data):
                 attributes(value)
+            elif kind is Kind.TRAINER and is_data:
+                hold(value, TRAINER)
+                push((value.train_dataloader, value.val_dataloaders), key)
+            elif kind in (Kind.HOST, Kind.TRAINER):
+                later.append(value)
             elif kind is Kind.FUNCTION:
-                push(value.__closure__ or ())
-                push((value.__defaults__, value.__kwdefaults__))
+                push(value.__closure__ or (), key)
+                push((value.__defaults__, value.__kwdefaults__), key)
                 if value.__dict__:
-                    push((value.__dict__,))
+                    push((value.__dict__,), key)
             elif kind is Kind.METHOD:
-                push((value.__self__, value.__func__))
+                push((value.__self__, value.__func__), key)
             elif kind is Kind.PARTIAL:
-                push((value.func, value.args, value.keywords))
+                push((value.func, value.args, value.keywords), key)
+            elif kind is Kind.WEAK:
+                push((value(),), key)
             elif kind is Kind.ARRAY:
-                if value.flags.writeable and value.size <= _COPIED_ELEMENTS:
-                    reached.arrays[id(value)] = value
+                if isinstance(value, np.ndarray) and value.dtype == object:
+                    hold(value, OBJECTS)
+                elif is_writable(value):
+                    most = _COPIED_DATA if is_data else _COPIED_ELEMENTS
+                    (reached.arrays if _size(value) <= most else reached.watched)[key] = value
+                if isinstance(value, np.ndarray):  # the mask of one that is masked
+                    attributes(value)
             elif kind is Kind.GENERATOR:
-                reached.generators[id(value)] = value
+                reached.generators[key] = value
             elif kind is Kind.ITERATOR:
-                reached.iterators[id(value)] = value
+                reached.iterators[key] = value
             elif kind is Kind.SCRIPT:
                 buffers = list(value.buffers())
                 reached.buffers.update((id(b), b) for b in buffers)
-                push(buffers)
-        return reached
-
-    def _look_through(self, value: Any, holder: Holder, reached: Reached) -> None:
-        content = holder.read(value)
-        outer = Held(value, holder, content)
-        inner = Reached()
-        kinds = {kind_of(cls) for cls in set(map(type, holder.values(content)))}
-        if kinds != {Kind.ATOM}:
-            new = [item for item in holder.values(content) if id(item) not in self._seen]
-            self._seen.update(map(id, new))
-            inner = self._explore(new)
-        reached.add(inner)
-        reached.held[id(value)] = outer
-        if id(value) not in self._moving:
-            reached.large[id(value)] = Large(outer, inner)
+                push(buffers, key)
+        return later
 
 
-def _sort(value: Tensor, reached: Reached) -> None:
+def _sort(value: Tensor, reached: Reached, most: int) -> None:
     """Files a tensor. One with a graph was computed, and is not written to."""
-    if value.grad_fn is not None or is_lazy(value):
+    if is_lazy(value):
+        return
+    if is_computed(value):
+        if value._base is not None and value._base.is_leaf:
+            note_views([value._base])
         return
     if is_sharded([value]):  # replays work on the shards themselves
         return
     if isinstance(value, nn.Parameter) or value.requires_grad:
         reached.parameters[id(value)] = value
-    elif value.numel() <= _COPIED_ELEMENTS or id(value) in reached.buffers:
+    elif value.numel() <= most or id(value) in reached.buffers:
         reached.tensors[id(value)] = value
     else:
         reached.watched[id(value)] = value
+
+
+def is_computed(value: Tensor) -> bool:
+    """Whether a tensor has a graph.
+
+    Of a view of what requires grad that is not asked: reading ``grad_fn`` makes the node anew where
+    the memory has been written to since, and sums of gradients would have another order.
+    """
+    if not value.requires_grad:
+        return False
+    base = value._base
+    return (base is not None and base.requires_grad) or value.grad_fn is not None
+
+
+def _size(value: Any) -> int:
+    return value.numel() if isinstance(value, Tensor) else size_of(value)
+
+
+def _is_as_before(value: Any, before: Any) -> bool:
+    if isinstance(value, Tensor):
+        return torch.equal(value.data, before)
+    return is_same_store(value, before)
 
 
 def _named_children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -333,16 +476,30 @@ def _named_children(value: Any) -> Iterator[tuple[str, Any]]:
     if kind is Kind.MODULE:
         for registered in (value._modules, value._buffers, value._parameters):
             yield from ((f".{name}", child) for name, child in registered.items())
-    if kind in (Kind.MODULE, Kind.OBJECT, Kind.DICT, Kind.LIST) and has_dict(type(value)):
-        yield from ((f".{name}", child) for name, child in vars(value).items())
-    for base in classes_of(type(value)) if kind in (Kind.MODULE, Kind.OBJECT) else ():
+    if kind in _WITH_ATTRIBUTES and has_dict(type(value)):
+        for name, child in vars(value).items():
+            # What lightning calls ``_trainer`` is known as ``trainer``.
+            yield (
+                f".{name.removeprefix('_') if kind_of(type(child)) is Kind.TRAINER else name}",
+                child,
+            )
+    for base in classes_of(type(value)) if kind in _WITH_CLASS else ():
         state = read_class(base).items()
         yield from ((f".{name}", child) for name, child in state if not isinstance(child, METHODS))
+    if kind is Kind.TRAINER:
+        yield from ((f".{name}", child) for name, child in read_trainer(value).items())
+        yield ".train_dataloader", value.train_dataloader
+        yield ".val_dataloaders", value.val_dataloaders
     if kind is Kind.DICT:
         yield from ((f"[{key!r}]", child) for key, child in dict.items(value))
     elif kind in (Kind.LIST, Kind.DEQUE, Kind.TUPLE):
         yield from ((f"[{i}]", child) for i, child in enumerate(value))
-    elif kind is Kind.OBJECT:
+    elif kind is Kind.ARRAY:
+        if isinstance(value, np.ndarray) and value.dtype == object:
+            yield from ((f".flat[{i}]", child) for i, child in enumerate(read_objects(value)))
+    elif kind is Kind.WEAK:
+        yield "()", value()
+    elif kind in (Kind.OBJECT, Kind.HOST):
         yield from ((f".{m.__name__}", child) for m, child in read_slots(value).items())
     elif kind is Kind.FUNCTION:
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)

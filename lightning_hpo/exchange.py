@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from lightning_hpo._kinds import (
     kind_of,
 )
 from lightning_hpo._lightning import MisconfigurationException
-from lightning_hpo.contents import Reached, Walker
+from lightning_hpo.contents import Reached, Walker, is_computed
 from lightning_hpo.holders import (
     MODULE,
     MODULE_INTERNALS,
@@ -34,6 +33,7 @@ from lightning_hpo.holders import (
     read_generator,
     write_generator,
 )
+from lightning_hpo.stores import read_store, write_store
 
 # Above this many elements, copies of a tensor that has not changed are shared between moments.
 _SHARED_ELEMENTS = 10_000
@@ -99,6 +99,7 @@ class ModuleState:
         tuples: Tuples.
         tensors: Tensors that a step may write to.
         values: What these held, and the arrays, generators and iterators.
+        gradients: Gradients of leaves that no optimizer moves.
         others: The arrays, generators and iterators.
     """
 
@@ -107,6 +108,7 @@ class ModuleState:
     tuples: dict[int, Any] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
+    gradients: dict[int, Tensor | None] = field(default_factory=dict)
     others: dict[int, Any] = field(default_factory=dict)
 
 
@@ -129,9 +131,10 @@ def remember(
             if earlier is not None and t.numel() > _SHARED_ELEMENTS and torch.equal(t, earlier):
                 values[key] = earlier
     values |= copies_of({key: t for key, t in tensors.items() if key not in values})
-    values |= {key: array.copy() for key, array in reached.arrays.items()}
+    values |= {key: read_store(array) for key, array in reached.arrays.items()}
     values |= {key: read_generator(value) for key, value in reached.generators.items()}
-    values |= {key: copy_iterator(value) for key, value in reached.iterators.items()}
+    memo: dict[int, Any] = {}
+    values |= {key: copy_iterator(value, memo) for key, value in reached.iterators.items()}
     return ModuleState(
         held={key: _without_graphs(held) for key, held in reached.held.items()},
         empty=reached.empty,
@@ -145,14 +148,20 @@ def remember(
 def _without_graphs(held: Held) -> Held:
     """What an earlier step has computed is a number; its graph is let go of."""
     values = held.holder.values(held.content)
-    if not any(isinstance(v, Tensor) and v.grad_fn is not None for v in values):
+    if not any(_has_graph(v) for v in values):
         return held
     return held._replace(content=_replaced(held, _detached))
 
 
 def _detached(value: Any) -> Any:
-    is_computed = isinstance(value, Tensor) and value.grad_fn is not None
-    return value.detach() if is_computed else value
+    return value.detach() if _has_graph(value) else value
+
+
+def _has_graph(value: Any) -> bool:
+    """Whether a value is a tensor that was computed, and no mere view of a parameter."""
+    if not isinstance(value, Tensor) or not is_computed(value):
+        return False
+    return value._base is None or not value._base.is_leaf
 
 
 def _replaced(held: Held, change: Callable[[Any], Any]) -> Any:
@@ -192,29 +201,36 @@ def exchanged(
     earlier = {k: t for k, t in state.tensors.items() if k not in reached.parameters}
     every = {**tensors, **earlier}
     before: dict[int, Any] = {key: t.data for key, t in every.items()}
-    flags = [(t, t.requires_grad) for t in every.values() if t.is_leaf]
-    arrays = reached.arrays | {k: a for k, a in state.others.items() if isinstance(a, np.ndarray)}
+    flags = [(t, t.requires_grad) for t in every.values() if not is_computed(t)]
+    flags += [(p, p.requires_grad) for key, p in reached.parameters.items() if key not in every]
+    arrays = reached.arrays | {
+        k: a for k, a in state.others.items() if kind_of(type(a)) is Kind.ARRAY
+    }
     generators = reached.generators | {
         k: g for k, g in state.others.items() if kind_of(type(g)) is Kind.GENERATOR
     }
-    before |= {key: array.copy() for key, array in arrays.items()}
+    before |= {key: read_store(array) for key, array in arrays.items()}
     before |= {key: read_generator(value) for key, value in generators.items()}
     sources = {key: state.values.get(key, before[key]) for key in every}
     substitutes = {**swaps, **_stand_ins(walker, reached, state)}
-    versions = [(t, t._version) for t in reached.watched.values()]
+    versions = [
+        (t, t._version)
+        for key, t in reached.watched.items()
+        if key not in before and isinstance(t, Tensor)
+    ]
     unchanged: set[int] = set()
     try:
         for key, value in copies_of(sources).items():
             every[key].data = value
         for key, array in arrays.items():
             if key in state.values:
-                np.copyto(array, state.values[key])
+                write_store(array, state.values[key])
         for key, generator in generators.items():
             if key in state.values:
                 write_generator(generator, state.values[key])
         _fill(reached, state, substitutes)
         yield
-        if reached.large:  # those that an earlier content was put into are put back
+        if walker.must_judge(reached):  # what an earlier content was put into is put back
             unchanged = walker.judge(reached, before) - state.held.keys()
     finally:
         for key, (owner, holder, content) in held.items():
@@ -231,7 +247,7 @@ def exchanged(
             if t.requires_grad != requires_grad:
                 t.requires_grad_(requires_grad)
         for key, array in arrays.items():
-            np.copyto(array, before[key])
+            write_store(array, before[key])
         for key, generator in generators.items():
             write_generator(generator, before[key])
     for owner, holder, length in reached.lengths.values():
@@ -301,11 +317,12 @@ def _stand_ins(walker: Walker, reached: Reached, state: ModuleState) -> dict[int
         )
 
     found = {}
+    memo: dict[int, Any] = {}
     iterators = reached.iterators | {
         key: value for key, value in state.others.items() if kind_of(type(value)) is Kind.ITERATOR
     }
     for key, value in iterators.items():
-        copied = copy_iterator(state.values.get(key, value))
+        copied = copy_iterator(state.values.get(key, value), memo)
         found[key] = Guard(value, refuse) if copied is None else copied
     return found
 

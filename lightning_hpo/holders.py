@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import random
 import warnings
@@ -21,6 +20,7 @@ from lightning_hpo._kinds import (
     read_slots,
     write_slots,
 )
+from lightning_hpo.stores import read_objects, write_objects
 
 MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
 """Not the user's; kernels are exchanged by way of ``forward``."""
@@ -106,6 +106,19 @@ def _class_values(content: dict[str, Any]) -> list[Any]:
     return [value for value in content.values() if not isinstance(value, METHODS)]
 
 
+def read_trainer(trainer: Any) -> dict[str, Any]:
+    """Returns the attributes of a trainer that are not its own parts."""
+    # Connectors have names with an underscore; so have the loggers, which the shield exchanges.
+    return {name: value for name, value in vars(trainer).items() if not name.startswith("_")}
+
+
+def _write_trainer(trainer: Any, content: dict[str, Any]) -> None:
+    own = vars(trainer)
+    for name in read_trainer(trainer).keys() - content.keys():
+        del own[name]
+    own.update(content)
+
+
 METHODS = (FunctionType, classmethod, staticmethod, property)
 
 DICT = Holder(dict.copy, _write_dict, dict.values)
@@ -117,6 +130,8 @@ SET = Holder(set.copy, _write_set)
 CELL = Holder(read_cell, _write_cell)
 CLASS = Holder(read_class, _write_class, _class_values)
 SLOTS = Holder(read_slots, write_slots, dict.values)
+TRAINER = Holder(read_trainer, _write_trainer, dict.values)
+OBJECTS = Holder(read_objects, write_objects)
 CONTAINERS = {Kind.DICT: DICT, Kind.LIST: LIST, Kind.DEQUE: DEQUE, Kind.SET: SET}
 
 
@@ -192,39 +207,50 @@ def write_generator(value: Any, state: Any) -> None:
         value.bit_generator.state = state
 
 
-def copy_iterator(value: Any) -> Any:
-    """Copies an iterator over things in memory, at its position; None where it has no copy."""
+def copy_iterator(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Copies an iterator over things in memory, at its position; None where it has no copy.
+
+    Args:
+        value: The iterator.
+        memo: Copies by the ``id`` of iterators: one that two others draw from stays one.
+    """
+    memo = {} if memo is None else memo
+    if id(value) in memo:
+        return memo[id(value)]
     if kind_of(type(value)) is not Kind.ITERATOR or type(value).__module__ not in (
         "builtins",
         "itertools",
     ):
         return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
             kind, arguments, *state = value.__reduce__()
-    except TypeError:  # a generator, an open file, or from Python 3.14 on
-        return None
-    parts = []
-    for part in arguments:
-        if kind_of(type(part)) is Kind.ITERATOR:
-            part = copy_iterator(part)
-            if part is None:
-                return None
-        parts.append(part)
-    result = kind(*parts)
-    if state and state[0] is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            result.__setstate__(copy.copy(_with_own_lists(state[0])))
+            result = kind(*_copy_parts(arguments, memo))
+            if state and state[0] is not None:
+                result.__setstate__(_copy_parts(state[0], memo, is_state=True))
+        except TypeError:  # a generator, an open file, or from Python 3.14 on
+            return None
+    memo[id(value)] = result
     return result
 
 
-def _with_own_lists(state: Any) -> Any:
-    """``itertools.cycle`` goes on filling the list that is part of its state."""
-    if isinstance(state, tuple):
-        return tuple(list(part) if isinstance(part, list) else part for part in state)
-    return state
+def _copy_parts(state: Any, memo: dict[int, Any], *, is_state: bool = False) -> Any:
+    """Copies iterators that are parts of another, and the list that ``itertools.cycle`` fills."""
+    if not isinstance(state, tuple):
+        return state
+    parts = []
+    for part in state:
+        if kind_of(type(part)) is Kind.ITERATOR:
+            part = copy_iterator(part, memo)
+            if part is None:
+                raise TypeError
+        elif type(part) is tuple:
+            part = _copy_parts(part, memo, is_state=is_state)
+        elif is_state and isinstance(part, list):
+            part = list(part)
+        parts.append(part)
+    return tuple(parts)
 
 
 class Guard:

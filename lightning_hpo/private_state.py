@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache, partial
 from itertools import count
-from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,15 +22,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from lightning_hpo._kinds import classes_of
 from lightning_hpo._lightning import is_lightning_module
-from lightning_hpo.holders import own_attributes
+from lightning_hpo.holders import METHODS, own_attributes, read_class
 
 # Containers with more entries, and tensors and arrays with more elements, are rather data than
 # state: they are shared.
 _ENTERED_ENTRIES = 100
 _COPIED_ENTRIES = 10_000
 _COPIED_ELEMENTS = 1_000
-_OBJECTS = 2_000
+_OBJECTS = 20_000
 
 # Objects of these packages keep no state that a transform, a collator or a sampler moves, or one
 # that belongs to files and processes.
@@ -47,6 +49,8 @@ _ITERATORS: tuple[type, ...] = (
     type(iter(range(0))),
     count,
 )
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_PLAIN = {int, float, complex, bool, str, bytes, type(None)}
 _MISSING = object()
 _STDLIB = os.path.dirname(os.__file__)
 
@@ -59,8 +63,9 @@ class PrivateState:
     by the batch, and what an earlier held-out batch has changed is as it left it; afterwards all is
     as the user's loaders left it.
 
-    Found from the roots: attributes, closures, global variables that a function names, partials,
-    bound methods, and containers of up to 100 entries.
+    Found from the roots: attributes, those of classes, closures, global variables that a function
+    names, those of other modules of the user's included, partials, bound methods, containers of up
+    to 100 entries, and the generators in larger ones.
 
     Args:
         roots: The objects that make the batches.
@@ -69,7 +74,7 @@ class PrivateState:
     def __init__(self, *roots: Any) -> None:
         self._roots = roots
         self._changes: dict[tuple[int, Any], tuple[_Slot, Any]] = {}
-        self._warned = False
+        self._warned: set[str] = set()
 
     @contextmanager
     def __call__(self, seed: int) -> Iterator[None]:
@@ -79,6 +84,13 @@ class PrivateState:
             seed: Seeds the generators.
         """
         found = _Found(self._roots)
+        if not found.is_complete:
+            self._warn(
+                f"reach more than {_OBJECTS} objects by way of "
+                f"{', '.join(type(root).__name__ for root in self._roots)}; what lies behind those "
+                "may be changed for loaders that share it"
+            )
+        cached = [function.cache_info().misses for function in found.caches]
         before = [slot.get() for slot in found.slots]
         generators = [(get(), set_) for get, set_, _ in found.generators]
         try:
@@ -92,6 +104,12 @@ class PrivateState:
             yield
             for slot, start in zip(found.slots, started, strict=True):
                 self._keep(slot, start)
+            for function, misses in zip(found.caches, cached, strict=True):
+                if function.cache_info().misses != misses:
+                    self._warn(
+                        f"fill the cache of {function.__qualname__!r}, which draws random numbers; "
+                        "loaders that share it get what was drawn for held-out batches"
+                    )
         finally:
             for slot, user in zip(found.slots, before, strict=True):
                 if not slot.equal(slot.get(), user):
@@ -117,21 +135,22 @@ class PrivateState:
         elif isinstance(iterator, _ITERATORS) and holder is not None:
             stand_in = copy(iterator)
         else:
-            self._warn(name, iterator)
+            self._warn(
+                f"draw from {name!r}, a {type(iterator).__name__}, whose position cannot be "
+                "copied; loaders that share it miss what held-out batches take"
+            )
             return
         if name is None:
             holder.cell_contents = stand_in
         else:
             holder[name] = stand_in
 
-    def _warn(self, name: Any, iterator: Any) -> None:
-        if self._warned:
+    def _warn(self, text: str) -> None:
+        if text in self._warned:
             return
-        self._warned = True
+        self._warned.add(text)
         warnings.warn(
-            f"OnlineHPOCallback: the held-out data draw from {name!r}, a "
-            f"{type(iterator).__name__}, whose position cannot be copied; loaders that share it "
-            "miss what held-out batches take. Pass dataloader= with data of their own",
+            f"OnlineHPOCallback: the held-out data {text}. Pass dataloader= with data of their own",
             stacklevel=2,
         )
 
@@ -167,10 +186,12 @@ class _Found:
         self.slots: list[_Slot] = []
         self.generators: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []
         self.iterators: list[tuple[Any, Any, Any]] = []
+        self.caches: list[Any] = []
         self._seen: dict[int, Any] = {}
         self._waiting = list(roots)
         while self._waiting and len(self._seen) < _OBJECTS:
             self._enter(self._waiting.pop())
+        self.is_complete = not self._waiting
 
     def _enter(self, value: Any) -> None:
         if value is None or isinstance(value, (int, float, complex, str, bytes, type, ModuleType)):
@@ -203,6 +224,10 @@ class _Found:
                 self.iterators.append((None, type(value).__name__, value))
         elif isinstance(value, FunctionType):
             self._function(value)
+        elif hasattr(value, "cache_info") and hasattr(value, "__wrapped__"):
+            self._waiting.append(value.__wrapped__)
+            if _Found([value.__wrapped__]).generators:
+                self.caches.append(value)
         elif type(value).__module__.partition(".")[0] not in _CLOSED:
             self._object(value)
 
@@ -247,7 +272,12 @@ class _Found:
 
     def _items(self, values: Any) -> None:
         if len(values) <= _ENTERED_ENTRIES:
-            self._waiting += values
+            # An index may have thousands of tuples of numbers.
+            self._waiting += [
+                v for v in values if type(v) is not tuple or not _PLAIN.issuperset(map(type, v))
+            ]
+        elif any(issubclass(kind, _GENERATORS) for kind in set(map(type, values))):
+            self._waiting += [v for v in values if isinstance(v, _GENERATORS)]
 
     def _function(self, function: FunctionType) -> None:
         for cell in function.__closure__ or ():
@@ -256,13 +286,24 @@ class _Found:
         self._waiting += (function.__kwdefaults__ or {}).values()
         if vars(function):
             self._waiting.append(vars(function))
-        if is_library(function.__code__.co_filename):
-            return
         variables = function.__globals__
-        for name in function.__code__.co_names:
-            value = variables.get(name, _MISSING)
-            if value is not _MISSING and not isinstance(value, (type, ModuleType)):
-                self._variable(variables, name)
+        names = _names_in(function.__code__)
+        if is_library(function.__code__.co_filename):
+            values = [variables.get(name) for name in names]
+            self._waiting += [value for value in values if isinstance(value, _GENERATORS)]
+            return
+        spaces = [variables]
+        for name in names:
+            module = variables.get(name, sys.modules.get(name))
+            if isinstance(module, ModuleType):
+                path = getattr(module, "__file__", None)  # builtins have none
+                if path is not None and not is_library(path):
+                    spaces.append(vars(module))
+        for space in spaces:
+            for name in names:
+                value = space.get(name, _MISSING)
+                if value is not _MISSING and not isinstance(value, (type, ModuleType)):
+                    self._variable(space, name)
 
     def _cell(self, cell: Any) -> None:
         try:
@@ -297,7 +338,27 @@ class _Found:
             for name in (slots,) if isinstance(slots, str) else slots:
                 if name not in ("__dict__", "__weakref__"):
                     self._slot(value, name)
-            self._waiting += _members(kind)
+            self._waiting += _methods(kind)
+        for kind in classes_of(type(value)):
+            self._class(kind)
+
+    def _class(self, kind: type) -> None:
+        if id(kind) not in self._seen:
+            self._seen[id(kind)] = kind
+
+            def get() -> dict[str, Any]:
+                state = read_class(kind).items()
+                return {name: value for name, value in state if not isinstance(value, METHODS)}
+
+            def set_(before: dict[str, Any]) -> None:
+                for name in get().keys() - before.keys():
+                    type.__delattr__(kind, name)
+                for name, value in before.items():
+                    if vars(kind).get(name, _MISSING) is not value:
+                        type.__setattr__(kind, name, value)
+
+            self.slots.append(_Slot(kind, get, set_, _same))
+            self._waiting += get().values()
 
     def _attributes(self, owner: Any, attributes: dict[str, Any]) -> None:
         is_module = isinstance(owner, nn.Module)
@@ -359,14 +420,23 @@ def is_library(path: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _members(kind: type) -> list[Any]:
-    """Returns the methods of a class of the user's, and what it holds itself."""
-    functions = [m for m in vars(kind).values() if isinstance(m, FunctionType)]
-    if not functions or all(is_library(f.__code__.co_filename) for f in functions):
+def _methods(kind: type) -> list[Any]:
+    """Returns the methods of a class of the user's, or of a library that it uses."""
+    functions: list[Any] = [m for m in vars(kind).values() if isinstance(m, FunctionType)]
+    is_closed = kind not in classes_of(kind)
+    if is_closed and all(is_library(f.__code__.co_filename) for f in functions):
         return []
-    return functions + [
-        m for name, m in vars(kind).items() if not (name.startswith("__") or m in functions)
-    ]
+    return functions
+
+
+@lru_cache(maxsize=4096)
+def _names_in(code: CodeType) -> tuple[str, ...]:
+    """Returns the names that a function looks up, in functions and comprehensions within it too."""
+    found = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found.update(dict.fromkeys(_names_in(constant)))
+    return tuple(found)
 
 
 def _is(a: Any, b: Any) -> bool:

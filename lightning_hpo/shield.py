@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -39,6 +39,7 @@ class Shield:
         self._kinds = classes("LightningModule")
         self._walker = Walker(module)
         self._without_gradient: dict[int, Tensor] = {}
+        self._with_own: Set[int] = set()
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +63,12 @@ class Shield:
         """
         reshard(self._module.modules())  # a module holds gathered parameters after a validation
         reached = self._walker.walk()
-        return remember(reached, self._written(reached), previous)
+        state = remember(reached, self._written(reached), previous)
+        state.gradients = {
+            key: None if t.grad is None else t.grad.clone()
+            for key, t in self._leaves(reached).items()
+        }
+        return state
 
     @contextmanager
     def __call__(
@@ -88,7 +94,7 @@ class Shield:
         modules = list(self._module.modules())
         # A backward pass through sharded parameters adds to the gradients of all of them.
         aside = self.gradients_aside() if reshard(modules) else nullcontext()
-        reached = self._walker.walk(looks=True)
+        reached = self._walker.walk(looks="validation" if rng is None else "step")
         # The step may write to what stands for a parameter that gets no gradient.
         swaps = {
             key: value.clone() if key in self._without_gradient else value
@@ -102,6 +108,7 @@ class Shield:
             with (
                 aside,
                 forked_rng(self.device, rng),
+                self._with_gradients(self._leaves(reached), state),
                 exchanged(self._walker, reached, self._written(reached), state, swaps),
             ):
                 for module in modules:
@@ -128,7 +135,7 @@ class Shield:
         # What has been put in the place of parameters is not asked for.
         parameters: dict[int, Tensor] = {id(p): p for p in self._module.parameters() if p.is_leaf}
         parameters |= {id(p): p for p in self._optimized()}
-        before = [(p, p.grad) for p in parameters.values()]
+        before = [(p, p.grad) for key, p in parameters.items() if key not in self._with_own]
         try:
             for p, grad in before:
                 if grad is not None:
@@ -138,6 +145,39 @@ class Shield:
             for p, grad in before:
                 if p.grad is not grad:
                     p.grad = grad
+
+    @contextmanager
+    def _with_gradients(
+        self, leaves: dict[int, Tensor], state: ModuleState | None
+    ) -> Iterator[None]:
+        """Lets a step read and write gradients of leaves that no optimizer moves.
+
+        Such are prompts and perturbations that the step itself moves by what the last step has left
+        in their ``grad``.
+        """
+        earlier = {} if state is None else state.gradients
+        before = [(t, t.grad) for t in leaves.values()]
+        outer, self._with_own = self._with_own, leaves.keys()
+        try:
+            for key, t in leaves.items():
+                grad = earlier.get(key, t.grad)
+                if grad is not t.grad or grad is not None:
+                    t.grad = None if grad is None else grad.clone()
+            yield
+        finally:
+            self._with_own = outer
+            for t, grad in before:
+                if t.grad is not grad:
+                    t.grad = grad
+
+    def _leaves(self, reached: Reached) -> dict[int, Tensor]:
+        """Returns the leaves that require grad, and that no optimizer moves."""
+        optimized = {id(p) for p in self._optimized()}
+        return {
+            key: t
+            for key, t in reached.parameters.items()
+            if key not in optimized and t.requires_grad
+        }
 
     def _optimized(self) -> Iterator[Tensor]:
         """Yields what the optimizers have been given."""
@@ -159,12 +199,20 @@ class Shield:
         trained -= self._without_gradient.keys()
         parameters = reached.parameters
         untrained = {key: p for key, p in parameters.items() if key not in trained}
-        whole = sum(p.numel() for p in parameters.values())
-        if 5 * sum(p.numel() for p in untrained.values()) > 4 * whole:
-            large = {key: p for key, p in untrained.items() if p.numel() > _SMALL}
-            reached.watched.update(large)
-            untrained = {key: p for key, p in untrained.items() if key not in large}
-        return reached.tensors | untrained
+        room = sum(p.numel() for p in parameters.values()) - sum(
+            p.numel() for p in untrained.values()
+        )
+        if sum(p.numel() for p in untrained.values()) > 4 * room:
+            # A teacher of what is trained is as large as that; some of the others are smaller.
+            room *= 2
+            for key, p in sorted(untrained.items(), key=lambda item: item[1].numel()):
+                room -= p.numel()
+                if room < 0 and p.numel() > _SMALL:
+                    reached.watched[key] = untrained.pop(key)
+        chosen = self._walker.chosen(reached)
+        arrays = {key: value for key, value in chosen.items() if not isinstance(value, Tensor)}
+        reached.arrays.update(arrays)
+        return {**reached.tensors, **untrained, **{k: chosen[k] for k in chosen.keys() - arrays}}
 
 
 class Shadow:

@@ -1,10 +1,12 @@
 """Batches of other types than containers of tensors, to which a step writes."""
 
+import array
 import copy
 from collections import UserDict, namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from cases import BATCH, TRAIN, Mlp, fit, flat, frozen
@@ -53,6 +55,25 @@ class Shallow(Graph):
         return copy.copy(self)
 
 
+class SharedMeta(Graph):
+    """Its ``clone()`` has the same dictionary, in which the step counts."""
+
+    def __init__(self, x, y, meta=None):
+        super().__init__(x, y)
+        self.meta = {"n": 0} if meta is None else meta
+
+    def clone(self):
+        return SharedMeta(self.x.clone(), self.y.clone(), self.meta)
+
+
+class ItsOwnDict(dict):
+    """Its entries are its attributes."""
+
+    def __init__(self, *args, **entries):
+        super().__init__(*args, **entries)
+        self.__dict__ = self
+
+
 class Own(Mapping):
     """A mapping with a constructor of its own."""
 
@@ -91,6 +112,8 @@ KINDS = {
     "shallow": Shallow,
     "mapping": Own,
     "encoding": Encoding,
+    "meta": SharedMeta,
+    "own dict": lambda x, y: ItsOwnDict(x=x, y=y),
     "nested": lambda x, y: [{"part": (Graph(x, y),)}],
 }
 
@@ -107,6 +130,9 @@ class Writing(Mlp):
     def training_step(self, batch, batch_idx):
         x, y = read(batch)
         x += 1.0
+        if isinstance(batch, SharedMeta):
+            batch.meta["n"] += 1
+            return self.loss((x - batch.meta["n"], y))
         if isinstance(batch, Encoding):
             batch.offset += 1.0
             return self.loss((x - batch.offset, y))
@@ -144,6 +170,50 @@ def test_copies_have_tensors_of_their_own(kind):
     own, _ = read(copied)
     own += 1.0
     assert torch.equal(x, torch.zeros(3))
+
+
+def test_arrays_of_objects_and_other_memory():
+    objects = np.empty(2, dtype=object)
+    objects[0], objects[1] = torch.zeros(2), [0]
+    batch = {"objects": objects, "numbers": array.array("d", [0.0]), "bytes": bytearray(1)}
+    copied = copy_batch(batch)
+    copied["objects"][0] += 1.0
+    copied["objects"][1][0] += 1
+    copied["numbers"][0] += 1.0
+    copied["bytes"][0] += 1
+    assert torch.equal(objects[0], torch.zeros(2))
+    assert (objects[1], batch["numbers"][0], batch["bytes"][0]) == ([0], 0.0, 0)
+
+
+class Own3(torch.Tensor):
+    pass
+
+
+def test_attributes_and_classes_of_tensors():
+    whole = torch.arange(8.0).as_subclass(Own3)
+    first, second = whole[:5], whole[3:]
+    first.scale, first.index = 1.5, torch.zeros(1)
+    a, b = copy_batch([first, second])
+    assert type(a) is type(b) is Own3
+    assert (a.scale, a.index) == (1.5, first.index)
+    assert a.index is not first.index
+    a[4] = 100.0
+    assert (float(b[1]), float(whole[4])) == (100.0, 4.0)
+
+
+@pytest.mark.parametrize("shift", [0, 100, 999])
+def test_slices_of_a_large_memory(shift):
+    """Only what they cover is copied, and what overlaps still does."""
+    whole = torch.arange(1_000_000.0).reshape(1000, 1000)
+    batch = whole[:2, :400], whole[:2, 300:], whole[shift], whole[0, :0]
+    copied = copy_batch(batch)
+    for a, b in zip(copied, batch, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+        assert a.untyped_storage().nbytes() < 20_000
+    copied[0].mul_(2.0)
+    assert float(copied[1][1, 50]) == 2 * 1350.0
+    assert torch.equal(whole, torch.arange(1_000_000.0).reshape(1000, 1000))
 
 
 def test_what_cannot_be_copied_is_refused_by_name():

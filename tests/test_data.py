@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from cases import VALID, Mlp, fit, frozen, make_trainer, observe, train_loader
+from cases import VALID, Mlp, Recorder, fit, frozen, make_trainer, observe, train_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import (
     BatchSampler,
@@ -275,24 +275,14 @@ class Source(Mlp):
 
     def __init__(self, own=None):
         super().__init__()
-        self.drawn = Drawn()
+        self.drawn = Recorder(values=set())
         if own is not None:
             self.hpo_dataloader = lambda: marked(own)
 
     def validation_step(self, batch, batch_idx):
         if "log" in vars(self):  # muted: not the validation loop
-            self.drawn.add(batch[0][0, 0].item())
+            self.drawn.values.add(batch[0][0, 0].item())
         return self.loss(batch)
-
-
-class Drawn(pl.Callback):
-    """What a module keeps in objects of its own is put back after a replay; this is the host's."""
-
-    def __init__(self):
-        self.values = set()
-
-    def add(self, value):
-        self.values.add(value)
 
 
 class Data(pl.LightningDataModule):
@@ -360,14 +350,14 @@ def test_one_of_several_validation_loaders(index):
 
 def test_the_users_transfer_hooks_see_a_validation_batch():
     """Hooks that augment only while training must not augment held-out data."""
-    stages = Drawn()
+    stages = Recorder(values=set())
 
     class Hooked(Mlp):
         def on_before_batch_transfer(self, batch, dataloader_idx):
             if self.trainer.training:
-                stages.add("training")
+                stages.values.add("training")
                 return batch
-            stages.add("validating")
+            stages.values.add("validating")
             return [batch[0] + 1, batch[1]]
 
     shifted = DataLoader(TensorDataset(VALID[0] + 1, VALID[1]), batch_size=len(VALID[0]))

@@ -5,8 +5,8 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import VALID, MemoryLogger, Mlp, fit, frozen
-from test_invisibility import Eventful, Recorder, Witness, assert_put_back
+from cases import VALID, MemoryLogger, Mlp, Recorder, fit, frozen
+from test_invisibility import Eventful, Witness, assert_put_back
 
 from lightning_hpo import (
     T1T2,
@@ -49,7 +49,7 @@ class Failing(Eventful):
     """Raises at one point of its n-th replay."""
 
     point, at = "start", 1
-    counts = Recorder()  # the host's: not put back after a replay
+    counts = Recorder(count=[])  # the host's: not put back after a replay
 
     def reached(self, point):
         if point == self.point and "log" in vars(self):  # within a replay
@@ -87,11 +87,11 @@ def test_everything_is_put_back_wherever_a_replay_raises(make, derivatives, poin
     pl.seed_everything(5)
     estimator = make()
     witness = Witness(estimator)
-    model = type("Model", (Failing,), {"point": point, "at": at, "counts": Recorder()})()
+    model = type("Model", (Failing,), {"point": point, "at": at, "counts": Recorder(count=[])})()
     callback = OnlineHPOCallback(estimator, optimizer=frozen, derivatives=derivatives)
     with pytest.raises(KeyError, match="the user's own"):
         fit(model, [witness, callback], logger=MemoryLogger(), num_sanity_val_steps=2)
-    assert_put_back(witness.before, witness.after)
+    assert_put_back(witness.seen.before, witness.after)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

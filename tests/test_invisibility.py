@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import TRAIN, VALID, MemoryLogger, Mlp, fit, frozen, train_loader
+from cases import TRAIN, VALID, MemoryLogger, Mlp, Recorder, fit, frozen, train_loader
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,14 +28,6 @@ ESTIMATORS = {
     "ClipR": lambda: ClipR(radius=2.0),
 }
 EVERY_ESTIMATOR = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
-
-
-class Recorder(pl.Callback):
-    """Remembers what replays do: it is the host's, and not put back after them."""
-
-    def __init__(self):
-        self.draws = defaultdict(list)
-        self.count = []
 
 
 class Eventful(L2Mixin, pl.LightningModule):
@@ -55,7 +47,7 @@ class Eventful(L2Mixin, pl.LightningModule):
         self.outputs = []
         self.seen = {}
         self.calls = 0
-        self.recorder = recorder or Recorder()
+        self.recorder = recorder or Recorder(draws=defaultdict(list), count=[])
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -254,7 +246,7 @@ def test_what_a_module_keeps_for_itself_is_put_back(make, change):
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
 def test_a_replay_draws_what_its_step_drew(make, derivatives):
     """Noise, NumPy, Python and dropout; also where the replay comes steps later."""
-    recorder = Recorder()
+    recorder = Recorder(draws=defaultdict(list))
     pl.seed_everything(7)
     fit(
         Eventful(recorder),
@@ -283,13 +275,14 @@ class Witness(pl.Callback):
 
     def __init__(self, estimator):
         self.estimator = estimator
+        self.seen = Recorder()
 
     def setup(self, trainer, module, stage):
         kind, witness = type(self.estimator), self
 
         class Watched(kind):  # a training works on a copy of the estimator
             def observe(self, step):
-                witness.before = witness.snapshot(*witness.watched)
+                witness.seen.before = witness.snapshot(*witness.watched)
                 super().observe(step)
 
         self.estimator.__class__ = Watched
@@ -302,7 +295,7 @@ class Witness(pl.Callback):
         method = getattr(owner, name)
 
         def watched(*args):
-            self.before = self.snapshot(*self.watched)
+            self.seen.before = self.snapshot(*self.watched)
             method(*args)
 
         setattr(owner, name, watched)
@@ -324,10 +317,10 @@ class Witness(pl.Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.watched = trainer, module
-        self.before = self.snapshot(trainer, module)
+        self.seen.before = self.snapshot(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.before = self.snapshot(trainer, module)
+        self.seen.before = self.snapshot(trainer, module)
 
     def on_exception(self, trainer, module, exception):
         self.after = self.snapshot(trainer, module)
@@ -383,7 +376,7 @@ def fails_in(method, at, estimator, **callback_options):
 @pytest.mark.parametrize("derivatives", ["reverse", "forward", "finite_difference"])
 def test_everything_is_put_back_when_a_replay_raises_at_once(at, derivatives):
     witness = fails_in("training_step", at, estimator=ClipR(), derivatives=derivatives)
-    assert_put_back(witness.before, witness.after)
+    assert_put_back(witness.seen.before, witness.after)
 
 
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
@@ -394,7 +387,7 @@ def test_everything_is_put_back_when_a_later_replay_raises(at, derivatives):
         "training_step", at, estimator=UnrollK(3, "reverse"), derivatives=derivatives
     )
     assert witness.after.global_step == 3
-    assert_put_back(witness.before, witness.after)
+    assert_put_back(witness.seen.before, witness.after)
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
@@ -403,7 +396,7 @@ def test_everything_is_put_back_when_a_later_replay_raises(at, derivatives):
 def test_everything_is_put_back_when_a_replay_at_the_batch_raises(at, make, error):
     """Where gradients accumulate, tangents are multiplied before the step."""
 
-    recorder = Recorder()
+    recorder = Recorder(count=[])
 
     class Failing(Mlp):
         def __init__(self):
@@ -431,7 +424,7 @@ def test_everything_is_put_back_when_a_replay_at_the_batch_raises(at, make, erro
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_everything_is_put_back_when_the_validation_step_raises(at):
     witness = fails_in("validation_step", at, estimator=T1T2())
-    assert_put_back(witness.before, witness.after)
+    assert_put_back(witness.seen.before, witness.after)
 
 
 def test_the_optimizer_is_let_go_of():

@@ -6,22 +6,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import VALID, Mlp, fit, flat, frozen, last_hypergradient, observe, valid_loader
+from cases import VALID, Mlp, Recorder, fit, flat, frozen, last_hypergradient, observe, valid_loader
 from torch import nn
 
 from lightning_hpo import T1T2, ClipR, L2Mixin, OnlineHPOCallback, UnrollK
 
 START = math.log(0.05)
-
-
-class Log(pl.Callback):
-    """What a module keeps in objects of its own is put back after a replay; this is the host's."""
-
-    def __init__(self):
-        self.entries = []
-
-    def append(self, entry):
-        self.entries.append(entry)
 
 
 # -------------------------------------------------------------------------------- the training loss
@@ -60,11 +50,11 @@ def test_every_signature_and_return_value(kind, make):
 @pytest.mark.parametrize("make", [lambda: ClipR(math.inf), lambda: UnrollK(5, "reverse")])
 def test_a_loss_that_follows_a_schedule(make):
     """``global_step`` reads in a replay as it did in the step, also when that is long past."""
-    logs = Log()
+    logs = Recorder(entries=[])
 
     class Scheduled(Mlp):
         def training_step(self, batch, batch_idx):
-            logs.append((batch_idx, self.global_step))
+            logs.entries.append((batch_idx, self.global_step))
             return super().training_step(batch, batch_idx)
 
     observe(make(), Scheduled(inside_loss=True), steps=5)
@@ -75,15 +65,15 @@ def test_a_loss_that_follows_a_schedule(make):
 
 @pytest.mark.parametrize("make", [ClipR, lambda: UnrollK(5, "reverse"), T1T2])
 def test_replays_run_under_the_precision_of_the_training(make):
-    logs = Log()
+    logs = Recorder(entries=[])
 
     class Mixed(Mlp):
         def training_step(self, batch, batch_idx):
-            logs.append((torch.is_autocast_enabled("cpu"), self.net(batch[0]).dtype))
+            logs.entries.append((torch.is_autocast_enabled("cpu"), self.net(batch[0]).dtype))
             return super().training_step(batch, batch_idx)
 
         def validation_step(self, batch, batch_idx):
-            logs.append((torch.is_autocast_enabled("cpu"), self.net(batch[0]).dtype))
+            logs.entries.append((torch.is_autocast_enabled("cpu"), self.net(batch[0]).dtype))
             return super().validation_step(batch, batch_idx)
 
     single = [t.float() if t.is_floating_point() else t for t in VALID]
@@ -180,7 +170,7 @@ class Noisy(Mlp):
         super().__init__(inside_loss=True)
         self.dropout = nn.Dropout(0.5)
         self.norm = nn.BatchNorm1d(4)
-        self.modes = Log()
+        self.modes = Recorder(entries=[])
 
     def loss(self, batch):
         x, y = batch
@@ -188,7 +178,9 @@ class Noisy(Mlp):
 
     def validation_step(self, batch, batch_idx):
         if "log" in vars(self):
-            self.modes.append((self.training, self.dropout.training, self.trainer.validating))
+            self.modes.entries.append(
+                (self.training, self.dropout.training, self.trainer.validating)
+            )
         return self.loss(batch)
 
 

@@ -1,17 +1,23 @@
 """What a step changes beyond the module's own tensors: shared objects, containers, iterators."""
 
+import array
 import collections
 import copy
+import ctypes
 import dataclasses
 import functools
 import itertools
 import math
+import multiprocessing
+import threading
+import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    STEPS,
     Mlp,
     fit,
     frozen,
@@ -19,12 +25,13 @@ from cases import (
     observe,
     relative_error,
     truth,
+    valid_loader,
     weights,
 )
 from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_hpo import T1T2, ClipR, OnlineHPOCallback, UnrollK
+from lightning_hpo import T1T2, ClipR, OnlineHPOCallback, UnrollK, shield
 from lightning_hpo.contents import Walker
 
 ESTIMATORS = {"T1T2": T1T2, "ClipR": ClipR, "reverse": lambda: UnrollK(4, "reverse")}
@@ -371,18 +378,41 @@ def test_large_containers_are_put_back_like_others(name):
 def test_a_large_container_that_is_only_read_is_not_copied():
     model = Large(lambda: {f"w{i}": {"count": i} for i in range(2000)})
     walker = Walker(model)
-    for call in range(6):
+    for call in range(8):
         reached = walker.walk(looks=True)
-        assert (id(model.large) in reached.held) == (call < 4)
-        assert (id(model.large["w5"]) in reached.held) == (call < 4)
+        assert (id(model.large) in reached.held) == (call < 5)
+        assert (id(model.large["w5"]) in reached.held) == (call < 5)
         walker.judge(reached, {})
     assert id(model.large) in reached.lengths
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {i: {j: {k: {} for k in range(9)} for j in range(9)} for i in range(15)},
+        lambda: [list(range(50)) for _ in range(90)],
+    ],
+    ids=["trie", "lists"],
+)
+def test_many_small_containers_together_are_large(make):
+    model = Large(make)
+    model.counts = [{"n": 0} for _ in range(9)]
+    model.changing = [{j: {k: k for k in range(9)} for j in range(9)} for _ in range(30)]
+    walker = Walker(model)
+    for _ in range(8):
+        reached = walker.walk(looks=True)
+        model.changing[3][2][1] += 1
+        walker.judge(reached, {})
+    assert id(model.large) in reached.held
+    assert id(model.large[0]) not in reached.held
+    assert id(model.counts[0]) in reached.held  # small, and copied each time
+    assert id(model.changing[3][2]) in reached.held
 
 
 def test_a_large_container_that_loses_entries_later_is_named():
     class Losing(Large):
         def training_step(self, batch, batch_idx):
-            if self.global_step > 6:
+            if self.global_step > 8:
                 self.large.pop()
             return super().training_step(batch, batch_idx)
 
@@ -518,6 +548,179 @@ def test_steps_that_write_gradients(kind, accumulated):
             assert torch.equal(weights(observed), weights(alone))
 
 
+# ------------------------------------------------------------------ memory and flags of other kinds
+
+
+class OtherMemory(Mlp):
+    """Counts in memory that is no tensor, or too large to be copied every time."""
+
+    make, add = None, None
+
+    def __init__(self):
+        super().__init__("momentum")
+        self.memory = type(self).make()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss / (1 + 0.01 * type(self).add(self.memory))
+
+
+def _add(memory):
+    memory[0] += 1
+    return float(memory[0])
+
+
+def _add_unseen(memory):
+    """As torch does not count it."""
+    memory.data[0] += 1
+    return float(memory[0])
+
+
+def _add_value(memory):
+    memory.value += 1
+    return memory.value
+
+
+def _add_attribute(memory):
+    memory.n = getattr(memory, "n", 0) + 1
+    return memory.n
+
+
+def _add_deep(memory):
+    memory[0].append(1)
+    return len(memory[0])
+
+
+def _add_masked(memory):
+    memory[int(np.ma.getmaskarray(memory).sum())] = np.ma.masked
+    return np.ma.getmaskarray(memory).sum()
+
+
+def _objects():
+    array = np.empty(2, dtype=object)
+    array[0] = []
+    return array
+
+
+class Kept:
+    """Is held by this file alone."""
+
+
+KEPT = Kept()
+MEMORIES = {
+    "array": (lambda: array.array("d", [0.0]), _add),
+    "bytearray": (lambda: bytearray(1), _add),
+    "memoryview": (lambda: memoryview(bytearray(1)), _add),
+    "storage": (lambda: torch.zeros(1).untyped_storage(), _add),
+    "ctypes": (lambda: ctypes.c_int(0), _add_value),
+    "shared": (lambda: multiprocessing.Value("i", 0), _add_value),
+    "local": (threading.local, _add_attribute),
+    "weak": (lambda: weakref.ref(KEPT), lambda memory: _add_attribute(memory())),
+    "objects": (_objects, _add_deep),
+    "masked": (lambda: np.ma.zeros(20), _add_masked),
+    "large array": (lambda: np.zeros(1_100_000), _add),
+    "large tensor": (lambda: torch.zeros(1_100_000), _add),
+    "large, unseen": (lambda: torch.zeros(1_100_000), _add_unseen),
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_memory_of_other_kinds_is_put_back(name):
+    make, add = MEMORIES[name]
+
+    class Own(OtherMemory):
+        def on_train_start(self):
+            KEPT.n = 0
+
+    Own.make, Own.add = make, add
+    for estimator in ESTIMATORS.values():
+        assert_undisturbed(Own, estimator)
+    assert_exact(Own)
+
+
+class HeadTeacher(Mlp):
+    """A frozen backbone, and a teacher that follows the head above it."""
+
+    in_place = False
+
+    def __init__(self):
+        super().__init__("momentum")
+        self.backbone = nn.Sequential(nn.Linear(4, 120), nn.Linear(120, 120), nn.Linear(120, 4))
+        self.backbone.requires_grad_(False)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def loss(self, batch):
+        return F.cross_entropy(self.net(self.backbone(batch[0])), batch[1])
+
+    def training_step(self, batch, batch_idx):
+        for slow, p in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            if self.in_place:
+                with torch.no_grad():
+                    slow.mul_(0.5).add_(p, alpha=0.5)
+            else:
+                slow.data = 0.5 * slow.data + 0.5 * p.data
+        features = self.backbone(batch[0])
+        return F.cross_entropy(self.net(features), batch[1]) + F.mse_loss(
+            self.net(features), self.teacher(features).detach()
+        )
+
+
+class MergedInValidation(HeadTeacher):
+    """A large frozen weight takes up another one in evaluation mode, as low-rank adapters do."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.backbone[1].weight.data = self.backbone[1].weight.data * 1.01
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("kind", [HeadTeacher, MergedInValidation])
+def test_beside_a_frozen_backbone(kind, in_place, make, monkeypatch):
+    monkeypatch.setattr(shield, "_SMALL", 8)  # the teacher is as small as the head
+
+    def build():
+        torch.manual_seed(1)
+        model = kind()
+        model.in_place = in_place
+        return model
+
+    assert_undisturbed(build, make)
+
+
+class FreezesWhenEvaluated(Mlp):
+    def train(self, mode=True):
+        super().train(mode)
+        if not mode:
+            self.net[0].requires_grad_(False)
+        return self
+
+
+class FreezesInStep(Mlp):
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        if self.global_step == 3:
+            self.net[0].bias.requires_grad_(False)
+        return loss
+
+
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("kind", [FreezesWhenEvaluated, FreezesInStep])
+def test_parameters_that_are_frozen_meanwhile(kind, make):
+    """The flags of the replay are put back, so that the training goes on with its own."""
+    observed, alone = kind(), kind()
+    options = {"num_sanity_val_steps": 0, "limit_val_batches": 0}
+    fit(observed, OnlineHPOCallback(make(), optimizer=frozen, dataloader=valid_loader()), **options)
+    fit(alone, **options)
+    assert torch.equal(weights(observed), weights(alone))
+    assert [p.requires_grad for p in observed.parameters()] == [
+        p.requires_grad for p in alone.parameters()
+    ]
+
+
 # ---------------------------------------------------------------------------- attributes of classes
 
 
@@ -607,3 +810,117 @@ def test_classes_of_libraries_are_left_alone():
     reached = Walker(Mlp()).walk()
     owners = [held.owner for held in reached.held.values() if isinstance(held.owner, type)]
     assert owners == [Mlp]
+
+
+# ------------------------------------------------------------- gradients and views kept by the step
+
+
+class MovesPrompt(Mlp):
+    """Adversarial training for free: moves a perturbation by what the last step has left."""
+
+    def __init__(self):
+        super().__init__("momentum")
+        self.prompt = self.make_prompt()
+
+    def make_prompt(self):
+        return torch.zeros(4, requires_grad=True)
+
+    def training_step(self, batch, batch_idx):
+        if self.prompt.grad is not None:
+            self.prompt.data.add_(0.1 * self.prompt.grad.sign())
+            self.prompt.grad.zero_()
+        return self.loss((batch[0] + self.prompt, batch[1]))
+
+    def kept(self):
+        return self.prompt.tolist(), str(self.prompt.grad)
+
+
+class MovesParameter(MovesPrompt):
+    def make_prompt(self):
+        return nn.Parameter(torch.zeros(4))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("kind", [MovesPrompt, MovesParameter])
+def test_gradients_of_leaves_that_no_optimizer_moves(kind):
+    for make in ESTIMATORS.values():
+        assert_undisturbed(kind, make)
+    assert_exact(kind)
+
+
+class Transposed(Mlp):
+    """Decodes with a view of the weight that encodes."""
+
+    def __init__(self):
+        super().__init__("momentum")
+        self.decoder = self.view(self.net[0].weight)
+
+    def view(self, weight):
+        return weight.t()
+
+    def training_step(self, batch, batch_idx):
+        decoded = F.linear(torch.tanh(self.net[0](batch[0])), self.decoder.reshape(4, 5))
+        return self.loss(batch) + F.mse_loss(decoded, batch[0])
+
+
+class Flattened(Transposed):
+    def view(self, weight):
+        return weight.view(-1)
+
+
+@pytest.mark.parametrize("kind", [Transposed, Flattened])
+@pytest.mark.parametrize("derivatives", ["auto", "finite_difference"])
+def test_views_of_weights(kind, derivatives):
+    for make in (lambda: ClipR(math.inf), lambda: UnrollK(STEPS, "reverse")):
+        every = {} if isinstance(make(), ClipR) else {"every_n_steps": STEPS}
+        callback = observe(make(), kind(), derivatives=derivatives, **every)
+        assert relative_error(last_hypergradient(callback), truth(kind)) < 1e-5
+    # Replays make the node of a view anew, which reorders a sum by one rounding; walks must not.
+    assert_undisturbed(kind, T1T2)
+
+
+# ------------------------------------------------------------- iterators that draw from one another
+
+
+class Drawing(Mlp):
+    def __init__(self):
+        super().__init__("momentum")
+        self.source = self.make()
+
+    def make(self):
+        return itertools.chain([1.0, 2.0] * 20, [3.0])
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) * (1 + 0.1 * next(self.source))
+
+
+class Chained(Drawing):
+    def make(self):
+        chain = itertools.chain.from_iterable([[1.0, 2.0, 3.0]] * 20)
+        next(chain)
+        return chain
+
+
+class Repeated(Drawing):
+    def make(self):
+        return itertools.chain(*itertools.repeat([1.0, 2.0], 20))
+
+
+class Alternating(Drawing):
+    """Two attributes draw from one."""
+
+    def make(self):
+        self.numbers = iter([float(i) for i in range(100)])
+        return map(float, self.numbers)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * next(self.numbers))
+
+
+@pytest.mark.parametrize("kind", [Drawing, Chained, Repeated, Alternating])
+def test_iterators_that_draw_from_others(kind):
+    for make in ESTIMATORS.values():
+        assert_undisturbed(kind, make)
+    assert_exact(kind)

@@ -5,6 +5,7 @@ import itertools
 import random
 import warnings
 
+import drawing
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_hpo import T1T2, ClipR, OnlineHPOCallback
+from lightning_hpo import T1T2, ClipR, OnlineHPOCallback, private_state
 from lightning_hpo.data import T2Stream
 
 GLOBAL = np.random.default_rng(5)
@@ -95,7 +96,41 @@ def bound():
     return np.random.RandomState(3).rand
 
 
+def from_module():
+    return drawing.RNG.random()
+
+
+def from_function_of_module():
+    import drawing as other
+
+    return other.draw()
+
+
+class OfClass:
+    """Its class counts, and holds a generator."""
+
+    calls = 0
+
+    def __init__(self):
+        OfClass.calls, OfClass.rng = 0, np.random.default_rng(4)
+
+    def __call__(self):
+        OfClass.calls += 1
+        return self.rng.random() + 0.01 * OfClass.calls
+
+
+def of_many():
+    """Each of many transforms has its own, beside an index of tuples."""
+    generators = [random.Random(k) for k in range(150)]
+    index = [[(i, j) for j in range(60)] for i in range(60)]
+    return lambda: generators[len(index) + 60].random()
+
+
 DRAWS = {
+    "module": lambda: from_module,
+    "function of a module": lambda: from_function_of_module,
+    "class": OfClass,
+    "many": of_many,
     "torch": torch_generator,
     "numpy": lambda: np.random.default_rng(1).random,
     "numpy-old": bound,
@@ -129,6 +164,7 @@ class Data(pl.LightningDataModule):
 
     def __init__(self, make):
         super().__init__()
+        drawing.RNG.bit_generator.state = np.random.default_rng(7).bit_generator.state
         GLOBAL.bit_generator.state = np.random.default_rng(5).bit_generator.state
         self.loaders = make()
 
@@ -172,8 +208,8 @@ def assert_invisible(make):
         assert all(map(torch.equal, run(make, estimator), plain))
 
 
-def shared_dataset(draw):
-    dataset = Noisy(draw())
+def shared_dataset(draw, kind=Noisy):
+    dataset = kind(draw())
     return DataLoader(dataset, 4), DataLoader(dataset, 4)
 
 
@@ -420,3 +456,24 @@ def test_transfer_hooks_leave_nothing(kind):
     plain = trained(None)
     for estimator in (T1T2(), ClipR()):
         assert all(map(torch.equal, trained(estimator), plain))
+
+
+def test_a_cache_of_draws_is_named():
+    """What is drawn for a held-out batch is what the training finds in the cache."""
+    draw = functools.lru_cache(random.Random(3).gauss)
+
+    class Cached(Noisy):
+        def __getitem__(self, i):
+            return TRAIN[0][i] + 0.1 * draw(0.0, i + 1.0), TRAIN[1][i]
+
+    def make():
+        return shared_dataset(lambda: None, kind=Cached)
+
+    with pytest.warns(UserWarning, match="fill the cache of .*gauss.*which draws"):
+        run(make, T1T2())
+
+
+def test_more_objects_than_are_looked_through_are_named(monkeypatch):
+    monkeypatch.setattr(private_state, "_OBJECTS", 5)
+    with pytest.warns(UserWarning, match="reach more than 5 objects by way of"):
+        run(lambda: tuple(DataLoader(TensorDataset(*TRAIN), 4) for _ in range(2)), T1T2())

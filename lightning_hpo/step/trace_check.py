@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import io
 import mmap
 import queue
@@ -27,6 +26,7 @@ from lightning_hpo.distributed import is_sharded, reshard
 from lightning_hpo.holders import Held, held_by, read_generator
 from lightning_hpo.private_state import is_library
 from lightning_hpo.rng import RandomState
+from lightning_hpo.stores import is_writable
 
 # Looks at each place: the first two steps, and one that comes this many steps later.
 _FIRST = 2
@@ -329,8 +329,7 @@ def _shown(values: list[Any]) -> list[Any]:
             if (total := sum_of_bits(value)) is not None:
                 sums.setdefault(total.device, []).append((i, total))
         elif kind is Kind.ARRAY:
-            if not value.dtype.hasobject:
-                shown[i] = zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)
+            shown[i] = _sum_of_store(value)
         elif kind is Kind.GENERATOR:
             shown[i] = str(read_generator(value))
         elif kind is Kind.ATOM:
@@ -359,10 +358,22 @@ def sum_of_bits(value: Tensor) -> Tensor | None:
         return None
 
 
+def _sum_of_store(value: Any) -> int | None:
+    if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            return None
+        return zlib.crc32(np.ascontiguousarray(value.view(np.ndarray)).view(np.uint8).data)
+    if not is_writable(value):
+        return None
+    if isinstance(value, torch.UntypedStorage):
+        return zlib.crc32(bytes(value)) if value.device.type == "cpu" else None
+    return zlib.crc32(value)
+
+
 def _shown_by_opaque(value: Any) -> Any:
     """Returns what an object shows of itself that is neither copied nor looked into."""
     try:
-        if isinstance(value, (bytearray, array.array, mmap.mmap, memoryview)):
+        if isinstance(value, mmap.mmap):
             return len(value), zlib.crc32(value)
         if isinstance(value, io.IOBase):
             return None if value.closed else value.tell()
