@@ -316,7 +316,8 @@ class Run:
         if any(each.space.replays for each in served):
             training.derivatives = settle(training, moment, gradients)
             with together():
-                check_forward(training, moment)
+                uses_hessian = any(each.estimator.uses_hessian for each in served)
+                check_forward(training, moment, uses_hessian=uses_hessian)
         if self._trainer.accumulate_grad_batches == 1:
             self.recorder.check.expect(gradients)
         self.served = served
