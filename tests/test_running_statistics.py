@@ -686,18 +686,16 @@ class Listen(pl.Callback):
 
     text = "['net.0.1'] as constants: hypergradients miss how λ moves them, because they are those"
 
-    def __init__(self):
-        self.count = 0
-
     def on_fit_start(self, trainer, module):
         def listen(message, *_):
-            self.count += self.text in str(message)
+            listen.count += self.text in str(message)
 
+        listen.count = 0  # where a replay that warns does not change what the trainer reaches
         warnings.simplefilter("always")
         warnings.showwarning = listen  # of this process, which ends with the training
 
     def on_train_end(self, trainer, module):
-        module.result[:] = torch.tensor(gather(self.count))
+        module.result[:] = torch.tensor(gather(warnings.showwarning.count))
 
 
 @pytest.mark.usefixtures("within_two_minutes")

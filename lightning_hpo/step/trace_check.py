@@ -165,6 +165,7 @@ class _Look:
         trained = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._parameters = {names.get(id(p), f"#{i}"): p for i, p in enumerate(trained)}
         shards = is_sharded(trained)
+        self._has_shards = shards
         if shards:
             reshard(module.modules())
         # What is reached by several ways is called by the first.
@@ -172,7 +173,7 @@ class _Look:
             batch=batch,
             module=None if shards else module,
             gradients={} if shards else {n: p.grad for n, p in self._parameters.items()},
-            optimizer={} if shards else self._states(),
+            optimizer=self._states(),
             lr_schedulers=[c.scheduler for c in trainer.lr_scheduler_configs],
         )
         self._walker = Walker(self._root)
@@ -223,6 +224,8 @@ class _Look:
         return found
 
     def _states(self) -> dict[str, Any]:
+        if self._has_shards:
+            return {}
         states = self._optimizer.state
         return {name: states[p] for name, p in self._parameters.items() if p in states}
 
