@@ -344,9 +344,11 @@ class Walker:
             # A deque may let go of its first entries for new ones.
             if is_left or (is_data and len(content) > _LARGE):
                 return
-            kinds = set() if len(content) <= _FEW else set(map(type, holder.values(content)))
-            if not kinds or any(kind_of(kind) is not Kind.ATOM for kind in kinds):
-                push(holder.values(content), key)
+            if len(content) > _FEW:  # a vocabulary has many entries, of few types
+                kinds = set(map(type, holder.values(content)))
+                if all(kind_of(kind) is Kind.ATOM for kind in kinds):
+                    return
+            push(holder.values(content), key)
 
         def attributes(value: Any) -> None:
             cls = type(value)
@@ -380,8 +382,10 @@ class Walker:
                         continue
                     if type(item) in (dict, OrderedDict) and not item:
                         reached.empty[id(item)] = item
-                    else:
-                        push((item,), id(own))
+                    elif kind_of(type(item)) is not Kind.ATOM and id(item) not in seen:
+                        seen.add(id(item))
+                        parents[id(item)] = id(own)
+                        stack.append(item)
             elif kind is Kind.TENSOR:
                 _sort(value, reached, _COPIED_DATA if is_data else _COPIED_ELEMENTS)
             elif kind is Kind.CELL:
