@@ -147,6 +147,7 @@ class Update:
         norms: ‖dθ/d(raw λ)‖, by name; None where no estimator keeps tangents.
         outcome: How the estimates came about, where that can fail.
         is_applied: Whether λ has moved: not where a hypergradient is not finite.
+        loss: L_V on the batch of this update; None where no estimator has asked for its gradient.
     """
 
     step: int
@@ -154,6 +155,7 @@ class Update:
     norms: dict[str, Tensor] | None
     outcome: str | None
     is_applied: bool
+    loss: float | None = None
 
 
 class Run:
@@ -169,7 +171,8 @@ class Run:
     Attributes:
         hyperparameters: All λ that are tuned, by name.
         served: The estimators at work; empty until the first batch that has a loss.
-        steps: The number of optimizer steps taken.
+        steps: The number of optimizer steps taken with the callback.
+        first_step: The trainer's ``global_step`` before them.
         rng: The random state of a checkpoint, until it has been put in place.
 
     Raises:
@@ -187,6 +190,7 @@ class Run:
     ) -> None:
         self.rng = resumed.rng
         self.steps = 0
+        self.first_step: int = resumed.state.get("first_step", trainer.global_step)
         self.served: list[Served] = []
         self._settings = settings
         self._trainer = trainer
@@ -428,7 +432,8 @@ class Run:
             outcome if len(self.served) == 1 else f"{pattern}: {outcome}"
             for pattern, outcome in outcomes.items()
         ]
-        return Update(self.steps, gradients, norms or None, ", ".join(parts) or None, is_applied)
+        outcome = ", ".join(parts) or None
+        return Update(self.steps, gradients, norms or None, outcome, is_applied, validation.loss())
 
     # --------------------------------------------------------------------------------------- state
 
@@ -440,6 +445,7 @@ class Run:
         return {
             "format": FORMAT,
             "steps": self.steps,
+            "first_step": self.first_step,
             "consumed": self._held_out.consumed,
             "hyperparameters": {n: list(h.raw.shape) for n, h in self.hyperparameters.items()},
             "optimizer": {

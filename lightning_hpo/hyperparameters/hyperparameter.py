@@ -100,11 +100,46 @@ class Hyperparameter(nn.Module):
         """Returns the constrained value, of the shape of ``raw``."""
         return self.constraint(self.raw)
 
+    @property
+    def value(self) -> Tensor:
+        """The constrained value, detached. Assigning a number or a tensor writes ``raw``.
+
+        A number is taken for all elements.
+
+        Raises:
+            TypeError: If what is assigned is no number and no tensor.
+            ValueError: If it has another shape, or lies outside the constraint.
+        """
+        value: Tensor = self()
+        return value.detach()
+
+    @value.setter
+    def value(self, value: float | Tensor) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+            raise TypeError(
+                f"Hyperparameter: value={value!r} is a {type(value).__name__}, "
+                "expected a number or a tensor"
+            )
+        new = torch.as_tensor(value, dtype=self.raw.dtype, device=self.raw.device).detach()
+        if new.numel() == 1:
+            new = new.expand(self.raw.shape)
+        if new.shape != self.raw.shape:
+            raise ValueError(
+                f"Hyperparameter: got a value of shape {tuple(new.shape)}, expected a number or a "
+                f"tensor of shape {tuple(self.raw.shape)}"
+            )
+        try:
+            raw = self.constraint.inverse(new)
+        except ValueError as error:
+            raise ValueError(f"Hyperparameter: value={value!r} is refused: {error}") from None
+        with torch.no_grad():
+            self.raw.copy_(raw)
+
     def extra_repr(self) -> str:
-        """Shows the value and the constraint."""
-        value = self().detach()
+        """Shows the value, the constraint, and whether it is frozen."""
+        value = self.value
         shown = f"{value.item():.4g}" if value.numel() == 1 else f"shape={tuple(value.shape)}"
-        return f"{shown}, constraint={self.constraint}"
+        return f"{shown}, constraint={self.constraint}{', frozen' if self.frozen else ''}"
 
 
 def named_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
