@@ -266,13 +266,13 @@ def cnn(colors: int, size: int, dropout: float = 0.0) -> nn.Sequential:
 class LanguageModel(nn.Module):
     """Two LSTM layers, with dropout before, between and after them."""
 
-    def __init__(self, words: int, width: int, dropout: float) -> None:
+    def __init__(self, letters: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.embed = nn.Embedding(words, width)
+        self.embed = nn.Embedding(letters, width)
         self.drop_input = nn.Dropout(dropout)
         self.rnn = nn.LSTM(width, width, 2, batch_first=True, dropout=dropout)
         self.drop_output = nn.Dropout(dropout)
-        self.head = nn.Linear(width, words)
+        self.head = nn.Linear(width, letters)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, _ = self.rnn(self.drop_input(self.embed(x)))
@@ -387,19 +387,14 @@ def load_cifar(folder: Path, count: int = 6_000) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def load_ptb(folder: Path, words: int, length: int) -> tuple[Tensor, Tensor]:
-    """Returns windows of the Penn Treebank (its validation part) and the words that follow.
+def load_ptb(folder: Path, length: int) -> tuple[Tensor, Tensor]:
+    """Returns windows of the Penn Treebank (its validation part) and the letters that follow.
 
-    Args:
-        folder: Where it is.
-        words: The most frequent so many are told apart.
-        length: Of a window.
+    Letters, since a few thousand words are too few to learn more from than their frequencies.
     """
-    from collections import Counter
-
-    text = (folder / "ptb" / "ptb.valid.txt").read_text().replace("\n", " <eos> ").split()
-    known = {word: i for i, (word, _) in enumerate(Counter(text).most_common(words - 1))}
-    numbers = torch.tensor([known.get(word, words - 1) for word in text])
+    text = (folder / "ptb" / "ptb.valid.txt").read_text()
+    known = {letter: i for i, letter in enumerate(sorted(set(text)))}
+    numbers = torch.tensor([known[letter] for letter in text])
     windows = numbers.unfold(0, length + 1, length)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
@@ -415,16 +410,16 @@ def digits_l2(values: Values, seed: int, folder: Path | None) -> Problem:
     train, *rest = split(load_digits(), seed, 200, 600, 597)
     module = Lit(mlp(64, 250, 250, 10), sgd(0.02), 2500)
     module.register_l2(values["l2"])
-    return Problem(module, batches(train, 100, 2500), *rest)
+    return Problem(module, batches(train, 100, module.steps), *rest)
 
 
 @task("develop", {"l2": Axis(1e-2)}, auto=True)
 def diabetes_l2(values: Values, seed: int, folder: Path | None) -> Problem:
     """L2, one strength. MLP for a regression, Adam, 150 patients."""
     train, *rest = split(load_diabetes(), seed, 150, 146, 146)
-    module = Lit(mlp(10, 150, 150, 1), adam(3e-3), 2500, F.mse_loss)
+    module = Lit(mlp(10, 150, 150, 1), adam(3e-3), 3000, F.mse_loss)
     module.register_l2(values["l2"])
-    return Problem(module, batches(train, 75, 2500), *rest)
+    return Problem(module, batches(train, 75, module.steps), *rest)
 
 
 CNN_LAYERS = ("0", "4", "8", "12", "14")
@@ -436,16 +431,16 @@ def cifar_l2_layers(values: Values, seed: int, folder: Path) -> Problem:
     train, *rest = split(load_cifar(folder), seed, 2000, 2000, 2000)
     module = Lit(cnn(3, 16), sgd(0.05), 500)
     module.register_l2(next(iter(values.values())), granularity="layer")
-    return Problem(module, batches(train, 50, 500), *rest)
+    return Problem(module, batches(train, 50, module.steps), *rest)
 
 
 @task("develop", {"keep": Axis(0.5, "keep")}, data="MNIST")
 def mnist_dropout(values: Values, seed: int, folder: Path) -> Problem:
     """Dropout, one rate. Wide MLP, Adam, 500 MNIST images."""
     train, *rest = split(load_mnist(folder), seed, 500, 2000, 2000)
-    module = Lit(mlp(784, 200, 200, 10, dropout=0.5), adam(1e-3), 1300)
+    module = Lit(mlp(784, 200, 200, 10, dropout=0.5), adam(1e-3), 1500)
     module.register_dropout(values["keep"])
-    return Problem(module, batches(train, 64, 1300), *rest)
+    return Problem(module, batches(train, 64, module.steps), *rest)
 
 
 LSTM_KEEPS = ("drop_input", "rnn", "drop_output")
@@ -453,15 +448,17 @@ LSTM_KEEPS = ("drop_input", "rnn", "drop_output")
 
 @task("develop", {f"keep.net.{k}": Axis(0.5, "keep") for k in LSTM_KEEPS}, data="ptb")
 def ptb_dropouts(values: Values, seed: int, folder: Path) -> Problem:
-    """Dropout, three rates. LSTM, Adam, 4 000 words of the Penn Treebank."""
-    train, *rest = split(load_ptb(folder, 1000, 20), seed, 200, 1000, 1000)
-    module = Lit(LanguageModel(1000, 64, 0.5), adam(5e-3), 700, word_loss)
+    """Dropout, three rates. LSTM, Adam, 5 000 letters of the Penn Treebank."""
+    inputs, targets = load_ptb(folder, 25)
+    train, *rest = split((inputs, targets), seed, 200, 1000, 1000)
+    net = LanguageModel(int(inputs.max()) + 1, 96, 0.5)
+    module = Lit(net, adam(1e-2), 600, letter_loss)
     module.register_dropout(tied=False)
-    return Problem(module, batches(train, 16, 700), *rest)
+    return Problem(module, batches(train, 10, module.steps), *rest)
 
 
-def word_loss(logits: Tensor, words: Tensor) -> Tensor:
-    return F.cross_entropy(logits, words.flatten())
+def letter_loss(logits: Tensor, letters: Tensor) -> Tensor:
+    return F.cross_entropy(logits, letters.flatten())
 
 
 @task("develop", {"optimizer.weight_decay": Axis(0.1)}, data="MNIST", auto=True)
@@ -472,7 +469,7 @@ def mnist_decay(values: Values, seed: int, folder: Path) -> Problem:
     train, *rest = split((rows, labels), seed, 200, 2000, 2000)
     decay = values["optimizer.weight_decay"]
     module = Lit(Transformer(7, 28, 64), adamw(2e-3, decay), 600)
-    return Problem(module, batches(train, 32, 600), *rest)
+    return Problem(module, batches(train, 32, module.steps), *rest)
 
 
 @task("develop", {"optimizer.lr": Axis(0.02)})
@@ -480,7 +477,7 @@ def digits_rate(values: Values, seed: int, folder: Path | None) -> Problem:
     """Learning rate, scheduled. MLP, SGD with momentum, 600 digits."""
     train, *rest = split(load_digits(), seed, 600, 600, 597)
     module = Lit(mlp(64, 250, 250, 10), sgd(values["optimizer.lr"]), 2500)
-    return Problem(module, batches(train, 100, 2500), *rest)
+    return Problem(module, batches(train, 100, module.steps), *rest)
 
 
 @task(
@@ -500,7 +497,7 @@ def digits_four(values: Values, seed: int, folder: Path | None) -> Problem:
     module.register_l2(values["l2"])
     module.register_dropout(values["keep"])
     module.register_noise(values["noise"])
-    return Problem(module, batches(train, 50, 1500), *rest)
+    return Problem(module, batches(train, 50, module.steps), *rest)
 
 
 CLEAN = 20  # the first so many of 1 000 labels can be trusted
@@ -533,7 +530,7 @@ def digits_cleaning(values: Values, seed: int, folder: Path | None) -> Problem:
     labels = torch.where(wrong & (index >= CLEAN), (y + 1) % 10, y)
     module = Cleaning(mlp(64, 250, 250, 10), adam(1e-3), 1700)
     module.register_example_weights(1000)
-    train = batches(TensorDataset(x, labels, index), 100, 1700)
+    train = batches(TensorDataset(x, labels, index), 100, module.steps)
     return Problem(module, train, *(TensorDataset(*tensors) for tensors in rest))
 
 
@@ -545,7 +542,7 @@ def mnist_augment(values: Values, seed: int, folder: Path) -> Problem:
     train, *rest = split((small, labels), seed, 200, 2000, 2000)
     net = nn.Sequential(Shift(values["net.0.pixels"]), nn.Flatten(), *mlp(196, 200, 200, 10))
     module = Lit(net, adamw(2e-3), 1500)
-    return Problem(module, batches(train, 50, 1500), *rest)
+    return Problem(module, batches(train, 50, module.steps), *rest)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -559,7 +556,7 @@ def mnist_l2(values: Values, seed: int, folder: Path) -> Problem:
     train, *rest = split(load_mnist(folder), seed, 500, 2000, 2000)
     module = Lit(mlp(784, 200, 200, 10), sgd(0.1, 0.0), 1500)
     module.register_l2(values["l2"])
-    return Problem(module, batches(train, 100, 1500), *rest)
+    return Problem(module, batches(train, 100, module.steps), *rest)
 
 
 CNN_KEEPS = ("4", "9", "14", "17")
@@ -571,7 +568,7 @@ def cifar_dropouts(values: Values, seed: int, folder: Path) -> Problem:
     train, *rest = split(load_cifar(folder), seed, 1000, 2000, 2000)
     module = Lit(cnn(3, 16, dropout=0.5), adamw(2e-3), 500)
     module.register_dropout(tied=False)
-    return Problem(module, batches(train, 32, 500), *rest)
+    return Problem(module, batches(train, 32, module.steps), *rest)
 
 
 @task("held_back", {"loss.epsilon": Axis(0.1, "logit")})
@@ -580,39 +577,42 @@ def digits_smoothing(values: Values, seed: int, folder: Path | None) -> Problem:
     train, *rest = split(load_digits(), seed, 300, 600, 597)
     smoothing = LabelSmoothing(values["loss.epsilon"])
     module = Lit(mlp(64, 250, 250, 10), adam(2e-3), 1500, smoothing)
-    return Problem(module, batches(train, 100, 1500), *rest)
+    return Problem(module, batches(train, 100, module.steps), *rest)
 
 
 LABELED, UNKNOWN = 50, -1
 
 
 class Multitask(Lit):
-    """Learns from few digits, and from two properties of many."""
+    """Learns from few digits, from a property of many, and from guesses at many."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.kind, self.picture = nn.Linear(150, 4), nn.Linear(150, 64)
+        self.kind = nn.Linear(150, 4)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        x, digit, kind = batch
+        x, digit, kind, guess = batch
         features = self.net[:-1](x)
+        logits = self.net[-1](features)
         return self.weighted_loss(
-            F.cross_entropy(self.net[-1](features), digit, ignore_index=UNKNOWN),
+            F.cross_entropy(logits, digit, ignore_index=UNKNOWN),
             kind=F.cross_entropy(self.kind(features), kind),
-            picture=F.mse_loss(self.picture(features), x),
+            guess=F.cross_entropy(logits, guess),
         )
 
 
-@task("held_back", {f"loss_weights.{k}": Axis(1.0) for k in ("kind", "picture")})
+@task("held_back", {f"loss_weights.{k}": Axis(0.1) for k in ("kind", "guess")})
 def digits_multitask(values: Values, seed: int, folder: Path | None) -> Problem:
-    """Weights of two auxiliary losses. MLP, Adam, 50 digits and properties of 500."""
-    data, *rest = split(load_digits(), seed, 500, 600, 597)
-    x, y = data.tensors
+    """Weights of two auxiliary losses. MLP, Adam, 50 digits, a property of 500, guesses at 500."""
+    (x, y), *rest = (data.tensors for data in split(load_digits(), seed, 500, 600, 597))
+    generator = torch.Generator().manual_seed(seed)
     known = torch.where(torch.arange(len(y)) < LABELED, y, UNKNOWN)
-    train = TensorDataset(x, known, y % 2 + 2 * (y > 4))
-    module = Multitask(mlp(64, 150, 150, 10), adam(2e-3), 1500)
-    module.register_loss_weights({"kind": 1.0, "picture": 1.0})
-    return Problem(module, batches(train, 100, 1500), *rest)
+    is_right = torch.rand(len(y), generator=generator) < 0.6
+    guess = torch.where(is_right, y, torch.randint(10, y.shape, generator=generator))
+    module = Multitask(mlp(64, 150, 150, 10), adam(2e-3), 2000)
+    module.register_loss_weights({"kind": 1.0, "guess": 1.0})
+    train = batches(TensorDataset(x, known, y % 2 + 2 * (y > 4), guess), 100, module.steps)
+    return Problem(module, train, *(TensorDataset(*tensors) for tensors in rest))
 
 
 @task("held_back", {"noise": Axis(0.3), "hidden_noise": Axis(0.3)})
@@ -622,4 +622,4 @@ def digits_noise(values: Values, seed: int, folder: Path | None) -> Problem:
     module = Lit(mlp(64, 250, 250, 10), sgd(0.02), 2000)
     module.register_noise(values["noise"])
     module.register_noise(values["hidden_noise"], at=["net.2", "net.4"], name="hidden_noise")
-    return Problem(module, batches(train, 100, 2000), *rest)
+    return Problem(module, batches(train, 100, module.steps), *rest)
