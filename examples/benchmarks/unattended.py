@@ -664,7 +664,7 @@ def report_tasks(tasks: Sequence[Task], results: Results) -> Iterable[str]:
             str(len(task.axes)),
             results.rows[next(iter(bests.values()))]["parameters"],
             f"{results.plain_seconds(task):.1f}",
-            f"{max(noise):.1%}" if noise else "–",
+            f"{max(noise):.2%}" if noise else "–",
             ", ".join(best.start for best in bests.values()),
             ", ".join(f"{results.loss(best):.4f}" for best in bests.values()),
             ", ".join(f"{results.loss(best, 'test'):.4f}" for best in bests.values()),
