@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -79,7 +79,8 @@ class OnlineHPOCallback(pl.Callback):
             other hyperparameters, Lightning itself needs ``strict_loading = False`` on it.)
         optimizer_hyperparameters: Options of the model's optimizer to tune as well, such as
             ``["lr", "momentum"]``, or a mapping from options to the :class:`Hyperparameter` to use;
-            see :class:`~lightning_hpo.dynamics.OptimizerOptions`.
+            see :class:`~lightning_hpo.dynamics.OptimizerOptions`. ``{"weight_decay": "auto"}``
+            starts where it begins to matter over this training (see :mod:`lightning_hpo.auto`).
 
     Attributes:
         history: What each update has done; see :attr:`history`.
@@ -106,7 +107,8 @@ class OnlineHPOCallback(pl.Callback):
         monitor: str | None = None,
         dataloader_idx: int = 0,
         seed: int = 0,
-        optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter] = (),
+        optimizer_hyperparameters: Iterable[str]
+        | Mapping[str, Hyperparameter | Literal["auto"]] = (),
         strict: bool = True,
     ) -> None:
         join_again()
@@ -309,7 +311,7 @@ class OnlineHPOCallback(pl.Callback):
             self._skip(update.step)
         record = make_record(
             self._run.first_step + update.step,
-            self._run.hyperparameters,
+            self._run.resolved,
             update.gradients,
             update.norms,
             self.skipped,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -111,13 +111,30 @@ class OptimizerOptions:
         """Puts the tuned values in the place of the optimizer's, for one step."""
         groups = self._optimizer.param_groups
         self._saved = [{option: group[option] for option in self._by_option} for group in groups]
-        for group in groups:
-            for option, h in self._by_option.items():
-                value = _numbers(h.constraint(self._raw(option)))
-                if option == "lr" and self._is_scale:
-                    assert isinstance(value, float)
-                    value *= float(group["lr"])
+        for option in self._by_option:
+            self._put(option)
+
+    def _put(self, option: str) -> None:
+        h = self._by_option[option]
+        if not h.is_resolved:
+            return  # the optimizer's own acts meanwhile
+        value = _numbers(h.constraint(self._raw(option)))
+        for group in self._optimizer.param_groups:
+            if option == "lr" and self._is_scale:
+                assert isinstance(value, float)
+                group[option] = value * float(group["lr"])
+            else:
                 group[option] = value
+
+    def unresolved(self) -> dict[str, Hyperparameter]:
+        """The hyperparameters whose values are not known yet, by name."""
+        return {name: h for name, h in self.hyperparameters.items() if not h.is_resolved}
+
+    def renew_(self, names: Iterable[str]) -> None:
+        """Puts values in place that have become known during a step; not that of ``lr``."""
+        if self._saved:
+            for name in names:
+                self._put(name.removeprefix("optimizer."))
 
     def _raw(self, option: str) -> Tensor:
         """Returns raw λ on the CPU; waits for a device only where λ has been written to."""
@@ -150,7 +167,7 @@ class OptimizerOptions:
         """
         result = {}
         for option, h in self._by_option.items():
-            if f"optimizer.{option}" not in names:
+            if f"optimizer.{option}" not in names or not h.is_resolved:
                 continue
             entries = []
             for i in range(h.raw.numel()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Hyperparameter(nn.Module):
     """
 
     raw: Tensor
+    _is_resolved = True
 
     def __init__(
         self,
@@ -48,11 +50,7 @@ class Hyperparameter(nn.Module):
     ) -> None:
         super().__init__()
         constraint = Unconstrained() if constraint is None else constraint
-        if not isinstance(constraint, Constraint):
-            raise TypeError(
-                f"Hyperparameter: constraint={constraint!r} is a {type(constraint).__name__}, "
-                "expected an instance of a Constraint, for example Positive()"
-            )
+        _check_constraint(constraint)
         if isinstance(init, bool) or not isinstance(init, (int, float, Tensor)):
             raise TypeError(
                 f"Hyperparameter: init={init!r} is a {type(init).__name__}, "
@@ -84,6 +82,34 @@ class Hyperparameter(nn.Module):
         except ValueError as error:
             raise ValueError(f"Hyperparameter: init={init!r} is refused: {error}") from None
         self.register_buffer("raw", raw, persistent=True)
+
+    @classmethod
+    def unresolved(cls, constraint: Constraint) -> Hyperparameter:
+        """Makes one of one element whose value is found at the start of a training.
+
+        Until then ``raw`` is NaN, also in a checkpoint.
+
+        Raises:
+            TypeError: If ``constraint`` is no constraint.
+        """
+        _check_constraint(constraint)
+        result = cls(0.0)
+        result.constraint = constraint
+        result.raw.fill_(math.nan)
+        result._is_resolved = False
+        return result
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether it has a value; not as long as ``init="auto"`` waits for a training."""
+        if not self._is_resolved:  # else the host would wait for the device
+            self._is_resolved = not bool(self.raw.isnan().any())
+        return self._is_resolved
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loads ``raw``, which may have been saved before it was resolved."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_resolved = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Hyperparameter:
         """Moves with the module, but keeps ``raw`` in float32 or better.
@@ -134,12 +160,22 @@ class Hyperparameter(nn.Module):
             raise ValueError(f"Hyperparameter: value={value!r} is refused: {error}") from None
         with torch.no_grad():
             self.raw.copy_(raw)
+        self._is_resolved = True
 
     def extra_repr(self) -> str:
         """Shows the value, the constraint, and whether it is frozen."""
         value = self.value
         shown = f"{value.item():.4g}" if value.numel() == 1 else f"shape={tuple(value.shape)}"
+        shown = shown if self.is_resolved else "auto"
         return f"{shown}, constraint={self.constraint}{', frozen' if self.frozen else ''}"
+
+
+def _check_constraint(constraint: Any) -> None:
+    if not isinstance(constraint, Constraint):
+        raise TypeError(
+            f"Hyperparameter: constraint={constraint!r} is a {type(constraint).__name__}, "
+            "expected an instance of a Constraint, for example Positive()"
+        )
 
 
 def named_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
