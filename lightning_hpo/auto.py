@@ -7,8 +7,8 @@ about their own size. With Σ η the sum of the learning rates over the steps to
 - L1 moves w by η λ sign(w) per step: λ₀ = mean|w| / Σ η.
 - Momentum μ repeats each step 1 / (1 − μ) times: (1 − μ) λ₀.
 - An adaptive optimizer (Adam, RMSprop …) divides a penalty in the gradient by the size of the
-  gradient: rms(g) λ₀, with rms(g) over the weights at the first step. A decoupled weight decay
-  is not divided.
+  gradient: rms(g) λ₀, at the first step, over the weights that have a gradient then. A decoupled
+  weight decay is not divided.
 """
 
 from __future__ import annotations
@@ -96,12 +96,18 @@ class Starts:
             id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]
         }
         trained = [w for w in weights if id(w) in group_of and w.requires_grad]
+        squares: list[float] = []
+        if adaptive:
+            trained = [w for w in trained if w.grad is not None]
+            squares = _sums([w.grad for w in trained if w.grad is not None], 2)
+            # A gradient of zeros is none: low-rank factors begin so, and shards that are not used.
+            trained = [w for w, square in zip(trained, squares, strict=True) if square != 0]
         size, factors = 1.0, []
         if degree == 1:
-            size *= _mean(trained, 1)
+            size *= _mean(trained, _sums(trained, 1))
             factors.append("mean |w|")
         if adaptive:
-            size *= math.sqrt(_mean([w.grad for w in trained if w.grad is not None], 2))
+            size *= math.sqrt(_mean(trained, squares))
             factors.append("rms(gradient)")
         if not 0 < size < math.inf:
             return None
@@ -165,18 +171,23 @@ def _damps(group: Group) -> float:
     return float(group.get("dampening", 0))
 
 
-def _mean(tensors: Sequence[Tensor], power: int) -> float:
-    """Returns the mean of |x|^power over all elements, of shards as well; NaN of none."""
-    count = sum(t.numel() for t in tensors)
-    if not count:
-        return math.nan
+def _sums(tensors: Sequence[Tensor], power: int) -> list[float]:
+    """Returns Σ |x|^power of each tensor, of whole ones where they are sharded."""
+    if not tensors:
+        return []
     parts = [
         torch.linalg.vector_norm(x, power, dtype=torch.promote_types(x.dtype, torch.float32))
         for x in (local(t.detach()) for t in tensors)
     ]
     # On one device: the layers of a model may be spread over several.
-    total = torch.stack([part.to(parts[0].device) ** power for part in parts]).sum()
-    return float(sum_over_shards(total, is_sharded(tensors))) / count
+    totals = torch.stack([part.to(parts[0].device) ** power for part in parts])
+    found: list[float] = sum_over_shards(totals, is_sharded(tensors)).tolist()
+    return found
+
+
+def _mean(tensors: Sequence[Tensor], sums: Sequence[float]) -> float:
+    """Returns the mean over all elements; 0 of none."""
+    return sum(sums) / max(sum(t.numel() for t in tensors), 1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -468,7 +468,9 @@ def mnist_decay(values: Values, seed: int, folder: Path) -> Problem:
     rows = F.avg_pool2d(images.unflatten(1, (1, 28, 28)), 2).flatten(1)  # 7 rows of 28 numbers
     train, *rest = split((rows, labels), seed, 200, 2000, 2000)
     decay = values["optimizer.weight_decay"]
-    module = Lit(Transformer(7, 28, 64), adamw(2e-3, decay), 600)
+    # Where it is "auto", the callback puts it in place.
+    optimizer = adamw(2e-3, 0.0 if decay == "auto" else decay)
+    module = Lit(Transformer(7, 28, 64), optimizer, 600)
     return Problem(module, batches(train, 32, module.steps), *rest)
 
 

@@ -86,6 +86,11 @@ def clip_stride_10(steps: int, **common: Any) -> Callback:
     return OnlineHPOCallback(estimator, adam(0.05), every_n_steps=10, **common)
 
 
+def finds_start(steps: int, **common: Any) -> Callback:
+    """Puts options of the optimizer where ``"auto"`` starts them, and leaves them there."""
+    return OnlineHPOCallback(T1T2(), every_n_steps=steps + 1, **common)
+
+
 # Each makes a callback from the length of the training in steps; the held-out data, and the options
 # of the optimizer that are tuned, come as keywords.
 CONFIGURATIONS: dict[str, Callable[..., Callback]] = {
@@ -249,16 +254,18 @@ def make_callbacks(job: Job, problem: Problem) -> list[Callback]:
     configuration = job.cell.configuration
     if configuration in ORACLES:
         return [Oracle(job.values, job.target, ORACLES[configuration] * problem.steps)]
-    if configuration not in CONFIGURATIONS:
+    names = [f"optimizer.{option}" for option in TASKS[job.cell.task].options]
+    options = {
+        name.removeprefix("optimizer."): "auto" if job.values[name] == "auto" else None
+        for name in names
+    }
+    if configuration not in CONFIGURATIONS and "auto" not in options.values():
         return []
     size = problem.train.sampler.batch_size  # type: ignore[union-attr]
     draws = BatchSampler(RandomSampler(problem.held_out), size, drop_last=True)
     held_out = DataLoader(problem.held_out, batch_size=None, sampler=draws)
-    options = TASKS[job.cell.task].options
-    tuner = CONFIGURATIONS[configuration](
-        problem.steps, dataloader=held_out, optimizer_hyperparameters=options
-    )
-    return [tuner]
+    make = CONFIGURATIONS.get(configuration, finds_start)
+    return [make(problem.steps, dataloader=held_out, optimizer_hyperparameters=options)]
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -381,23 +388,6 @@ class Results:
         return median(times) if times else math.nan
 
 
-def is_auto_known(task: Task, data_dir: Path | None) -> bool:
-    """Whether the package takes ``"auto"`` for the start of this task."""
-    try:
-        task.make(task.starts()["auto"], 0, data_dir).module.configure_optimizers()
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def list_starts(task: Task, data_dir: Path | None) -> dict[str, Values]:
-    """Lists the starts of a task that can be run."""
-    starts = task.starts()
-    if "auto" in starts and not is_auto_known(task, data_dir):
-        del starts["auto"]
-    return starts
-
-
 def list_jobs(
     configuration: str, task: Task, seed: int, results: Results, data_dir: Path | None
 ) -> Iterable[Job]:
@@ -410,7 +400,7 @@ def list_jobs(
     def cell(start: str) -> Cell:
         return Cell(task.name, seed, configuration, start)
 
-    starts = list_starts(task, data_dir)
+    starts = task.starts()
     best = results.best(task, seed)
     if configuration == "fixed":
         alone = dict(task.left_alone()[start] for start in starts)

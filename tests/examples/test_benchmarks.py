@@ -157,6 +157,37 @@ def test_cells_start_where_they_say(scripts):
                 assert h.frozen is is_frozen
 
 
+@pytest.mark.parametrize("configuration", ["fixed", "t1t2 every 10"])
+def test_cells_can_start_where_the_package_says(scripts, configuration):
+    unattended, tasks = scripts["unattended"], scripts["_tasks"]
+    torch.set_default_dtype(torch.float32)  # as it is in a process of the benchmark
+
+    @tasks.task("develop", {"optimizer.weight_decay": tasks.Axis(0.1)}, auto=True)
+    def decay(values, seed, folder):
+        problem = tasks.TASKS["digits-l2"].make({"l2": 1e-10}, seed, folder)
+        problem.module.optimizer = tasks.adamw(2e-3)
+        problem.module.steps = 30
+        return problem
+
+    try:
+        for name, total in (("digits-l2", 0.02 / 0.1), ("decay", 2e-3)):
+            task = tasks.TASKS[name]
+            cell = unattended.Cell(name, 0, configuration, "auto")
+            job = unattended.Job(cell, task.starts()["auto"], {}, None, math.inf)
+            problem = unattended.prepare(job)
+            problem.module.steps = 30
+            callbacks = unattended.make_callbacks(job, problem)
+            unattended.fit(problem.module, problem.train, 30, callbacks)
+            (axis,) = task.axes
+            found = unattended.summarize(problem.module, job)[axis]
+            rates = sum(tasks.cosine(t, 30) for t in range(30))
+            # Three updates move log λ by 0.05 each.
+            moved = 1e-3 if configuration == "fixed" else 0.17
+            assert found == pytest.approx(1 / (total * rates), rel=moved)
+    finally:
+        tasks.TASKS.pop("decay")
+
+
 def test_training_sets_follow_the_seed_and_others_do_not(scripts):
     tasks = scripts["_tasks"]
     numbers = (torch.arange(100),)
@@ -243,7 +274,7 @@ def test_results_are_read_again_and_not_made_again(scripts, tmp_path, monkeypatc
     assert second.rows == first.rows
     jobs = list(unattended.list_jobs("default", task, 0, second, None))
     left = [job.cell.start for job in jobs if job.cell not in second.rows]
-    assert left == [k for k in task.starts() if k.startswith("1e")]
+    assert left == [k for k in task.starts() if k == "auto" or k.startswith("1e")]
     jobs = [job for job in jobs if job.cell in second.rows]
     assert len(jobs) == 3
 

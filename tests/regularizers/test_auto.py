@@ -371,10 +371,11 @@ def test_a_schedule_that_ends_too_early_counts_by_its_mean():
     model = Net("sgd", ends)
     watch = train(model, Stop(), epochs=EPOCHS)
     assert len(watch.rates) == 5
-    whole = train(Net("sgd", ends), steps=10)
-    # OneCycleLR has a rate for one step more.
-    last = 0.2 / 25 / 1e4  # OneCycleLR has a rate for one step more
-    assert model.l2().item() == pytest.approx(11 / 20 / (whole.total() + last), rel=1e-10)
+    whole = Watch()
+    with pytest.raises(ValueError, match="Tried to step 11 times"):
+        fit(Net("sgd", ends), whole, steps=20)
+    assert len(whole.rates) == 11
+    assert model.l2().item() == pytest.approx(11 / 20 / whole.total(), rel=1e-10)
 
 
 # -------------------------------------------------------------------------------- with the callback
