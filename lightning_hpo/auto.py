@@ -62,9 +62,8 @@ class Starts:
         optimizer moves its weights, or these or their gradients are all 0 or not finite.
         """
         owner = self.owner(penalty)
-        if owner is None:
+        if owner is None or penalty.degree is None:
             return None
-        assert penalty.degree is not None
         return self._start(owner, penalty.weights, penalty.degree, is_adaptive(owner))
 
     def weight_decay(self, optimizer: Optimizer) -> Start | None:
@@ -109,7 +108,7 @@ class Starts:
         if adaptive:
             size *= math.sqrt(_mean(trained, squares))
             factors.append("rms(gradient)")
-        if not 0 < size < math.inf:
+        if not (trained and 0 < size < math.inf):
             return None
         group = optimizer.param_groups[0]
         if _repeats(optimizer, group) and not decoupled:
