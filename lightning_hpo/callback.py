@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -14,11 +14,21 @@ from torch import Tensor
 from lightning_hpo import compatibility
 from lightning_hpo._arguments import check_integer
 from lightning_hpo._lightning import join, join_again
+from lightning_hpo._repr import shown
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.estimators import ClipR, Estimator
 from lightning_hpo.hyper_optimizer import OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter
-from lightning_hpo.monitoring import History, HistoryRecord, Results, log_record, make_record
+from lightning_hpo.monitoring import (
+    History,
+    HistoryRecord,
+    Results,
+    log_interval,
+    log_record,
+    make_record,
+    show_record,
+)
+from lightning_hpo.plots import plot
 from lightning_hpo.rng import RandomState, ResumedRandomState
 from lightning_hpo.run import Finished, Run, Settings, Waiting
 
@@ -69,7 +79,8 @@ class OnlineHPOCallback(pl.Callback):
             other hyperparameters, Lightning itself needs ``strict_loading = False`` on it.)
         optimizer_hyperparameters: Options of the model's optimizer to tune as well, such as
             ``["lr", "momentum"]``, or a mapping from options to the :class:`Hyperparameter` to use;
-            see :class:`~lightning_hpo.dynamics.OptimizerOptions`.
+            see :class:`~lightning_hpo.dynamics.OptimizerOptions`. ``{"weight_decay": "auto"}``
+            starts where it begins to matter over this training (see :mod:`lightning_hpo.auto`).
 
     Attributes:
         history: What each update has done; see :attr:`history`.
@@ -96,7 +107,8 @@ class OnlineHPOCallback(pl.Callback):
         monitor: str | None = None,
         dataloader_idx: int = 0,
         seed: int = 0,
-        optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter] = (),
+        optimizer_hyperparameters: Iterable[str]
+        | Mapping[str, Hyperparameter | Literal["auto"]] = (),
         strict: bool = True,
     ) -> None:
         join_again()
@@ -137,6 +149,15 @@ class OnlineHPOCallback(pl.Callback):
         self._option_names = optimizer_hyperparameters
         self._strict = strict
         self._phase: Waiting | Run | Finished = Waiting()
+        self._is_logged = False  # whether loggers have the last record
+
+    def __repr__(self) -> str:
+        names = ("estimator", "every_n_steps", "warmup_steps", "derivatives")
+        parts = [shown(self, names)]
+        if self.history:
+            values = [f"{name}={_brief(v)}" for name, v in self.history[-1].values.items()]
+            parts += [f"{len(self.history)} updates, last {', '.join(values)}"]
+        return f"OnlineHPOCallback({'; '.join(parts)})"
 
     def _estimators(self) -> Mapping[str, Estimator]:
         """Returns the estimators by the patterns of the names that they serve."""
@@ -156,6 +177,26 @@ class OnlineHPOCallback(pl.Callback):
     def skipped(self) -> int:
         """How many updates were skipped because their hypergradient was not finite."""
         return self._results.here.skipped
+
+    def plot(self, names: Sequence[str] | None = None) -> tuple[Any, Any]:
+        """Draws the last training: each λ on its own scale, its hypergradients, and L_V.
+
+        The first row has the values, with the bounds of their constraints where these are near; the
+        second the hypergradients with respect to raw λ, their mean over a twentieth of the updates,
+        and one standard deviation to both sides; below, L_V on the held-out batches.
+
+        Args:
+            names: The hyperparameters to draw. Default: the first four.
+
+        Returns:
+            A matplotlib figure and its array of axes.
+
+        Raises:
+            ModuleNotFoundError: Without matplotlib.
+            RuntimeError: Before the first update.
+            KeyError: If a name is unknown.
+        """
+        return plot(self.history, self._results.here.constraints, names)
 
     def should_update(self, step: int) -> bool:
         """Whether λ is updated after the given optimizer step (counted from 1). May be overridden.
@@ -191,7 +232,11 @@ class OnlineHPOCallback(pl.Callback):
             self._phase = Run(self._settings(), trainer, pl_module, self, waiting)
         records = waiting.state.get("history", ())
         skipped = waiting.state.get("skipped", 0)
-        self._results.begin((HistoryRecord(**record) for record in records), skipped)
+        self._results.begin(
+            (HistoryRecord(**record) for record in records),
+            skipped,
+            {name: h.constraint for name, h in self._run.hyperparameters.items()},
+        )
 
     def _settings(self) -> Settings:
         return Settings(
@@ -212,6 +257,9 @@ class OnlineHPOCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the state for a later checkpoint, and lets go of everything else."""
         if isinstance(self._phase, Run):
+            if self.history and not self._is_logged and log_interval(trainer) > 0:
+                log_record(trainer, self.history[-1], trainer.global_step)
+                self._is_logged = True
             self._phase.close()
             self._phase = Finished(self.state_dict())
 
@@ -262,15 +310,21 @@ class OnlineHPOCallback(pl.Callback):
         if not update.is_applied:
             self._skip(update.step)
         record = make_record(
-            update.step,
-            self._run.hyperparameters,
+            self._run.first_step + update.step,
+            self._run.resolved,
             update.gradients,
             update.norms,
             self.skipped,
             update.outcome,
+            update.loss,
         )
+        previous = self.history[-1].step if self.history else self._run.first_step
         self.history.append(record)
-        log_record(trainer, pl_module, record, trainer.global_step)
+        show_record(trainer, pl_module, record)
+        every = log_interval(trainer)
+        self._is_logged = every > 0 and record.step // every > previous // every
+        if self._is_logged:
+            log_record(trainer, record, trainer.global_step)
 
     def _skip(self, step: int) -> None:
         if self.skipped == 0:
@@ -313,6 +367,12 @@ class OnlineHPOCallback(pl.Callback):
                 **state,
                 "rng": {"in_epoch": in_epoch, "ranks": gather(rng.state_dict())},
             }
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value['mean']:.4g} (mean)" if isinstance(value, dict) else f"{len(value)} values"
 
 
 join(OnlineHPOCallback, "Callback")

@@ -18,6 +18,7 @@ from lightning_hpo._arguments import check_choice, check_flag
 from lightning_hpo._lightning import MisconfigurationException, classes
 from lightning_hpo._record import record_of
 from lightning_hpo._trainer import is_foreign, overrides
+from lightning_hpo.auto import is_adaptive, is_decoupled
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep, is_elementwise
 from lightning_hpo.estimators import Estimator
@@ -58,7 +59,7 @@ def check_trainer(
     if not names:
         findings.append(
             f"{type(module).__name__} has no Hyperparameter to tune. Register one, for example "
-            "with self.register_l2(init=1e-4) of L2Mixin, or assign a Hyperparameter to an "
+            "with self.register_l2() of L2Mixin, or assign a Hyperparameter to an "
             "attribute"
         )
     if not module.automatic_optimization:
@@ -258,6 +259,20 @@ def check_complex(
         f"The optimizer moves complex parameters{f' ({names[0]!r})' if names else ''}, along which "
         "derivatives are not taken. Keep them as real parameters of shape (..., 2), and use "
         "torch.view_as_complex(p) in the forward pass: the training is the same"
+    ]
+
+
+def check_auto(optimizers: Sequence[torch.optim.Optimizer], tuned: Mapping[str, Any]) -> list[str]:
+    """Refuses a weight decay of which nothing says how it acts."""
+    if len(optimizers) != 1 or tuned.get("weight_decay") != "auto":
+        return []
+    (optimizer,) = optimizers
+    if is_decoupled(optimizer) is not None or not is_adaptive(optimizer):
+        return []
+    return [
+        'optimizer_hyperparameters={"weight_decay": "auto"} is not known for '
+        f"{type(optimizer).__name__}, whose weight decay may act on the weights or in the "
+        'gradient. Pass where it starts: {"weight_decay": Hyperparameter(0.1, Positive())}'
     ]
 
 
@@ -618,6 +633,7 @@ def check_option_names(names: Any) -> None:
     """Checks the argument ``optimizer_hyperparameters`` of the callback.
 
     Raises:
+        ValueError: If another option than ``weight_decay`` is ``"auto"``.
         TypeError: If it is neither a collection of names nor a mapping to hyperparameters.
     """
     if isinstance(names, str):
@@ -626,7 +642,13 @@ def check_option_names(names: Any) -> None:
             f"[{names!r}]"
         )
     for name, h in names.items() if isinstance(names, Mapping) else ():
-        if h is not None and not isinstance(h, Hyperparameter):
+        if h == "auto" and name != "weight_decay":
+            raise ValueError(
+                f'OnlineHPOCallback: optimizer_hyperparameters[{name!r}] is "auto", which is known '
+                f"for 'weight_decay' alone; pass a Hyperparameter, or for its default a list of "
+                "names"
+            )
+        if h is not None and h != "auto" and not isinstance(h, Hyperparameter):
             raise TypeError(
                 f"OnlineHPOCallback: optimizer_hyperparameters[{name!r}] is a {type(h).__name__}, "
                 "expected a Hyperparameter; for its default pass a list of names"

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.hyperparameters import Constraint, Hyperparameter
 
 # Above this many elements, the history keeps summaries instead of the tensors themselves.
 SUMMARY_ABOVE = 1000
@@ -30,7 +30,8 @@ class HistoryRecord:
     ``max`` and ``norm`` instead.
 
     Attributes:
-        step: The number of optimizer steps taken when the update was made.
+        step: The number of optimizer steps taken when the update was made: the trainer's
+            ``global_step``, less steps that a gradient scaler has left out.
         values: The constrained values after the update: a float, or a list for a tensor.
         hypergradients: dL_V/d(raw λ), shaped like raw λ, on the CPU.
         tangent_norms: ‖dθ/d(raw λ)‖: a float, or a list for a tensor; None for reverse estimators.
@@ -39,6 +40,7 @@ class HistoryRecord:
         outcome: How the solver of an implicit estimator ended (the value of a
             :class:`~lightning_hpo.estimators.SolverOutcome`); None for other estimators. Of several
             estimators, ``"pattern: outcome"`` for each that has one, separated by commas.
+        loss: L_V on the held-out batch of this update, before it; None where it was not asked for.
     """
 
     step: int
@@ -47,6 +49,7 @@ class HistoryRecord:
     tangent_norms: dict[str, Any] | None
     skipped: int
     outcome: str | None = None
+    loss: float | None = None
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Result:
 
     history: History = field(default_factory=lambda: History())
     skipped: int = 0
+    constraints: dict[str, Constraint] = field(default_factory=dict)
 
 
 class History(Sequence[HistoryRecord]):
@@ -70,6 +74,7 @@ class History(Sequence[HistoryRecord]):
         self._steps = array("q")
         self._skipped = array("q")
         self._outcomes: list[str | None] = []
+        self._losses = array("d")  # NaN: none
         for record in records:
             self.append(record)
 
@@ -85,6 +90,7 @@ class History(Sequence[HistoryRecord]):
         self._steps.append(record.step)
         self._skipped.append(record.skipped)
         self._outcomes.append(record.outcome)
+        self._losses.append(math.nan if record.loss is None else record.loss)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -100,7 +106,10 @@ class History(Sequence[HistoryRecord]):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[index]
         layout = next(layout for start, layout in reversed(self._layouts) if start <= i)
-        record = HistoryRecord(self._steps[i], {}, {}, None, self._skipped[i], self._outcomes[i])
+        loss = None if math.isnan(self._losses[i]) else self._losses[i]
+        record = HistoryRecord(
+            self._steps[i], {}, {}, None, self._skipped[i], self._outcomes[i], loss
+        )
         at = self._starts[i]
         for part, name, shape in layout:
             if getattr(record, part) is None:
@@ -108,6 +117,31 @@ class History(Sequence[HistoryRecord]):
             getattr(record, part)[name] = shape.restore(self._numbers[at : at + shape.length])
             at += shape.length
         return record
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Returns flat lists of equal length, one entry per update, for ``pandas.DataFrame``.
+
+        ``"step"``, ``"loss"``, ``"skipped"``, and for each hyperparameter ``"<name>"``,
+        ``"<name>_grad"`` and ``"<name>_tangent_norm"`` where there are any; for one of several
+        elements ``"<name>[i]"`` (``"<name>[i,j]"``), above 1 000 elements ``"<name>.mean"`` and so
+        on. NaN where an update has no such number.
+        """
+        columns: dict[str, list[Any]] = {"step": [], "loss": [], "skipped": []}
+        for i, record in enumerate(self):
+            row: dict[str, Any] = {
+                "step": record.step,
+                "loss": math.nan if record.loss is None else record.loss,
+                "skipped": record.skipped,
+            }
+            for part, name, value in _entries(record):
+                row.update(_cells(name, _SUFFIXES[part], value))
+            if record.outcome is not None:
+                row["outcome"] = record.outcome
+            for name in [n for n in row if n not in columns]:
+                columns[name] = [math.nan] * i
+            for name, column in columns.items():
+                column.append(row.get(name, math.nan))
+        return columns
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -129,9 +163,11 @@ class Results:
         self._latest: list[Result] = [Result()]
         self._own: Result | None = None
 
-    def begin(self, records: Iterable[HistoryRecord], skipped: int) -> None:
+    def begin(
+        self, records: Iterable[HistoryRecord], skipped: int, constraints: dict[str, Constraint]
+    ) -> None:
         """Starts anew, for a training of this callback."""
-        self._own = self._latest[0] = Result(History(records), skipped)
+        self._own = self._latest[0] = Result(History(records), skipped, constraints)
 
     @property
     def here(self) -> Result:
@@ -196,6 +232,23 @@ class _Shape(NamedTuple):
 
 _SUMMARY = ("min", "mean", "max", "norm")
 
+_SUFFIXES = {"values": "", "hypergradients": "_grad", "tangent_norms": "_tangent_norm"}
+
+
+def _cells(name: str, suffix: str, value: Any) -> dict[str, float]:
+    """Names every number of an entry."""
+    if isinstance(value, dict):
+        return {f"{name}.{key}{suffix}": number for key, number in value.items()}
+    numbers = torch.as_tensor(value, dtype=torch.float64)
+    if numbers.numel() == 1:
+        return {f"{name}{suffix}": numbers.item()}
+    return {
+        f"{name}[{','.join(str(int(i)) for i in index)}]{suffix}": numbers[tuple(index)].item()
+        for index in torch.cartesian_prod(*(torch.arange(n) for n in numbers.shape)).reshape(
+            numbers.numel(), -1
+        )
+    }
+
 
 def make_record(
     step: int,
@@ -204,6 +257,7 @@ def make_record(
     tangent_norms: Mapping[str, Tensor] | None,
     skipped: int,
     outcome: str | None = None,
+    loss: float | None = None,
 ) -> HistoryRecord:
     """Collects a record; every tensor is copied to the CPU."""
     return HistoryRecord(
@@ -218,21 +272,19 @@ def make_record(
         else {name: _numbers(t) for name, t in tangent_norms.items()},
         skipped=skipped,
         outcome=outcome,
+        loss=loss,
     )
 
 
-def log_record(
-    trainer: pl.Trainer, module: pl.LightningModule, record: HistoryRecord, step: int
-) -> None:
-    """Sends a record to every logger, and its first values to the progress bar.
+def log_record(trainer: pl.Trainer, record: HistoryRecord, step: int) -> None:
+    """Sends a record to every logger.
 
     Names: ``hpo/<name>`` (the value), ``hpo/<name>_grad`` and ``hpo/<name>_tangent_norm``. A
     hyperparameter of several elements is logged as its mean, minimum and maximum.
     """
-    values: dict[str, float] = {}
+    values = _flat_values(record)
     others: dict[str, float] = {}
-    for name, value in record.values.items():
-        values.update(_flat(f"hpo/{name}", value))
+    for name in record.values:
         # Of several estimators one may have had no estimate, or keep no tangents.
         if name in record.hypergradients:
             others.update(_flat(f"hpo/{name}_grad", record.hypergradients[name]))
@@ -240,6 +292,15 @@ def log_record(
             others.update(_flat(f"hpo/{name}_tangent_norm", record.tangent_norms[name]))
     for logger in trainer.loggers:
         logger.log_metrics({**values, **others}, step=step)
+
+
+def log_interval(trainer: pl.Trainer) -> int:
+    """Returns the trainer's ``log_every_n_steps``; 0 where nothing is to be logged."""
+    return int(getattr(trainer, "log_every_n_steps", 1))
+
+
+def show_record(trainer: pl.Trainer, module: pl.LightningModule, record: HistoryRecord) -> None:
+    """Gives the first values of a record to the progress bar, and to callbacks that watch them."""
     if trainer.barebones:
         return  # Lightning warns of every module.log then
     # Logging through the module costs a third of a millisecond per name: only what the progress
@@ -247,9 +308,16 @@ def log_record(
     # put plain ones, the host would have to wait for that.
     shown = {
         name: torch.tensor(value, device="cpu")
-        for name, value in list(values.items())[:_PROGRESS_BAR_NAMES]
+        for name, value in list(_flat_values(record).items())[:_PROGRESS_BAR_NAMES]
     }
     module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+
+
+def _flat_values(record: HistoryRecord) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for name, value in record.values.items():
+        values.update(_flat(f"hpo/{name}", value))
+    return values
 
 
 def _numbers(tensor: Tensor) -> Any:

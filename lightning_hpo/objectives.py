@@ -408,7 +408,12 @@ class ValidationObjective:
         loss_function: See above.
         monitor: The name under which ``validation_step`` logs its loss.
         shield: That of the training. Default: one of its own.
+
+    Attributes:
+        loss: L_V where it was last taken, a scalar of this rank; None before.
     """
+
+    loss: Tensor | None = None
 
     def __init__(
         self,
@@ -502,6 +507,7 @@ class ValidationObjective:
                 self._shield.gradients_aside(),
             ):
                 loss = self._evaluate(batch, logged)
+            self.loss = loss.detach()
             # As in training: without its factor, gradients in float16 would vanish.
             scale = _scaler_factor(self._trainer)
             if scale != 1:

@@ -6,13 +6,15 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_hpo import compatibility
+from lightning_hpo.auto import Starts
+from lightning_hpo.auto import settle as settle_starts
 from lightning_hpo.averages import Averages
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.dynamics import (
@@ -26,7 +28,7 @@ from lightning_hpo.dynamics import (
 from lightning_hpo.estimators import Estimate, Estimator
 from lightning_hpo.held_out import HeldOut
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory
-from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
+from lightning_hpo.hyperparameters import Hyperparameter, Positive, named_hyperparameters
 from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import PenaltyMixin
 from lightning_hpo.rng import ResumedRandomState
@@ -64,7 +66,7 @@ class Settings:
     monitor: str | None
     dataloader_idx: int
     seed: int
-    optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter]
+    optimizer_hyperparameters: Iterable[str] | Mapping[str, Hyperparameter | Literal["auto"]]
     strict: bool
     should_update: Callable[[int], bool]
 
@@ -152,6 +154,7 @@ class Update:
         norms: ‖dθ/d(raw λ)‖, by name; None where no estimator keeps tangents.
         outcome: How the estimates came about, where that can fail.
         is_applied: Whether λ has moved: not where a hypergradient is not finite.
+        loss: L_V on the batch of this update; None where no estimator has asked for its gradient.
     """
 
     step: int
@@ -159,6 +162,7 @@ class Update:
     norms: dict[str, Tensor] | None
     outcome: str | None
     is_applied: bool
+    loss: float | None = None
 
 
 class Run:
@@ -174,7 +178,8 @@ class Run:
     Attributes:
         hyperparameters: All λ that are tuned, by name.
         served: The estimators at work; empty until the first batch that has a loss.
-        steps: The number of optimizer steps taken.
+        steps: The number of optimizer steps taken with the callback.
+        first_step: The trainer's ``global_step`` before them.
         rng: The random state of a checkpoint, until it has been put in place.
 
     Raises:
@@ -192,6 +197,7 @@ class Run:
     ) -> None:
         self.rng = resumed.rng
         self.steps = 0
+        self.first_step: int = resumed.state.get("first_step", trainer.global_step)
         self.served: list[Served] = []
         self._settings = settings
         self._trainer = trainer
@@ -215,6 +221,7 @@ class Run:
         self._assigned, findings = compatibility.assign(settings.estimators, names, frozen)
         findings += compatibility.check_steps(module)
         findings += compatibility.check_trainer(trainer, module, names, settings.derivatives)
+        findings += compatibility.check_auto(trainer.optimizers, tuned)
         findings += compatibility.check_example_weights(module, trainer.train_dataloader)
         if not self._held_out.is_found:
             findings.append(
@@ -246,24 +253,46 @@ class Run:
         self.recorder = Recorder(trainer, module, callback, self.training, verifier, self._traces)
         self._averages = Averages(trainer, module, callback)
 
-    def _tuned_options(self) -> dict[str, Hyperparameter | None]:
+    def _tuned_options(self) -> dict[str, Hyperparameter | Literal["auto"] | None]:
         """Returns the optimizer's options to tune, without those that are frozen."""
         names = self._settings.optimizer_hyperparameters
-        given = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
+        given: dict[str, Any] = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
         fixed = fixed_options(self._module)
         return {name: h for name, h in given.items() if f"optimizer.{name}" not in fixed}
 
-    def _make_options(self, tuned: dict[str, Hyperparameter | None]) -> OptimizerOptions | None:
+    @property
+    def resolved(self) -> dict[str, Hyperparameter]:
+        """Those of the hyperparameters that have a value; the others wait for a gradient."""
+        return {name: h for name, h in self.hyperparameters.items() if h.is_resolved}
+
+    def _make_options(
+        self, tuned: dict[str, Hyperparameter | Literal["auto"] | None]
+    ) -> OptimizerOptions | None:
         """Makes hyperparameters of the optimizer's options that are to be tuned."""
         options = None
         if tuned:
             scheduled = bool(self._trainer.lr_scheduler_configs)
-            options = OptimizerOptions(self._trainer.optimizers[0], tuned, scheduled=scheduled)
+            given = {
+                name: Hyperparameter.unresolved(Positive()) if isinstance(h, str) else h
+                for name, h in tuned.items()
+            }
+            options = OptimizerOptions(self._trainer.optimizers[0], given, scheduled=scheduled)
             for h in options.hyperparameters.values():
                 h.to(self._module.device)
             self.hyperparameters |= options.hyperparameters
         remember_options(self._module, {} if options is None else options.hyperparameters)
         return options
+
+    def _resolve_options(self, *, at_step: bool = False) -> None:
+        """Gives tuned options with ``"auto"`` their values, as far as these are known by now."""
+        options = self.training.options
+        waiting = [] if options is None else [*options.unresolved().items()]
+        if options is None or not waiting:
+            return
+        starts = Starts(self._trainer, at_step=at_step)
+        start = starts.weight_decay(self._trainer.optimizers[0])  # of no other option is it known
+        settle_starts(self._trainer, [(name, h, start) for name, h in waiting])
+        options.renew_(name for name, _ in waiting)
 
     # --------------------------------------------------------------------------------- first batch
 
@@ -272,6 +301,7 @@ class Run:
         training = self.training
         if isinstance(self._module, PenaltyMixin):
             self._module.agree_on_constants()
+            self._module.resolve_strengths()
         moment = training.objective.moment(batch, batch_idx)
         # The forward pass of sharded parameters is itself a collective.
         with nullcontext() if training.sharded else together():
@@ -313,6 +343,7 @@ class Run:
         if self._resumed:
             self._restore(self._resumed, served)
             self._resumed = {}
+        self._resolve_options()
         if any(each.space.replays for each in served):
             training.derivatives = settle(training, moment, gradients)
             with together():
@@ -408,8 +439,9 @@ class Run:
         )
 
     def before_step(self) -> None:
-        """Compares the gradient with that of a replay, where that is due."""
+        """Compares the gradient with that of a replay, where that is due; penalties come later."""
         self.recorder.check.compare(self.steps + 1)
+        self._resolve_options(at_step=True)
 
     def after_batch(self) -> Update | None:
         """Updates λ where the optimizer has stepped and an update is due."""
@@ -425,7 +457,7 @@ class Run:
         """Estimates the hypergradient and moves λ; None where no window is complete."""
         self.recorder.shifts.look(may_wait=True)
         with self._traces("update", self.steps):
-            gradients, norms, outcomes = self._estimate()
+            gradients, norms, outcomes, loss = self._estimate()
         is_applied = False
         if gradients:
             scale = self.recorder.lr if self._settings.scale_lr_with_model else 1.0
@@ -442,10 +474,13 @@ class Run:
             outcome if len(self.served) == 1 else f"{pattern}: {outcome}"
             for pattern, outcome in outcomes.items()
         ]
-        return Update(self.steps, gradients, norms or None, ", ".join(parts) or None, is_applied)
+        outcome = ", ".join(parts) or None
+        return Update(self.steps, gradients, norms or None, outcome, is_applied, loss)
 
-    def _estimate(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
-        """Asks all estimators: for hypergradients and norms by name, and outcomes by pattern."""
+    def _estimate(
+        self,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str], float | None]:
+        """Asks all estimators: for hypergradients and norms by name, outcomes by pattern; L_V."""
         validation = ValidationGradient(
             self.training,
             self._validation,
@@ -464,7 +499,10 @@ class Run:
             norms.update(zip(names, estimate.norms or (), strict=estimate.norms is not None))
             if estimate.outcome is not None:
                 outcomes[each.pattern] = estimate.outcome
-        return gradients, norms, outcomes
+        for name in self.hyperparameters.keys() - self.resolved.keys():
+            gradients.pop(name, None)
+            norms.pop(name, None)
+        return gradients, norms, outcomes, validation.loss()
 
     # --------------------------------------------------------------------------------------- state
 
@@ -476,6 +514,7 @@ class Run:
         return {
             "format": FORMAT,
             "steps": self.steps,
+            "first_step": self.first_step,
             "consumed": self._held_out.consumed,
             "hyperparameters": {n: list(h.raw.shape) for n, h in self.hyperparameters.items()},
             "optimizer": {

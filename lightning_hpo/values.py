@@ -17,8 +17,13 @@ from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+_NOT_RESOLVED = (
+    'freeze: {!r} has no value yet: its init="auto" is resolved at the start of a training. Take '
+    "what was found after one, or leave it out: the next training resolves it"
+)
 
-def fixed_values(module: nn.Module) -> dict[str, float | list[Any]]:
+
+def fixed_values(module: nn.Module) -> dict[str, float | list[Any] | str]:
     """Reads the constrained value of every hyperparameter of a module.
 
     Args:
@@ -28,10 +33,11 @@ def fixed_values(module: nn.Module) -> dict[str, float | list[Any]]:
         A plain dict from names to floats, or nested lists for tensors; it can be written as JSON.
         Options of the optimizer that the last callback has tuned with this module are among them,
         as ``optimizer.<option>``; under a learning-rate schedule ``optimizer.lr`` is the scale on
-        it.
+        it. A strength with ``init="auto"`` that no training has resolved is ``"auto"``.
     """
     tuned = {**named_hyperparameters(module), **record_of(module).tuned_options}
-    return {name: h().tolist() for name, h in tuned.items()} | fixed_options(module)
+    values = {name: h().tolist() if h.is_resolved else "auto" for name, h in tuned.items()}
+    return values | fixed_options(module)
 
 
 def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
@@ -62,6 +68,8 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
         options = {n: v for n, v in values.items() if n.startswith("optimizer.") and n not in known}
         raws = {n: _raw(n, known, v) for n, v in values.items() if n not in options}
     for name, raw in raws.items():
+        if bool(raw.isnan().any()):
+            raise ValueError(_NOT_RESOLVED.format(name))
         if raw.shape != known[name].raw.shape:
             raise ValueError(
                 f"freeze: {name!r} has shape {tuple(raw.shape)}, expected "
@@ -128,6 +136,8 @@ def _raw(name: str, known: Mapping[str, Hyperparameter], value: Any) -> Tensor:
     if name not in known:
         raise ValueError(f"freeze: no hyperparameter {name!r}; there are {sorted(known)}")
     h = known[name]
+    if isinstance(value, str) and value == "auto":
+        raise ValueError(_NOT_RESOLVED.format(name))
     try:
         return h.constraint.inverse(torch.as_tensor(value, dtype=h.raw.dtype))
     except ValueError as error:

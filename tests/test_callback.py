@@ -330,11 +330,22 @@ def test_above_a_thousand_elements_summaries_are_kept(n, summarized):
     )
 
 
+def test_loggers_get_what_log_every_n_steps_asks_for():
+    """The first update after each multiple of it, and the last; the history has them all."""
+    expected = {1: [2, 4, 6, 8, 10], 3: [4, 6, 10], 4: [4, 8, 10], 7: [8, 10], 50: [10], 0: []}
+    for every, steps in expected.items():
+        logger = MemoryLogger()
+        callback = OnlineHPOCallback(ClipR(), every_n_steps=2)
+        fit(Mlp(), callback, logger=logger, log_every_n_steps=every)
+        logged = [step for step, m in logger.entries if any("hpo/" in k for k in m)]
+        assert logged == steps, every
+        assert [record.step for record in callback.history] == [2, 4, 6, 8, 10]
+
+
 def test_every_update_reaches_every_logger():
-    """Though ``log_every_n_steps`` is far away."""
     loggers = [MemoryLogger(), MemoryLogger()]
     callback = OnlineHPOCallback(ClipR(), every_n_steps=2)
-    fit(Mlp(), callback, logger=loggers, log_every_n_steps=100)
+    fit(Mlp(), callback, logger=loggers, log_every_n_steps=1)
     for logger in loggers:
         entries = [(step, m) for step, m in logger.entries if any("hpo/" in k for k in m)]
         assert [step for step, _ in entries] == [2, 4, 6, 8, 10]

@@ -123,6 +123,9 @@ class Net(L2Mixin, L1Mixin, LightningModule):
         if "gradient" in kinds:
             self.register_l2(init=0.05, granularity="layer")
             self.register_l1(init=0.01)
+        if "auto" in kinds:
+            self.register_l2(granularity="layer")
+            self.register_l1()
         if "inside" in kinds:
             self.register_l2(init=0.05, inside_loss=True)
         if "loss" in kinds:
@@ -275,6 +278,15 @@ def test_two_shards_equal_one_process_on_the_whole_batch(make, optimizer):
         "options-reverse": (ESTIMATORS["reverse"], {"optimizer_hyperparameters": ["lr"]}),
         "differenced-forward": (ESTIMATORS["forward"], {"kinds": ("differenced",)}),
         "differenced-reverse": (ESTIMATORS["reverse"], {"kinds": ("differenced",)}),
+        "auto-sgd": (T1T2, {"kinds": ("auto",)}),
+        "auto-adam": (
+            lambda: ClipR(0.5),
+            {
+                "kinds": ("auto",),
+                "optimizer": "adam",
+                "optimizer_hyperparameters": {"weight_decay": "auto"},
+            },
+        ),
         "restart": (lambda: UnrollK(3, "reverse", restart=True), {"optimizer": "adam"}),
         "validation-between-steps": (T1T2, {"val_check_interval": 1, "kinds": ("loss",)}),
     }.values(),
@@ -291,6 +303,8 @@ def test_two_shards_equal_one_process_on_the_whole_batch(make, optimizer):
         "options-reverse",
         "differenced-forward",
         "differenced-reverse",
+        "auto-sgd",
+        "auto-adam",
         "restart",
         "validation-between-steps",
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -117,16 +117,33 @@ class OptimizerOptions:
         """Puts the tuned values in the place of the optimizer's, for one step."""
         groups = self._optimizer.param_groups
         self._saved = [{option: group[option] for option in self._by_option} for group in groups]
-        for group in groups:
-            for option, h in self._by_option.items():
-                raw = self._raw(option)
-                start = self._starts.get(option)
-                is_first = start is not None and torch.equal(raw, start[0])
-                value = start[1] if is_first else _numbers(h.constraint(raw))  # type: ignore[index]
-                if option == "lr" and self._is_scale:
-                    assert isinstance(value, float)
-                    value *= float(group["lr"])
+        for option in self._by_option:
+            self._put(option)
+
+    def _put(self, option: str) -> None:
+        h = self._by_option[option]
+        if not h.is_resolved:
+            return  # the optimizer's own acts meanwhile
+        raw = self._raw(option)
+        start = self._starts.get(option)
+        is_first = start is not None and torch.equal(raw, start[0])
+        value = start[1] if is_first else _numbers(h.constraint(raw))  # type: ignore[index]
+        for group in self._optimizer.param_groups:
+            if option == "lr" and self._is_scale:
+                assert isinstance(value, float)
+                group[option] = value * float(group["lr"])
+            else:
                 group[option] = value
+
+    def unresolved(self) -> dict[str, Hyperparameter]:
+        """The hyperparameters whose values are not known yet, by name."""
+        return {name: h for name, h in self.hyperparameters.items() if not h.is_resolved}
+
+    def renew_(self, names: Iterable[str]) -> None:
+        """Puts values in place that have become known during a step; not that of ``lr``."""
+        if self._saved:
+            for name in names:
+                self._put(name.removeprefix("optimizer."))
 
     def _raw(self, option: str) -> Tensor:
         """Returns raw λ on the CPU; waits for a device only where λ has been written to."""
@@ -159,7 +176,7 @@ class OptimizerOptions:
         """
         result = {}
         for option, h in self._by_option.items():
-            if f"optimizer.{option}" not in names:
+            if f"optimizer.{option}" not in names or not h.is_resolved:
                 continue
             entries = []
             for i in range(h.raw.numel()):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_hpo._repr import shown
 from lightning_hpo.step import Space, Step, ValidationGradient
 
 
@@ -55,6 +56,9 @@ class Estimator(ABC):
     uses_hessian: bool = True
     follows_statistics: bool = True
     restart: bool = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({shown(self)})"
 
     def setup(self, space: Space) -> None:
         """Starts a training; an override calls ``super()``.

@@ -34,10 +34,11 @@ class ClipR(Estimator):
     Args:
         radius: r, in the units of θ per unit of raw λ; ``inf`` is RTHO (Franceschi et al. 2017).
         decay: γ between 0 and 1, applied at every step; 0 forgets everything, which is T1–T2.
-        stride: Advances the tangents at every n-th step only, with n times its learning rate and
-            γⁿ, so that the cost per step falls by n. This is a step of size nη through the same
-            linear system: it diverges (up to the clipping) where nη times the largest curvature
-            exceeds 2, though training itself is stable.
+        stride: Advances the tangents through every n-th step only, with γⁿ, so that the cost per
+            step falls by n. Their fixed point, −H⁻¹B for plain gradient descent, is that of stride
+            1, approached n times as slowly, and they are stable wherever the training is:
+            directions of low curvature, whose tangents still grow, come out up to n times too
+            small.
         sync_tangents: On several ranks, whether their products H y + B are averaged at every step,
             |θ| numbers per scalar λ. That is exact. With False each rank follows the
             tangents of its own shard of the data, and only ⟨g_V, y⟩ is averaged, at the updates: λ
@@ -75,7 +76,6 @@ class ClipR(Estimator):
 
     def observe(self, step: Step) -> None:
         """Advances the tangents and clips them."""
-        step = step.stretched(self.stride) if self.stride > 1 else step
         step.jvp_(self._tangents)
         self._tangents.project_(self.radius)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Hyperparameter(nn.Module):
     """
 
     raw: Tensor
+    _is_resolved = True
 
     def __init__(
         self,
@@ -48,11 +50,7 @@ class Hyperparameter(nn.Module):
     ) -> None:
         super().__init__()
         constraint = Unconstrained() if constraint is None else constraint
-        if not isinstance(constraint, Constraint):
-            raise TypeError(
-                f"Hyperparameter: constraint={constraint!r} is a {type(constraint).__name__}, "
-                "expected an instance of a Constraint, for example Positive()"
-            )
+        _check_constraint(constraint)
         if isinstance(init, bool) or not isinstance(init, (int, float, Tensor)):
             raise TypeError(
                 f"Hyperparameter: init={init!r} is a {type(init).__name__}, "
@@ -85,6 +83,34 @@ class Hyperparameter(nn.Module):
             raise ValueError(f"Hyperparameter: init={init!r} is refused: {error}") from None
         self.register_buffer("raw", raw, persistent=True)
 
+    @classmethod
+    def unresolved(cls, constraint: Constraint) -> Hyperparameter:
+        """Makes one of one element whose value is found at the start of a training.
+
+        Until then ``raw`` is NaN, also in a checkpoint.
+
+        Raises:
+            TypeError: If ``constraint`` is no constraint.
+        """
+        _check_constraint(constraint)
+        result = cls(0.0)
+        result.constraint = constraint
+        result.raw.fill_(math.nan)
+        result._is_resolved = False
+        return result
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether it has a value; not as long as ``init="auto"`` waits for a training."""
+        if not self._is_resolved:  # else the host would wait for the device
+            self._is_resolved = not bool(self.raw.isnan().any())
+        return self._is_resolved
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loads ``raw``, which may have been saved before it was resolved."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_resolved = False
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Hyperparameter:
         """Moves with the module, but keeps ``raw`` in float32 or better.
 
@@ -100,11 +126,56 @@ class Hyperparameter(nn.Module):
         """Returns the constrained value, of the shape of ``raw``."""
         return self.constraint(self.raw)
 
+    @property
+    def value(self) -> Tensor:
+        """The constrained value, detached. Assigning a number or a tensor writes ``raw``.
+
+        A number is taken for all elements.
+
+        Raises:
+            TypeError: If what is assigned is no number and no tensor.
+            ValueError: If it has another shape, or lies outside the constraint.
+        """
+        value: Tensor = self()
+        return value.detach()
+
+    @value.setter
+    def value(self, value: float | Tensor) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+            raise TypeError(
+                f"Hyperparameter: value={value!r} is a {type(value).__name__}, "
+                "expected a number or a tensor"
+            )
+        new = torch.as_tensor(value, dtype=self.raw.dtype, device=self.raw.device).detach()
+        if new.numel() == 1:
+            new = new.expand(self.raw.shape)
+        if new.shape != self.raw.shape:
+            raise ValueError(
+                f"Hyperparameter: got a value of shape {tuple(new.shape)}, expected a number or a "
+                f"tensor of shape {tuple(self.raw.shape)}"
+            )
+        try:
+            raw = self.constraint.inverse(new)
+        except ValueError as error:
+            raise ValueError(f"Hyperparameter: value={value!r} is refused: {error}") from None
+        with torch.no_grad():
+            self.raw.copy_(raw)
+        self._is_resolved = True
+
     def extra_repr(self) -> str:
-        """Shows the value and the constraint."""
-        value = self().detach()
+        """Shows the value, the constraint, and whether it is frozen."""
+        value = self.value
         shown = f"{value.item():.4g}" if value.numel() == 1 else f"shape={tuple(value.shape)}"
-        return f"{shown}, constraint={self.constraint}"
+        shown = shown if self.is_resolved else "auto"
+        return f"{shown}, constraint={self.constraint}{', frozen' if self.frozen else ''}"
+
+
+def _check_constraint(constraint: Any) -> None:
+    if not isinstance(constraint, Constraint):
+        raise TypeError(
+            f"Hyperparameter: constraint={constraint!r} is a {type(constraint).__name__}, "
+            "expected an instance of a Constraint, for example Positive()"
+        )
 
 
 def named_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:

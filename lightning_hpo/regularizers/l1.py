@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ class L1Penalty(Penalty):
     Its gradient jumps where a weight crosses 0: hypergradients are exact for the steps in which
     none does.
     """
+
+    degree = 1
 
     def value(self, weight: Tensor, constant: Any) -> Tensor:
         """Returns ‖w‖₁."""
@@ -57,7 +59,7 @@ class L1Mixin(PenaltyMixin):
 
     def register_l1(
         self,
-        init: float,
+        init: float | Literal["auto"] = "auto",
         name: str = "l1",
         granularity: str = "model",
         parameters: Iterable[nn.Parameter | str] | None = None,
@@ -70,7 +72,9 @@ class L1Mixin(PenaltyMixin):
         ``training_step`` does not change. Together with :class:`L2Mixin` it is an elastic net.
 
         Args:
-            init: Initial strength λ, in the scale of the value (not its logarithm).
+            init: Initial strength λ, in the scale of the value (not its logarithm). ``"auto"``:
+                where the penalty begins to matter over this training, from its learning rates;
+                found at its start, said once, and saved with λ (see :mod:`lightning_hpo.auto`).
             name: The attribute under which the hyperparameters are registered, and the first part
                 of their names.
             granularity: ``"model"``: one λ for all weights, named ``name``. ``"layer"``: one per
@@ -83,10 +87,13 @@ class L1Mixin(PenaltyMixin):
             constraint: Default: :class:`Positive`, so that λ is tuned on a log scale.
 
         Raises:
-            TypeError: If ``parameters`` holds something else than parameters and names.
+            TypeError: If ``init`` is no number and not ``"auto"``, or ``parameters`` holds
+                something else than parameters and names.
             ValueError: If ``granularity`` is unknown, ``name`` is taken or no attribute name,
                 ``init`` is not one number or lies outside the constraint, or ``parameters`` is
                 empty or holds what this module does not own.
+            MisconfigurationException: Before the first step, if ``"auto"`` meets ``inside_loss``
+                and an optimizer that divides by the size of the gradient, such as Adam.
         """
         self._register_penalty(
             "register_l1", L1Penalty, init, name, granularity, parameters, inside_loss, constraint

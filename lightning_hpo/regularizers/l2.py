@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
 
 class L2Penalty(Penalty):
     """½ λ ‖w‖² (Luketina et al. 2016, §2.2; online-HPO paper, §3.5.1)."""
+
+    degree = 2
 
     def value(self, weight: Tensor, constant: Any) -> Tensor:
         """Returns ½ ‖w‖²."""
@@ -51,7 +53,7 @@ class L2Mixin(PenaltyMixin):
 
     def register_l2(
         self,
-        init: float,
+        init: float | Literal["auto"] = "auto",
         name: str = "l2",
         granularity: str = "model",
         parameters: Iterable[nn.Parameter | str] | None = None,
@@ -64,7 +66,9 @@ class L2Mixin(PenaltyMixin):
         weight decay would, and ``training_step`` does not change.
 
         Args:
-            init: Initial strength λ, in the scale of the value (not its logarithm).
+            init: Initial strength λ, in the scale of the value (not its logarithm). ``"auto"``:
+                where the penalty begins to matter over this training, from its learning rates;
+                found at its start, said once, and saved with λ (see :mod:`lightning_hpo.auto`).
             name: The attribute under which the hyperparameters are registered, and the first part
                 of their names.
             granularity: ``"model"``: one λ for all weights, named ``name``. ``"layer"``: one per
@@ -77,10 +81,13 @@ class L2Mixin(PenaltyMixin):
             constraint: Default: :class:`Positive`, so that λ is tuned on a log scale.
 
         Raises:
-            TypeError: If ``parameters`` holds something else than parameters and names.
+            TypeError: If ``init`` is no number and not ``"auto"``, or ``parameters`` holds
+                something else than parameters and names.
             ValueError: If ``granularity`` is unknown, ``name`` is taken or no attribute name,
                 ``init`` is not one number or lies outside the constraint, or ``parameters`` is
                 empty or holds what this module does not own.
+            MisconfigurationException: Before the first step, if ``"auto"`` meets ``inside_loss``
+                and an optimizer that divides by the size of the gradient, such as Adam.
         """
         self._register_penalty(
             "register_l2", L2Penalty, init, name, granularity, parameters, inside_loss, constraint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from lightning_hpo._lightning import MisconfigurationException, is_lightning_module
 from lightning_hpo._record import record_of, update_record
 from lightning_hpo._tensors import add_scaled_, rows
+from lightning_hpo.auto import resolve_penalties
 from lightning_hpo.distributed import broadcast_, local, world_size
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Positive
 from lightning_hpo.regularizers._mixin import RegularizerMixin, lightning_bases
@@ -67,10 +68,13 @@ class Penalty(ABC):
     elements of a weight, and constants are refused.
 
     Attributes:
+        degree: 2 where R is a square of the weights and 1 where it is their size, so that
+            ``init="auto"`` is known; else None.
         hyperparameter: λ, of one element.
         constants: What :meth:`constant` returned, one entry per weight.
     """
 
+    degree: ClassVar[int | None] = None
     hyperparameter: Hyperparameter
     constants: list[Any]
     _weights: list[tuple[nn.Module, str]]
@@ -361,7 +365,7 @@ class PenaltyMixin(RegularizerMixin):
     def register_penalty(
         self,
         kind: type[Penalty] | Penalty,
-        init: float,
+        init: float | Literal["auto"],
         name: str | None = None,
         granularity: str = "model",
         parameters: Iterable[nn.Parameter | str] | None = None,
@@ -379,7 +383,8 @@ class PenaltyMixin(RegularizerMixin):
 
         Args:
             kind: A subclass of :class:`Penalty`; or an instance, of which each λ gets a copy.
-            init: Initial strength λ, in the scale of the value (not its logarithm).
+            init: Initial strength λ, in the scale of the value (not its logarithm). ``"auto"`` is
+                known for penalties that have a ``degree``; see :mod:`lightning_hpo.auto`.
             name: The attribute under which the hyperparameters are registered, and the first part
                 of their names. Default: that of the class in lower case, without ``Penalty``.
             granularity: ``"model"``: one λ for all weights, named ``name``. ``"layer"``: one per
@@ -410,7 +415,7 @@ class PenaltyMixin(RegularizerMixin):
         self,
         caller: str,
         kind: type[Penalty] | Penalty,
-        init: float,
+        init: float | Literal["auto"],
         name: str,
         granularity: str,
         parameters: Iterable[nn.Parameter | str] | None,
@@ -436,6 +441,15 @@ class PenaltyMixin(RegularizerMixin):
         if not isinstance(template, Penalty):
             raise TypeError(
                 f"{caller}: kind={kind!r}, expected a subclass of Penalty or an instance of one"
+            )
+        if isinstance(init, str) and (init != "auto" or template.degree is None):
+            raise TypeError(
+                f"{caller}: init={init!r}, expected a number"
+                + (
+                    ' or "auto"'
+                    if template.degree
+                    else f'; "auto" is known for L2 and L1, not for {type(template).__name__}'
+                )
             )
         if granularity not in GRANULARITIES:
             raise ValueError(
@@ -491,13 +505,16 @@ class PenaltyMixin(RegularizerMixin):
                 the gradient must not be counted twice.
         """
         penalties = self.loss_penalties
+        self.resolve_strengths()
         if not penalties:
             raise MisconfigurationException(
                 "penalty() was called, but no penalty is registered with inside_loss=True. Those "
                 "that act in the gradient need no term in the loss: remove the call, or register "
                 "with inside_loss=True"
             )
-        total = torch.stack([p.term() for p in penalties]).sum()
+        # What is not resolved yet acts on nothing that is trained, or outside of a training.
+        terms = [p.term() for p in penalties if p.hyperparameter.is_resolved]
+        total = torch.stack(terms or [penalties[0].weights[0].new_zeros(())]).sum()
         # L_V is unregularized, also where validation_step shares its code with training_step.
         return total * 0.0 if record_of(self).without_penalty else total
 
@@ -506,7 +523,10 @@ class PenaltyMixin(RegularizerMixin):
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         with torch.no_grad():
             self.agree_on_constants()
+            self.resolve_strengths(at_step=True)
             for penalty in self.gradient_penalties:
+                if not penalty.hyperparameter.is_resolved:
+                    continue  # no gradient of its weights says anything yet
                 weights = penalty.weights
                 if penalty.has_constants:
                     refuse_sharded(weights)
@@ -522,6 +542,11 @@ class PenaltyMixin(RegularizerMixin):
         """Lets all processes have the same constants; an override calls ``super()``."""
         super().on_fit_start()  # type: ignore[misc]
         self.agree_on_constants()
+
+    def on_train_start(self) -> None:
+        """Resolves ``init="auto"``, where no gradient is needed; an override calls ``super()``."""
+        super().on_train_start()  # type: ignore[misc]
+        self.resolve_strengths()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps the optimizer, then checks that the penalties took part in the step.
@@ -551,6 +576,25 @@ class PenaltyMixin(RegularizerMixin):
                 broadcast_(tensors_of(penalty.constants))
         update_record(self, constants_agreed=True)
 
+    def resolve_strengths(self, *, at_step: bool = False) -> None:
+        """Gives strengths with ``init="auto"`` their values, as far as these are known by now.
+
+        All processes must call it together. It happens at the start of a training, and where it
+        takes a gradient, at the first step that has one. For an override of :meth:`on_train_start`
+        that does not call ``super()``, see :meth:`agree_on_constants`.
+
+        Args:
+            at_step: Whether the gradients are complete, and without penalties.
+
+        Raises:
+            MisconfigurationException: Without a Trainer; for a penalty in the loss of an adaptive
+                optimizer; for a value that does not fit the constraint.
+        """
+        penalties = (*self.gradient_penalties, *self.loss_penalties)
+        waiting = [p for p in penalties if not p.hyperparameter.is_resolved]
+        if waiting:
+            resolve_penalties(self, waiting, at_step=at_step)
+
     def check_penalties_applied(self) -> None:
         """Refuses a step in which :meth:`on_before_optimizer_step` of this mixin did not run.
 
@@ -566,9 +610,11 @@ class PenaltyMixin(RegularizerMixin):
             )
 
 
-def _strength(caller: str, init: float, constraint: Constraint) -> Hyperparameter:
+def _strength(caller: str, init: float | Literal["auto"], constraint: Constraint) -> Hyperparameter:
     """Makes the strength of a penalty; errors name the caller."""
     try:
+        if isinstance(init, str):
+            return Hyperparameter.unresolved(constraint)
         strength = Hyperparameter(init, constraint)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{caller}: {str(error).removeprefix('Hyperparameter: ')}") from None

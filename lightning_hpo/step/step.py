@@ -64,11 +64,6 @@ class Step:
         """The learning rate in force at this step, of the first parameter group."""
         return self.point.lr
 
-    def stretched(self, factor: float) -> Step:
-        """Returns the step with ``factor`` times its learning rate."""
-        options = [{**o, "lr": float(o["lr"]) * factor} for o in self.point.options]
-        return replace(self, point=replace(self.point, options=options))
-
     # ------------------------------------------------------------------------------------ tangents
 
     def jvp_(self, tangents: Tangents) -> None:

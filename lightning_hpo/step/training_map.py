@@ -84,11 +84,15 @@ class TrainingMap:
     def penalties_in(self, step: OptimizerStep) -> Iterator[tuple[Penalty, list[int], list[int]]]:
         """Yields the penalties that acted in a step: on weights that had a gradient.
 
+        Not those whose strength is not resolved yet.
+
         Yields:
             The penalty, the positions of these weights among its own, and those in θ.
         """
         positions = {id(p): i for i, p in enumerate(self.theta)}
         for penalty in self.penalties:
+            if not penalty.hyperparameter.is_resolved:
+                continue
             found = [
                 (k, i)
                 for k, w in enumerate(penalty.weights)

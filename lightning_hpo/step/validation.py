@@ -37,6 +37,7 @@ class ValidationGradient:
         self._objective = objective
         self._batch = batch
         self._is_shared = is_shared
+        objective.loss = None
         self._kept: list[Tensor] | None = None
         self._statistics: list[Tensor] | None = None
 
@@ -48,6 +49,14 @@ class ValidationGradient:
         if self._is_shared:
             return [g.clone() for g in self._shared()]
         return self._take()
+
+    def loss(self) -> float | None:
+        """Returns L_V, averaged over the ranks; None where no gradient was asked for."""
+        if self._objective.loss is None:
+            return None
+        loss = self._objective.loss.clone()
+        average_([loss])
+        return float(loss)
 
     def statistics(self) -> list[Tensor]:
         """Returns ∂L_V/∂r, one tensor per running statistic, of this rank's own L_V.

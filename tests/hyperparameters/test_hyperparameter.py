@@ -90,3 +90,26 @@ def test_its_text_shows_value_and_constraint():
     assert "0.01" in repr(Hyperparameter(0.01, Positive()))
     assert "Positive" in repr(Hyperparameter(0.01, Positive()))
     assert "shape=(3,)" in repr(Hyperparameter(torch.ones(3)))
+
+
+def test_a_value_can_be_assigned():
+    """It writes raw in place, as the constraint has it; what does not fit changes nothing."""
+    h = Hyperparameter(0.01, Positive())
+    raw = h.raw
+    h.value = 3.0
+    assert h.raw is raw
+    assert h().item() == pytest.approx(3.0)
+    assert h.value.item() == pytest.approx(3.0)
+    several = Hyperparameter(torch.tensor([0.2, 0.4]), UnitInterval())
+    several.value = torch.tensor([0.5, 0.9])
+    torch.testing.assert_close(several(), torch.tensor([0.5, 0.9]))
+    several.value = 0.3
+    torch.testing.assert_close(several(), torch.tensor([0.3, 0.3]))
+    before = several.raw.clone()
+    for wrong, error in [(2.0, ValueError), (torch.ones(3) / 2, ValueError), ("0.5", TypeError)]:
+        with pytest.raises(error, match="Hyperparameter"):
+            several.value = wrong
+    assert torch.equal(several.raw, before)
+    several.frozen = True
+    assert "frozen" in repr(several)
+    assert "frozen" not in repr(h)
