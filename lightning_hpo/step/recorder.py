@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hpo._stopwatch import Stopwatch
 from lightning_hpo._tensors import widened
 from lightning_hpo.distributed import local
 from lightning_hpo.dynamics import GradientClipping, OptimizerStep
@@ -51,6 +52,7 @@ class Recorder:
         training: What all steps share.
         verifier: Refuses an optimizer whose step has no derivative; sees each step that is handed
             out, and always the first.
+        clock: Measures the time that is spent inside the optimizer's step.
 
     Attributes:
         lr: The learning rate of the last step, of the first parameter group.
@@ -64,8 +66,10 @@ class Recorder:
         callback: pl.Callback,
         training: TrainingMap,
         verifier: Verifier,
+        clock: Stopwatch,
     ) -> None:
         self._stepped = False
+        self._clock = clock
         self.check = ReplayCheck(training, partial(may_change_gradients, trainer, module, callback))
         self._trainer = trainer
         self._module = module
@@ -222,12 +226,14 @@ class Recorder:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._hand_out()
+            with self._clock:
+                self._hand_out()
             return None
 
         def observed() -> Any:
             result = closure()
-            self._hand_out()
+            with self._clock:
+                self._hand_out()
             return result
 
         if len(args) > 1:
@@ -274,7 +280,8 @@ class Recorder:
 
         def watched(optimizer: torch.optim.Optimizer, value: float, algorithm: str) -> None:
             if self._observers and value > 0:
-                self._keep_unclipped(float(value), by_value=algorithm == "value")
+                with self._clock:
+                    self._keep_unclipped(float(value), by_value=algorithm == "value")
             clip(optimizer, value, algorithm)  # type: ignore[arg-type]
 
         return Shadow(plugin, "clip_gradients", watched)
