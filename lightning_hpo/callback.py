@@ -311,7 +311,8 @@ class OnlineHPOCallback(pl.Callback):
         """Keeps the state for a later checkpoint, and lets go of everything else."""
         if isinstance(self._phase, Run):
             self._finish(trainer)
-            self._diagnosis.look_back(self.history, self.skipped)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._diagnosis.look_back(self.history, self.skipped)
             rank_zero_info(self.summary())
 
     def _finish(self, trainer: pl.Trainer) -> None:

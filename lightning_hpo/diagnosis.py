@@ -27,8 +27,11 @@ MEASURABLE = 1e-4
 FEW_UPDATES = 20
 # Forward tangents of more λ than this cost more than reverse estimators do.
 MANY = 20
-# The gradient does not reach half of θ if that gets less than this part of it.
-REACHED = 1e-2
+# That of a dead network is the noise of what is left of it: less than this part of L_V.
+INSIGNIFICANT = 1e-3
+# The gradient does not reach half of θ if that gets less than this part of it: of a network that
+# learns it gets about 0.7, of one that too much L2 or dead units have killed 0.01 or less.
+REACHED = 0.03
 # A training has learned something if it has lowered L_V by more than this part.
 LEARNED = 0.1
 # Of one training: so many values of the validation loss, at least, in the half that is looked at.
@@ -155,7 +158,7 @@ class Diagnosis:
             steps: How many steps there will be with the callback; ``inf`` where that is not known.
         """
         if self.first_due is not None and 0 < steps < self.first_due:
-            self.warn("no update", self._too_short(f"has {steps:g} steps"))
+            self.warn("no update", self._too_short(f"will end after step {steps:g}"))
 
     def _too_short(self, what: str) -> str:
         return (
@@ -176,7 +179,7 @@ class Diagnosis:
     ) -> None:
         """Warns where the network is dead, at the end of an update's step.
 
-        That is where λ has no measurable effect, L_V is no better than at the first update, and the
+        That is where hypergradients vanish, L_V is no better than at the first update, and the
         gradient of the training, as the step has left it, does not reach half of θ. Gradients are
         looked at last: on a GPU, the host waits for that.
         """
@@ -259,7 +262,7 @@ class Diagnosis:
                 "gradient NaN or infinite"
             )
         elif self.first_due is not None and self.steps < self.first_due:
-            text = self._too_short(f"has ended after {self.steps} steps")
+            text = self._too_short(f"has ended after step {self.steps}")
         else:
             text = (
                 f"there was no update of λ in the {self.steps} steps of this training: "
@@ -449,7 +452,7 @@ def _learned_nothing(record: HistoryRecord, first: float) -> bool:
 
 def _is_insignificant(record: HistoryRecord) -> bool:
     assert record.loss is not None
-    least = MEASURABLE * record.loss
+    least = INSIGNIFICANT * record.loss
     for h in record.hypergradients.values():
         size = max(abs(h["min"]), abs(h["max"])) if isinstance(h, dict) else float(h.abs().max())
         if not size < least:
@@ -463,14 +466,12 @@ def _share_of_half(theta: Sequence[Tensor], sharded: bool) -> float:
     Tensors are taken whole, in the order of their mean squares, and norms are compared: about 0.7
     where all elements get the same.
     """
-    with_gradient = [p for p in theta if p.grad is not None]
-    if not with_gradient:
+    pairs = [(p.numel(), p.grad) for p in theta if p.grad is not None]
+    if not pairs:
         return 1.0
-    norms = torch.stack(
-        [torch.linalg.vector_norm(widened(local(p.grad))).double() for p in with_gradient]
-    )
+    norms = torch.stack([torch.linalg.vector_norm(widened(local(g))).double() for _, g in pairs])
     squares = norm_over_shards(norms, sharded).square().cpu()
-    sizes = torch.tensor([p.numel() for p in with_gradient], dtype=torch.float64)
+    sizes = torch.tensor([size for size, _ in pairs], dtype=torch.float64)
     order = (squares / sizes).argsort()
     end = int((sizes[order].cumsum(0) < sizes.sum() / 2).sum()) + 1
     total = float(squares.sum())
