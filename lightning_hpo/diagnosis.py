@@ -273,7 +273,8 @@ class Diagnosis:
     def _tell_bounds(self, tables: Tables) -> None:
         found = {}
         for name, subject in self.subjects.items():
-            side = _side(subject, tables["values"][name][-1])
+            values = tables["values"].get(name)
+            side = None if values is None else _side(subject, values[-1])
             if side is not None:
                 found[name] = side
         if found:

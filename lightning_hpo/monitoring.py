@@ -143,7 +143,8 @@ class History(Sequence[HistoryRecord]):
             elements than the last one.
         """
         tables: dict[str, dict[str, Tensor]] = {part: {} for part in _SUFFIXES}
-        ends = [*(start for start, _ in self._layouts[1:]), len(self)]
+        starts = [start for start, _ in self._layouts]
+        ends = [*starts[1:], len(self)][: len(starts)]
         for (start, layout), end in zip(self._layouts, ends, strict=True):
             size = sum(shape.length for _, _, shape in layout)
             if size == 0:
