@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,3 +90,15 @@ def is_foreign(plugin: Any) -> bool:
     return not type(plugin).__module__.startswith(
         ("lightning.", "lightning_fabric.", "pytorch_lightning.")
     )
+
+
+def length(trainer: pl.Trainer) -> float:
+    """Returns the ``global_step`` at which a training will end, by its epochs or steps at most.
+
+    ``inf`` where that is not known. Unlike ``trainer.estimated_stepping_batches`` it loads nothing.
+    """
+    steps = math.inf if trainer.max_steps in (-1, None) else float(trainer.max_steps)
+    if trainer.max_epochs in (-1, None):
+        return steps
+    each = trainer.num_training_batches / trainer.accumulate_grad_batches
+    return min(steps, math.inf if math.isinf(each) else math.ceil(each) * trainer.max_epochs)

@@ -9,12 +9,16 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
 
 from lightning_hpo import compatibility
 from lightning_hpo._arguments import check_integer
 from lightning_hpo._lightning import join, join_again
 from lightning_hpo._repr import shown
+from lightning_hpo._stopwatch import Stopwatch
+from lightning_hpo._trainer import length
+from lightning_hpo.diagnosis import Diagnosis, Subject
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.estimators import ClipR, Estimator
 from lightning_hpo.hyper_optimizer import OptimizerFactory, default_optimizer
@@ -22,15 +26,17 @@ from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.monitoring import (
     History,
     HistoryRecord,
-    Results,
+    as_numbers,
     log_interval,
     log_record,
     make_record,
     show_record,
 )
+from lightning_hpo.overlap import flattened, overlap
 from lightning_hpo.plots import plot
+from lightning_hpo.results import Results
 from lightning_hpo.rng import RandomState, ResumedRandomState
-from lightning_hpo.run import Finished, Run, Settings, Waiting
+from lightning_hpo.run import Finished, Run, Settings, Update, Waiting
 
 
 class OnlineHPOCallback(pl.Callback):
@@ -196,7 +202,29 @@ class OnlineHPOCallback(pl.Callback):
             RuntimeError: Before the first update.
             KeyError: If a name is unknown.
         """
-        return plot(self.history, self._results.here.constraints, names)
+        constraints = {n: s.constraint for n, s in self._diagnosis.subjects.items()}
+        return plot(self.history, constraints, names)
+
+    def summary(self) -> str:
+        """Returns, in a few lines, what the last training has shown; its end logs them.
+
+        For each λ its value before the first and after the last update, whether it was still on its
+        way over the last fifth of them, and at which bound it sits; the held-out loss at the start
+        and at the end; in which share of the updates tangents were clipped, and which were skipped;
+        and what tuning has cost: the time of the whole training over that outside of this callback,
+        on the host, since it was started or resumed. No device is waited for: on a GPU, where the
+        host runs ahead, that is a rough number.
+        """
+        if self._results.here.diagnosis is None:
+            return "OnlineHPOCallback: there has been no training yet; call this after trainer.fit"
+        if isinstance(self._phase, Run) and self._phase.served:
+            self._diagnosis.steps = self._phase.steps
+        return self._diagnosis.summary(self.history, self.skipped)
+
+    @property
+    def _diagnosis(self) -> Diagnosis:
+        diagnosis = self._results.here.diagnosis
+        return Diagnosis() if diagnosis is None else diagnosis
 
     def should_update(self, step: int) -> bool:
         """Whether λ is updated after the given optimizer step (counted from 1). May be overridden.
@@ -228,15 +256,42 @@ class OnlineHPOCallback(pl.Callback):
         self.on_fit_start(trainer, pl_module)  # here for strategies that load the state late
         assert isinstance(self._phase, Waiting)
         waiting = self._phase
-        with together():
-            self._phase = Run(self._settings(), trainer, pl_module, self, waiting)
-        records = waiting.state.get("history", ())
-        skipped = waiting.state.get("skipped", 0)
-        self._results.begin(
-            (HistoryRecord(**record) for record in records),
-            skipped,
-            {name: h.constraint for name, h in self._run.hyperparameters.items()},
+        clock = Stopwatch()
+        with clock:
+            with together():
+                self._phase = Run(self._settings(), trainer, pl_module, self, waiting, clock)
+            records = waiting.state.get("history", ())
+            skipped = waiting.state.get("skipped", 0)
+            diagnosis = self._begin_diagnosis(trainer, self._phase, waiting.state)
+            self._results.begin((HistoryRecord(**record) for record in records), skipped, diagnosis)
+
+    def _begin_diagnosis(
+        self, trainer: pl.Trainer, run: Run, state: Mapping[str, Any]
+    ) -> Diagnosis:
+        """Notes how the training starts, and warns of what can be seen already."""
+        estimators = {name: each for _, each, names in run.assigned for name in names}
+        is_regular = type(self).should_update is OnlineHPOCallback.should_update
+        diagnosis = Diagnosis(
+            subjects={
+                name: Subject.of(name, h.constraint, as_numbers(h.value), estimators.get(name))
+                for name, h in run.hyperparameters.items()
+            },
+            clock=run.clock,
+            is_told=trainer.is_global_zero,
+            steps=state.get("steps", 0),
+            every=self.every_n_steps,
+            warmup=self.warmup_steps,
+            first_due=(self.warmup_steps // self.every_n_steps + 1) * self.every_n_steps
+            if is_regular
+            else None,
         )
+        diagnosis.load_state_dict(state.get("diagnosis", {}))
+        diagnosis.look_at_data(flattened(trainer.train_dataloader), run.held_out.loaders)
+        sizes = {name: h.raw.numel() for name, h in run.hyperparameters.items()}
+        diagnosis.look_at_estimators(run.assigned, sizes, run.training.theta)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            diagnosis.look_at_length(length(trainer) - run.first_step)
+        return diagnosis
 
     def _settings(self) -> Settings:
         return Settings(
@@ -257,11 +312,21 @@ class OnlineHPOCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the state for a later checkpoint, and lets go of everything else."""
         if isinstance(self._phase, Run):
-            if self.history and not self._is_logged and log_interval(trainer) > 0:
-                log_record(trainer, self.history[-1], trainer.global_step)
-                self._is_logged = True
-            self._phase.close()
-            self._phase = Finished(self.state_dict())
+            self._finish(trainer)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._diagnosis.look_back(self.history, self.skipped)
+            rank_zero_info(self.summary())
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        run = self._run
+        if run.served:
+            self._diagnosis.steps = run.steps
+        if self.history and not self._is_logged and log_interval(trainer) > 0:
+            log_record(trainer, self.history[-1], trainer.global_step)
+            self._is_logged = True
+        run.close()
+        self._phase = Finished(self.state_dict())
+        run.clock.stop()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -271,7 +336,8 @@ class OnlineHPOCallback(pl.Callback):
         if isinstance(self._phase, Run) and self._phase.training.sharded:
             self._phase.close()
             self._phase = Finished()
-        self.on_train_end(trainer, pl_module)
+        if isinstance(self._phase, Run):
+            self._finish(trainer)
 
     # ---------------------------------------------------------------------------------- every step
 
@@ -287,13 +353,17 @@ class OnlineHPOCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Arranges to look at the micro-batch just before it is trained on."""
-        self._run.before_batch(batch, batch_idx)
+        run = self._run
+        with run.clock:
+            run.before_batch(batch, batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Compares the gradient with that of a replay, where that is due."""
-        self._run.before_step()
+        run = self._run
+        with run.clock:
+            run.before_step()
 
     def on_train_batch_end(
         self,
@@ -304,27 +374,48 @@ class OnlineHPOCallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Updates λ where an update is due and the optimizer has stepped; logs what was done."""
-        update = self._run.after_batch()
-        if update is None:
-            return
+        run = self._run
+        with run.clock:
+            update = run.after_batch()
+            if update is not None:
+                self._record(trainer, pl_module, run, update)
+
+    def _record(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, run: Run, update: Update
+    ) -> None:
+        """Keeps and logs what an update has done."""
         if not update.is_applied:
             self._skip(update.step)
         record = make_record(
-            self._run.first_step + update.step,
-            self._run.resolved,
+            run.first_step + update.step,
+            run.resolved,
             update.gradients,
             update.norms,
             self.skipped,
             update.outcome,
             update.loss,
         )
-        previous = self.history[-1].step if self.history else self._run.first_step
+        previous = self.history[-1].step if self.history else run.first_step
         self.history.append(record)
+        self._diagnosis.look_at_update(
+            self.history, record, run.training.theta, sharded=run.training.sharded
+        )
         show_record(trainer, pl_module, record)
         every = log_interval(trainer)
         self._is_logged = every > 0 and record.step // every > previous // every
         if self._is_logged:
             log_record(trainer, record, trainer.global_step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the loss of a validation on data that λ has not seen."""
+        if isinstance(self._phase, Run) and not trainer.sanity_checking:
+            loaders = self._phase.held_out.loaders
+            self._diagnosis.look_at_validation(
+                trainer.global_step,
+                trainer.callback_metrics,
+                self._monitor,
+                lambda: not overlap(flattened(trainer.val_dataloaders), loaders, in_doubt=True),
+            )
 
     def _skip(self, step: int) -> None:
         if self.skipped == 0:
@@ -347,7 +438,8 @@ class OnlineHPOCallback(pl.Callback):
         state = self._phase.state_dict()
         if isinstance(self._phase, Run) and self._phase.served:
             history = [asdict(record) for record in self.history]
-            state = {**state, "skipped": self.skipped, "history": history}
+            diagnosis = self._diagnosis.state_dict()
+            state = {**state, "skipped": self.skipped, "history": history, "diagnosis": diagnosis}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

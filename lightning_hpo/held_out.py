@@ -112,6 +112,11 @@ class HeldOut:
         return self._source is not None
 
     @property
+    def loaders(self) -> list[Any]:
+        """The loaders that batches are drawn from."""
+        return [] if self._source is None else self._source.loaders
+
+    @property
     def consumed(self) -> int:
         """How many batches were consumed."""
         return self._open.consumed

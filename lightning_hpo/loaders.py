@@ -66,6 +66,16 @@ def is_plain(loader: DataLoader[Any]) -> bool:
     return type(loader).__iter__ is DataLoader.__iter__
 
 
+def sampled_from(loader: DataLoader[Any]) -> tuple[Any, Sequence[Any] | None]:
+    """Returns the user's sampler, and what it draws from; None where that is not known.
+
+    Without automatic batching, or with a batch sampler of the user's, items are batches.
+    """
+    own = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    chosen = _unwrapped(own if loader.batch_size is None else loader.sampler)
+    return chosen, _pool(chosen, loader.dataset)
+
+
 class EndlessBatches(Sampler[list[Any]]):
     """Yields batch k = start, start + 1, … of what the loader draws from.
 
@@ -88,9 +98,7 @@ class EndlessBatches(Sampler[list[Any]]):
         self._original: Any = loader.batch_sampler if has_batches else loader.sampler
         self._is_endless = is_plain(loader)
         self._rank = rank
-        # Without automatic batching, or with a batch sampler of the user's, items are batches.
-        chosen = _unwrapped(self._original if loader.batch_size is None else loader.sampler)
-        pool = _pool(chosen, loader.dataset)
+        chosen, pool = sampled_from(loader)
         if pool is not None and len(pool) == 0:
             raise MisconfigurationException(
                 "The T2 data of OnlineHPOCallback are empty "

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_hpo.hyperparameters import Constraint, Hyperparameter
+from lightning_hpo.hyperparameters import Hyperparameter
 
 # Above this many elements, the history keeps summaries instead of the tensors themselves.
 SUMMARY_ABOVE = 1000
@@ -50,15 +49,6 @@ class HistoryRecord:
     skipped: int
     outcome: str | None = None
     loss: float | None = None
-
-
-@dataclass
-class Result:
-    """What one training has shown; see :class:`~lightning_hpo.OnlineHPOCallback`."""
-
-    history: History = field(default_factory=lambda: History())
-    skipped: int = 0
-    constraints: dict[str, Constraint] = field(default_factory=dict)
 
 
 class History(Sequence[HistoryRecord]):
@@ -143,6 +133,46 @@ class History(Sequence[HistoryRecord]):
                 column.append(row.get(name, math.nan))
         return columns
 
+    def tables(self) -> dict[str, dict[str, Tensor]]:
+        """Returns the numbers of all updates at once, in a time that suits long trainings.
+
+        Returns:
+            For each of ``"values"``, ``"hypergradients"`` and ``"tangent_norms"``, and each name, a
+            tensor with a row for each update: the elements, or ``min``, ``mean``, ``max`` and
+            ``norm`` of a summary. NaN where an update has no such entry, or another number of
+            elements than the last one.
+        """
+        tables: dict[str, dict[str, Tensor]] = {part: {} for part in _SUFFIXES}
+        starts = [start for start, _ in self._layouts]
+        ends = [*starts[1:], len(self)][: len(starts)]
+        for (start, layout), end in zip(self._layouts, ends, strict=True):
+            size = sum(shape.length for _, _, shape in layout)
+            if size == 0:
+                continue
+            first = self._starts[start]
+            block = self._numbers[first : first + size * (end - start)]
+            whole = torch.frombuffer(block, dtype=torch.float64).reshape(end - start, size)
+            parts = whole.split([shape.length for _, _, shape in layout], dim=1)
+            for (part, name, shape), rows in zip(layout, parts, strict=True):
+                table = tables[part].get(name)
+                if table is None or table.shape[1] != shape.length:
+                    table = rows.new_full((len(self), shape.length), math.nan)
+                    tables[part][name] = table
+                table[start:end] = rows
+        return tables
+
+    def steps(self) -> Tensor:
+        """Returns the step of each update."""
+        return torch.tensor(self._steps, dtype=torch.float64)
+
+    def loss_at(self, index: int) -> float:
+        """Returns L_V of one update; NaN where it was not asked for."""
+        return self._losses[index]
+
+    def losses(self) -> Tensor:
+        """Returns L_V of each update; NaN where it was not asked for."""
+        return torch.tensor(self._losses, dtype=torch.float64)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
@@ -150,35 +180,6 @@ class History(Sequence[HistoryRecord]):
 
     def __repr__(self) -> str:
         return f"History of {len(self)} records"
-
-
-class Results:
-    """What the trainings of a callback, and of its copies, have shown.
-
-    Some packages train with a copy of the callback that they were given. Copies in memory share the
-    results of whichever began to train last; each keeps those of its own training for itself.
-    """
-
-    def __init__(self) -> None:
-        self._latest: list[Result] = [Result()]
-        self._own: Result | None = None
-
-    def begin(
-        self, records: Iterable[HistoryRecord], skipped: int, constraints: dict[str, Constraint]
-    ) -> None:
-        """Starts anew, for a training of this callback."""
-        self._own = self._latest[0] = Result(History(records), skipped, constraints)
-
-    @property
-    def here(self) -> Result:
-        """The result of this callback's training; before one, that of its copies."""
-        return self._latest[0] if self._own is None else self._own
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Results:
-        other = Results()
-        other._latest = self._latest
-        other._own = copy.deepcopy(self._own, memo)
-        return other
 
 
 _Layout = list[tuple[str, str, "_Shape"]]
@@ -262,14 +263,14 @@ def make_record(
     """Collects a record; every tensor is copied to the CPU."""
     return HistoryRecord(
         step=step,
-        values={name: _numbers(h().detach()) for name, h in hyperparameters.items()},
+        values={name: as_numbers(h().detach()) for name, h in hyperparameters.items()},
         hypergradients={
             name: _summary(h) if h.numel() > SUMMARY_ABOVE else h.detach().cpu().clone()
             for name, h in hypergradients.items()
         },
         tangent_norms=None
         if tangent_norms is None
-        else {name: _numbers(t) for name, t in tangent_norms.items()},
+        else {name: as_numbers(t) for name, t in tangent_norms.items()},
         skipped=skipped,
         outcome=outcome,
         loss=loss,
@@ -320,7 +321,8 @@ def _flat_values(record: HistoryRecord) -> dict[str, float]:
     return values
 
 
-def _numbers(tensor: Tensor) -> Any:
+def as_numbers(tensor: Tensor) -> Any:
+    """Returns values as the history has them: a number, a list, or a summary."""
     if tensor.numel() == 1:
         return tensor.item()
     return _summary(tensor) if tensor.numel() > SUMMARY_ABOVE else tensor.tolist()

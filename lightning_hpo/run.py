@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo import compatibility
+from lightning_hpo._stopwatch import Stopwatch
 from lightning_hpo.auto import Starts
 from lightning_hpo.auto import settle as settle_starts
 from lightning_hpo.averages import Averages
@@ -174,9 +175,13 @@ class Run:
         module: The LightningModule.
         callback: The callback in whose name this happens.
         resumed: What a checkpoint says, if the training goes on from one.
+        clock: Measures the time that is spent here.
 
     Attributes:
         hyperparameters: All λ that are tuned, by name.
+        assigned: The patterns and estimators that serve any, each with its names.
+        held_out: The held-out data.
+        clock: See above; whoever calls the methods of a run measures them.
         served: The estimators at work; empty until the first batch that has a loss.
         steps: The number of optimizer steps taken with the callback.
         first_step: The trainer's ``global_step`` before them.
@@ -194,7 +199,9 @@ class Run:
         module: pl.LightningModule,
         callback: pl.Callback,
         resumed: Waiting,
+        clock: Stopwatch,
     ) -> None:
+        self.clock = clock
         self.rng = resumed.rng
         self.steps = 0
         self.first_step: int = resumed.state.get("first_step", trainer.global_step)
@@ -208,7 +215,7 @@ class Run:
         known = named_hyperparameters(module)
         self.hyperparameters = {name: h for name, h in known.items() if not h.frozen}
         tuned = self._tuned_options()
-        self._held_out = HeldOut(
+        self.held_out = HeldOut(
             trainer,
             module,
             settings.dataloader,
@@ -218,18 +225,18 @@ class Run:
         )
         names = [*self.hyperparameters, *(f"optimizer.{option}" for option in tuned)]
         frozen = [*(known.keys() - self.hyperparameters), *fixed_options(module)]
-        self._assigned, findings = compatibility.assign(settings.estimators, names, frozen)
+        self.assigned, findings = compatibility.assign(settings.estimators, names, frozen)
         findings += compatibility.check_steps(module)
         findings += compatibility.check_trainer(trainer, module, names, settings.derivatives)
         findings += compatibility.check_auto(trainer.optimizers, tuned)
         findings += compatibility.check_example_weights(module, trainer.train_dataloader)
-        if not self._held_out.is_found:
+        if not self.held_out.is_found:
             findings.append(
                 "There are no held-out (T2) data. Pass dataloader=, define hpo_dataloader() on the "
                 "module or the datamodule, or give the Trainer a validation dataloader"
             )
         compatibility.refuse(findings)
-        compatibility.warn_of_resets(trainer, [estimator for _, estimator, _ in self._assigned])
+        compatibility.warn_of_resets(trainer, [estimator for _, estimator, _ in self.assigned])
 
         options = self._make_options(tuned)
         self.training = TrainingMap(
@@ -250,7 +257,9 @@ class Run:
         self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
         verifier = _Verifier(self.training.dynamics, module)
         self._traces = TraceCheck(trainer, module)
-        self.recorder = Recorder(trainer, module, callback, self.training, verifier, self._traces)
+        self.recorder = Recorder(
+            trainer, module, callback, self.training, verifier, self._traces, clock
+        )
         self._averages = Averages(trainer, module, callback)
 
     def _tuned_options(self) -> dict[str, Hyperparameter | Literal["auto"] | None]:
@@ -319,7 +328,7 @@ class Run:
                     window=estimator.window,
                 ),
             )
-            for pattern, estimator, names in self._assigned
+            for pattern, estimator, names in self.assigned
         ]
         if not any(each.space.replays for each in served):
             training.statistics.clear()  # where no λ acts on a forward pass, none moves them
@@ -357,14 +366,14 @@ class Run:
         self, theta: Sequence[Tensor], statistics: Sequence[Tensor] = ()
     ) -> list[Tensor | None]:
         """Takes a gradient of the validation loss, on a batch that is not used up."""
-        return self._validation.gradient(self._held_out.peek(), theta, statistics)
+        return self._validation.gradient(self.held_out.peek(), theta, statistics)
 
     def _try_losses(self, moment: Moment) -> list[Tensor | None] | None:
         """Takes the gradient of both losses once; returns that of the training loss over θ."""
         training = self.training
         theta = training.theta
         before = [] if training.sharded else [p.detach().clone() for p in theta]
-        self._validation.settle(self._held_out.peek(), theta)
+        self._validation.settle(self.held_out.peek(), theta)
         self._validate(theta)
 
         objective = training.objective
@@ -419,7 +428,7 @@ class Run:
     def _see(self, batch: Any, batch_idx: int) -> None:
         step = self.steps + 1
         compares = self._settings.should_update(step)
-        with self._traces("batch", step, batch, may_wait=compares):
+        with self.clock, self._traces("batch", step, batch, may_wait=compares):
             self._look_at(batch, batch_idx, compares=compares)
 
     def _look_at(self, batch: Any, batch_idx: int, *, compares: bool) -> None:
@@ -484,7 +493,7 @@ class Run:
         validation = ValidationGradient(
             self.training,
             self._validation,
-            self._held_out.next(),
+            self.held_out.next(),
             is_shared=len(self.served) > 1,
         )
         gradients: dict[str, Tensor] = {}
@@ -515,7 +524,7 @@ class Run:
             "format": FORMAT,
             "steps": self.steps,
             "first_step": self.first_step,
-            "consumed": self._held_out.consumed,
+            "consumed": self.held_out.consumed,
             "hyperparameters": {n: list(h.raw.shape) for n, h in self.hyperparameters.items()},
             "optimizer": {
                 "kind": type(self._hyper_optimizer.optimizer).__name__,
@@ -551,7 +560,7 @@ class Run:
             compatibility.refuse(differences.values())
         training = self.training
         self.steps = state["steps"]
-        self._held_out.skip_to(state["consumed"])
+        self.held_out.skip_to(state["consumed"])
         if not differences.keys() & {"hyperparameters", "optimizer"}:
             self._hyper_optimizer.load_state_dict(state["optimizer"]["state"])
         if not differences.keys() & {"hyperparameters", "estimator"}:

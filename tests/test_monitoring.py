@@ -195,3 +195,28 @@ def test_reprs_show_what_is_at_work():
     assert "every_n_steps=2" in repr(callback)
     fit(Mlp(), callback, steps=4)
     assert "2 updates, last l2.net.0=" in repr(callback)
+
+
+def test_tables_hold_the_same_numbers():
+    put = [
+        record(1, ("a",)),
+        HistoryRecord(2, {"a": 0.5, "b": SUMMARY}, {"b": SUMMARY}, None, 0, loss=0.7),
+        HistoryRecord(3, {"a": 0.6, "b": SUMMARY}, {"b": SUMMARY}, None, 0),
+        HistoryRecord(4, {"a": [0.7, 0.8]}, {}, None, 0),
+    ]
+    history = History(put)
+    tables = history.tables()
+    expected = torch.tensor([[math.nan] * 4, *[list(SUMMARY.values())] * 2, [math.nan] * 4])
+    torch.testing.assert_close(tables["values"]["b"], expected, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(
+        tables["hypergradients"]["b"], expected, equal_nan=True, rtol=0, atol=0
+    )
+    expected = torch.tensor([[math.nan] * 2] * 3 + [[0.7, 0.8]])
+    torch.testing.assert_close(tables["values"]["a"], expected, equal_nan=True, rtol=0, atol=0)
+    assert tables["tangent_norms"]["a"][0].item() == 2.0
+    tables["values"]["a"][3] = 0.0  # a copy: the history stays as it is, and may grow
+    history.append(put[0])
+    assert history[3].values["a"] == [0.7, 0.8]
+    assert history.steps().tolist() == [1, 2, 3, 4, 1]
+    assert history.loss_at(1) == 0.7
+    assert History().tables() == {"values": {}, "hypergradients": {}, "tangent_norms": {}}

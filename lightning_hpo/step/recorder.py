@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hpo._stopwatch import Stopwatch
 from lightning_hpo._tensors import widened
 from lightning_hpo.distributed import local
 from lightning_hpo.dynamics import GradientClipping, OptimizerStep
@@ -55,6 +56,7 @@ class Recorder:
         verifier: Refuses an optimizer whose step has no derivative; sees each step that is handed
             out, and always the first.
         traces: Looks at what is left when it is handed out.
+        clock: Measures the time that is spent inside the optimizer's step.
 
     Attributes:
         lr: The learning rate of the last step, of the first parameter group.
@@ -70,8 +72,10 @@ class Recorder:
         training: TrainingMap,
         verifier: Verifier,
         traces: TraceCheck,
+        clock: Stopwatch,
     ) -> None:
         self._stepped = False
+        self._clock = clock
         self.check = ReplayCheck(training, partial(may_change_gradients, trainer, module, callback))
         self.shifts = ShiftCheck(module)
         self._trainer = trainer
@@ -235,12 +239,14 @@ class Recorder:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._hand_out()
+            with self._clock:
+                self._hand_out()
             return None
 
         def observed() -> Any:
             result = closure()
-            self._hand_out()
+            with self._clock:
+                self._hand_out()
             return result
 
         if len(args) > 1:
@@ -296,7 +302,8 @@ class Recorder:
 
         def watched(optimizer: torch.optim.Optimizer, value: float, algorithm: str) -> None:
             if self._observers and value > 0:
-                self._keep_unclipped(float(value), by_value=algorithm == "value")
+                with self._clock:
+                    self._keep_unclipped(float(value), by_value=algorithm == "value")
             clip(optimizer, value, algorithm)  # type: ignore[arg-type]
 
         return Shadow(plugin, "clip_gradients", watched)

@@ -1,0 +1,574 @@
+"""What one training has shown, in words: a summary, and warnings of what went wrong."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hpo._stopwatch import Stopwatch
+from lightning_hpo._tensors import widened
+from lightning_hpo.distributed import local, norm_over_shards
+from lightning_hpo.estimators import ClipR, Estimator, UnrollK
+from lightning_hpo.hyperparameters import Constraint, Interval, Positive, UnitInterval
+from lightning_hpo.hyperparameters.constraints import Unconstrained
+from lightning_hpo.monitoring import History, HistoryRecord
+from lightning_hpo.overlap import overlap
+from lightning_hpo.validation_value import NAMES
+
+# An effect is measurable if a whole unit of raw λ moves L_V by this part of it.
+MEASURABLE = 1e-4
+# Fewer updates say nothing about a training.
+FEW_UPDATES = 20
+# Forward tangents of more λ than this cost more than reverse estimators do.
+MANY = 20
+# That of a dead network is the noise of what is left of it: less than this part of L_V.
+INSIGNIFICANT = 1e-3
+# The gradient does not reach half of θ if that gets less than this part of it: of a network that
+# learns it gets about 0.7, of one that too much L2 or dead units have killed 0.01 or less.
+REACHED = 0.03
+# A training has learned something if it has lowered L_V by more than this part.
+LEARNED = 0.1
+# Of one training: so many values of the validation loss, at least, in the half that is looked at.
+FEW_VALIDATIONS = 4
+
+_ROWS = 10
+_NAMES = 5
+
+
+Tables = Mapping[str, Mapping[str, Tensor]]
+"""The history as numbers; see :meth:`~lightning_hpo.monitoring.History.tables`."""
+
+
+@dataclass
+class Subject:
+    """What is known of a hyperparameter besides its history.
+
+    Attributes:
+        constraint: Its constraint.
+        initial: Its value before the first update, as in the history.
+        radius: Where ``ClipR`` clips its tangent.
+        span: How many steps back its hypergradient sees; ``inf``: all.
+        is_option: Whether it is an option of the model's optimizer.
+    """
+
+    constraint: Constraint
+    initial: Any
+    radius: float = math.inf
+    span: float = math.inf
+    is_option: bool = False
+
+    @classmethod
+    def of(
+        cls, name: str, constraint: Constraint, initial: Any, estimator: Estimator | None
+    ) -> Subject:
+        """Describes a hyperparameter and the estimator that serves it."""
+        subject = cls(constraint, initial, is_option=name.startswith("optimizer."))
+        if isinstance(estimator, ClipR):
+            subject.radius = estimator.radius
+            kept = estimator.decay**estimator.stride
+            subject.span = estimator.stride / (1 - kept) if kept < 1 else math.inf
+        elif estimator is not None and estimator.window is not None:
+            subject.span = estimator.window
+        return subject
+
+
+@dataclass
+class Diagnosis:
+    """What one training has shown, besides its history; each warning is given once.
+
+    Plain data, so that it can be copied along with the callback.
+
+    Attributes:
+        subjects: The hyperparameters, by name.
+        clock: The time of the training, and what of it was spent here.
+        is_told: Whether this process warns: only the first one does.
+        steps: How many steps were taken with the callback.
+        every: The callback's ``every_n_steps``.
+        warmup: Its ``warmup_steps``.
+        first_due: The first step after which λ is updated; None where that is not known.
+        validations: The step and the loss of each validation on other data than the tuned ones.
+        is_fresh: Whether validations are on other data; None where that was not looked at yet.
+        dead: How many updates in a row have found the network dead.
+        warned: What has been warned about.
+    """
+
+    subjects: dict[str, Subject] = field(default_factory=dict)
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    is_told: bool = True
+    steps: int = 0
+    every: int = 1
+    warmup: int = 0
+    first_due: int | None = None
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    is_fresh: bool | None = None
+    dead: int = 0
+    warned: set[str] = field(default_factory=set)
+
+    def warn(self, kind: str, text: str) -> None:
+        """Warns once of each kind."""
+        if kind not in self.warned and self.is_told:
+            warnings.warn(f"OnlineHPOCallback: {text}", stacklevel=3)
+        self.warned.add(kind)
+
+    # -------------------------------------------------------------------------------- at the start
+
+    def look_at_data(self, train: Sequence[Any], held_out: Sequence[Any]) -> None:
+        """Warns where λ are fitted to the data that θ is trained on."""
+        if overlap(train, held_out):
+            self.warn(
+                "same data",
+                "the held-out data are training data: both draw from the same dataset, with "
+                "examples in common. λ that weaken regularization then always look better. Pass a "
+                "dataloader= of other examples, for example one part of torch.utils.data."
+                "random_split and the other for training",
+            )
+
+    def look_at_estimators(
+        self,
+        assigned: Sequence[tuple[str, Estimator, list[str]]],
+        sizes: Mapping[str, int],
+        theta: Sequence[Tensor],
+    ) -> None:
+        """Warns where forward tangents are asked for many λ."""
+        for _, estimator, names in assigned:
+            m = sum(sizes[name] for name in names)
+            if m <= MANY or not _is_forward(estimator, m):
+                continue
+            mib = m * sum(local(p).numel() * p.element_size() for p in theta) / 2**20
+            k = estimator.k if isinstance(estimator, UnrollK) else 10
+            self.warn(
+                "many",
+                f"{type(estimator).__name__} carries forward tangents of {m} λ: {m} products with "
+                f"the Hessian at each step, and at least {mib:.3g} MiB of tangents. Reverse "
+                "estimators cost the same for any number of λ: T1T2(), one validation gradient "
+                f'per update; UnrollK({k}, mode="reverse"), {k} products per update; Implicit(), '
+                "one product per iteration of its solver",
+            )
+
+    def look_at_length(self, steps: float) -> None:
+        """Warns where the training will end before the first update.
+
+        Args:
+            steps: How many steps there will be with the callback; ``inf`` where that is not known.
+        """
+        if self.first_due is not None and 0 < steps < self.first_due:
+            self.warn("no update", self._too_short(f"will end after step {steps:g}"))
+
+    def _too_short(self, what: str) -> str:
+        return (
+            f"this training {what}, and the first update of λ is due after step {self.first_due} "
+            f"(every_n_steps={self.every}, warmup_steps={self.warmup}): λ stays where it is. "
+            "Train longer, or make every_n_steps (with the window of UnrollK) or warmup_steps less"
+        )
+
+    # ------------------------------------------------------------------------------ while it trains
+
+    def look_at_update(
+        self,
+        history: History,
+        record: HistoryRecord,
+        theta: Sequence[Tensor],
+        *,
+        sharded: bool = False,
+    ) -> None:
+        """Warns where the network is dead, at the end of an update's step.
+
+        That is where hypergradients vanish, L_V is no better than at the first update, and the
+        gradient of the training, as the step has left it, does not reach half of θ. Gradients are
+        looked at last: on a GPU, the host waits for that.
+        """
+        is_dead = (
+            _learned_nothing(record, history.loss_at(0))
+            and _is_insignificant(record)
+            and _share_of_half(theta, sharded) < REACHED
+        )
+        self.dead = self.dead + 1 if is_dead else 0
+        if self.dead >= FEW_UPDATES:
+            self._tell_dead(history)
+
+    def _tell_dead(self, history: History) -> None:
+        record = history[-1]
+        values = [f"{name} = {_short(value)}" for name, value in list(record.values.items())[:3]]
+        self.warn(
+            "dead",
+            f"the network is dead: for {self.dead} updates up to step {record.step} its gradient "
+            "does not reach half of the parameters, the hypergradients vanish, and the held-out "
+            f"loss is {record.loss:.4g}, that of a constant prediction (it was "
+            f"{history.loss_at(0):.4g} at the first update). No hypergradient leads out of this. "
+            f"Start anew with weaker regularization (now {', '.join(values)}) or a smaller "
+            "learning rate",
+        )
+
+    def look_at_validation(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        monitor: str | None,
+        is_fresh: Callable[[], bool],
+    ) -> None:
+        """Keeps the loss of a validation by Lightning, if it is on other data than the tuned ones.
+
+        Args:
+            step: The number of steps taken.
+            metrics: The trainer's ``callback_metrics``.
+            monitor: The callback's argument.
+            is_fresh: Whether λ has not seen these data.
+        """
+        names = NAMES if monitor is None else (monitor,)
+        value = next((metrics[name] for name in names if name in metrics), None)
+        if value is None:
+            return
+        if self.is_fresh is None:
+            self.is_fresh = is_fresh()
+        if self.is_fresh:
+            self.validations.append((step, float(value)))
+
+    # ---------------------------------------------------------------------------------- at the end
+
+    def look_back(self, history: History, skipped: int) -> None:
+        """Warns of what the whole training shows.
+
+        Args:
+            history: Its updates.
+            skipped: How many of them were skipped.
+        """
+        if self.steps == 0:
+            return
+        if len(history) == skipped:
+            self._tell_no_update(history)
+            return
+        if self.dead > 1:
+            self._tell_dead(history)
+        tables = history.tables()
+        self._tell_bounds(tables)
+        if len(history) < FEW_UPDATES:
+            return
+        self._tell_clipped(tables)
+        if "dead" not in self.warned:  # it says the same, and why
+            self._tell_effects(history, tables)
+        self._tell_overfitted(history)
+
+    def _tell_no_update(self, history: History) -> None:
+        if len(history) > 0:
+            text = (
+                f"none of the {len(history)} updates was made, since no hypergradient was finite. "
+                "Look at the held-out batches and at validation_step for what makes L_V or its "
+                "gradient NaN or infinite"
+            )
+        elif self.first_due is not None and self.steps < self.first_due:
+            text = self._too_short(f"has ended after step {self.steps}")
+        else:
+            text = (
+                f"there was no update of λ in the {self.steps} steps of this training: "
+                "should_update() was never True, or the window of no estimator was complete"
+            )
+        self.warn("no update", text)
+
+    def _tell_bounds(self, tables: Tables) -> None:
+        found = {}
+        for name, subject in self.subjects.items():
+            values = tables["values"].get(name)
+            side = None if values is None else _side(subject, values[-1])
+            if side is not None:
+                found[name] = side
+        if found:
+            self.warn(
+                "bound",
+                f"λ sits at a bound: {_listed([f'{n} at its {s}' for n, s in found.items()])}. "
+                "The optimum may lie beyond it: give its Hyperparameter a wider constraint=. If "
+                "the bound means that it is switched off, leave it out. If it was driven there "
+                "against what you expect, forget old tangents (decay= of ClipR below 1), or take a "
+                "smaller learning rate of λ",
+            )
+
+    def _tell_clipped(self, tables: Tables) -> None:
+        shares = {name: self._clipped(name, tables) for name in self.subjects}
+        found = {name: share for name, share in shares.items() if share > 0.5}
+        if found:
+            parts = [f"{name} in {share:.0%}" for name, share in found.items()]
+            self.warn(
+                "radius",
+                f"the tangent sits at the radius of ClipR: {_listed(parts)} of the updates. Its "
+                "direction may be long out of date. Pass a larger radius=, or a decay= below 1, "
+                "such as 0.99, which forgets old steps before they fill the ball",
+            )
+
+    def _clipped(self, name: str, tables: Tables) -> float:
+        """Returns the share of the updates in which the tangent was at the radius."""
+        radius = self.subjects[name].radius
+        norms = tables["tangent_norms"].get(name)
+        if norms is None or math.isinf(radius):
+            return 0.0
+        # In rounding, a clipped norm comes out a little smaller as well.
+        return float((_elements(norms, self.subjects[name]) > radius * (1 - 1e-4)).double().mean())
+
+    def _tell_effects(self, history: History, tables: Tables) -> None:
+        losses = history.losses().abs()
+        parts = []
+        for name, subject in self.subjects.items():
+            gradients = tables["hypergradients"].get(name)
+            if gradients is None:
+                continue
+            if isinstance(subject.initial, dict):
+                gradients = gradients[:, [0, 2]]  # the smallest and the largest
+            # What a change of λ over the whole training does is the sum of what windows show.
+            windows = max(1.0, self.steps / subject.span)
+            effects = windows * gradients.abs().amax(1) / losses
+            known = torch.isfinite(effects)
+            if int(known.sum()) < FEW_UPDATES:
+                continue
+            effects = torch.where(known, effects, 0.0)
+            at = int(effects.argmax())
+            largest = float(effects[at])
+            if largest >= MEASURABLE:
+                continue
+            text = f"{name} ({largest:.1g} of L_V at most)"
+            if largest > 0 and isinstance(subject.constraint, Positive):
+                # A strength's effect is proportional to it as long as it is small.
+                value = float(_elements(tables["values"][name], subject)[at].max())
+                text += f", measurable from about {value * MEASURABLE / largest:.1g}"
+            parts.append(text)
+        if parts:
+            self.warn(
+                "effect",
+                f"λ has no measurable effect on the held-out loss: {_listed(parts)}. A whole unit "
+                f"of raw λ (a factor e of a strength) changes it by less than {MEASURABLE:g} of "
+                "itself, so λ moves at random. Start it where it acts, or leave it alone "
+                "(frozen=True)",
+            )
+
+    def _tell_overfitted(self, history: History) -> None:
+        half = self.validations[len(self.validations) // 2 :]
+        if len(half) < FEW_VALIDATIONS:
+            return
+        at, fresh = (torch.tensor(c, dtype=torch.float64) for c in zip(*half, strict=True))
+        steps, tuned = history.steps(), history.losses()
+        inside = (steps >= at[0]) & (steps <= at[-1]) & torch.isfinite(tuned)
+        if _trend(at, fresh) > 2 and _trend(steps[inside], tuned[inside]) < -2:
+            self.warn(
+                "overfitted",
+                "λ is fitted to its held-out data (T2): over the last half, the loss of the "
+                f"validation rises, from {fresh[0]:.4g} to {fresh[-1]:.4g}, while that of the "
+                "held-out batches falls. Hold out more data, or tune fewer λ (one strength for the "
+                "model instead of one for each layer or example)",
+            )
+
+    # ------------------------------------------------------------------------------------- summary
+
+    def summary(self, history: History, skipped: int) -> str:
+        """Returns a few lines about the training, for people."""
+        head = f"OnlineHPOCallback: {len(history)} updates of λ in {self.steps} steps"
+        lines = []
+        if len(history) > 0:
+            tables = history.tables()
+            lines += self._table(tables)
+            losses = history.losses()
+            losses = losses[torch.isfinite(losses)]
+            if len(losses):
+                n = max(1, len(losses) // 20)
+                start, end = float(losses[:n].mean()), float(losses[-n:].mean())
+                of = f"mean of the first and last {n}" if n > 1 else "first and last"
+                lines.append(f"  held-out loss: {start:.4g} → {end:.4g} ({of})")
+            shares = [
+                self._clipped(name, tables)
+                for name, subject in self.subjects.items()
+                if not math.isinf(subject.radius)
+            ]
+            clipped = f"{sum(shares) / len(shares):.0%}, " if shares else "none, "
+            lines.append(
+                f"  clipped tangents: {clipped}skipped updates: {skipped / len(history):.0%}"
+            )
+        elif self.subjects:
+            lines.append("  λ is where it was: there was no update")
+        inside, total = self.clock.inside, self.clock.total
+        if 0 < inside < total:
+            lines.append(
+                f"  cost: {total / (total - inside):.2f} times the training without tuning "
+                f"({inside:.3g} of {total:.3g} s)"
+            )
+        return "\n".join([head, *lines])
+
+    def _table(self, tables: Tables) -> list[str]:
+        rows = []
+        moving = bounded = 0
+        for name, subject in self.subjects.items():
+            values = tables["values"].get(name)
+            if values is None:
+                continue
+            trend = _movement(subject, values)
+            side = _side(subject, values[-1])
+            moving += trend.startswith("still")
+            bounded += side is not None
+            remark = trend if side is None else f"{trend}, at its {side}"
+            rows.append((name, _short(subject.initial), _short(_last(subject, values)), remark))
+        shown = rows[:_ROWS]
+        widths = [max(len(row[i]) for row in shown) for i in range(3)]
+        lines = [
+            f"  {a:<{widths[0]}}  {b:>{widths[1]}} → {c:<{widths[2]}}  {d}" for a, b, c, d in shown
+        ]
+        if len(rows) > _ROWS:
+            lines.append(
+                f"  … and {len(rows) - _ROWS} more; of all {len(rows)}, {moving} still move, "
+                f"{bounded} are at a bound"
+            )
+        return lines
+
+    # --------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed training cannot find out again."""
+        return {
+            "initial": {name: subject.initial for name, subject in self.subjects.items()},
+            "validations": [list(pair) for pair in self.validations],
+            "dead": self.dead,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores it, as far as the hyperparameters are the same."""
+        for name, initial in state.get("initial", {}).items():
+            if name in self.subjects:
+                self.subjects[name].initial = initial
+        self.validations = [(int(step), loss) for step, loss in state.get("validations", ())]
+        self.dead = state.get("dead", 0)
+
+
+def _is_forward(estimator: Estimator, m: int) -> bool:
+    if isinstance(estimator, UnrollK):
+        return estimator.mode == "forward" or (estimator.mode == "auto" and m < estimator.k)
+    return isinstance(estimator, ClipR)
+
+
+# ---------------------------------------------------------------------------------- a dead network
+
+
+def _learned_nothing(record: HistoryRecord, first: float) -> bool:
+    return record.loss is not None and first > 0 and record.loss >= (1 - LEARNED) * first
+
+
+def _is_insignificant(record: HistoryRecord) -> bool:
+    assert record.loss is not None
+    least = INSIGNIFICANT * record.loss
+    for h in record.hypergradients.values():
+        size = max(abs(h["min"]), abs(h["max"])) if isinstance(h, dict) else float(h.abs().max())
+        if not size < least:
+            return False
+    return True
+
+
+def _share_of_half(theta: Sequence[Tensor], sharded: bool) -> float:
+    """Returns the part of the last step's gradient that the half of θ with the least of it gets.
+
+    Tensors are taken whole, in the order of their mean squares, and norms are compared: about 0.7
+    where all elements get the same.
+    """
+    pairs = [(p.numel(), p.grad) for p in theta if p.grad is not None]
+    if not pairs:
+        return 1.0
+    norms = torch.stack([torch.linalg.vector_norm(widened(local(g))).double() for _, g in pairs])
+    squares = norm_over_shards(norms, sharded).square().cpu()
+    sizes = torch.tensor([size for size, _ in pairs], dtype=torch.float64)
+    order = (squares / sizes).argsort()
+    end = int((sizes[order].cumsum(0) < sizes.sum() / 2).sum()) + 1
+    total = float(squares.sum())
+    return math.sqrt(float(squares[order[:end]].sum()) / total) if total > 0 else 0.0
+
+
+# --------------------------------------------------------------------------------------- λ in words
+
+
+def _elements(table: Tensor, subject: Subject) -> Tensor:
+    """Returns the columns that are elements; of a summary, the mean."""
+    return table[..., 1:2] if isinstance(subject.initial, dict) else table
+
+
+def _side(subject: Subject, values: Tensor) -> str | None:
+    """Tells at which bound the last values sit, if all of them sit at the same.
+
+    A vector with some elements at a bound is as it should be: weights of examples that are left
+    out, for one.
+    """
+    values = values[[0, 2]] if isinstance(subject.initial, dict) else values
+    constraint = subject.constraint
+    slack = 1e-3
+    if isinstance(constraint, Positive):
+        low, high = constraint.low, constraint.high
+        raw = values.log()
+        is_low = raw - math.log(low) <= slack * max(1.0, abs(math.log(low)))
+        is_high = math.log(high) - raw <= slack * max(1.0, abs(math.log(high)))
+    elif isinstance(constraint, UnitInterval):
+        # Decay rates of an optimizer, such as 0.999, are meant to be close to 1.
+        least = 0.0 if subject.is_option else slack
+        low = max(least, constraint.margin * (1 + slack))
+        high = 1 - low
+        is_low, is_high = values <= low, values >= high
+    elif isinstance(constraint, Interval):
+        low, high = constraint.low, constraint.high
+        is_low = values - low <= slack * abs(low) if math.isfinite(low) else values < low
+        is_high = high - values <= slack * abs(high) if math.isfinite(high) else values > high
+    else:
+        return None
+    if bool(is_low.all()):
+        return f"lower bound {low:.3g}"
+    return f"upper bound {high:.3g}" if bool(is_high.all()) else None
+
+
+def _movement(subject: Subject, values: Tensor) -> str:
+    """Tells whether λ was still on its way over the last fifth of the updates."""
+    table = _elements(values, subject)
+    if len(table) < 10:
+        return "too few updates to see a trend"
+    tail = table[-(len(table) // 5) - 1 :]
+    try:
+        is_raw = isinstance(subject.constraint, Unconstrained)
+        raw = (tail if is_raw else subject.constraint.inverse(tail)).mean(1)
+    except ValueError:  # a constraint of the user's, which may look at the whole tensor
+        is_raw, raw = True, tail.mean(1)
+    net = float(raw[-1] - raw[0])
+    # On a log or logit scale a change is relative already.
+    scale = float(raw.abs().max()) if is_raw else 1.0
+    if not abs(net) > max(0.5 * float(raw.diff().abs().sum()), 0.02 * scale):
+        return "settled"
+    return "still rising" if net > 0 else "still falling"
+
+
+def _last(subject: Subject, values: Tensor) -> Any:
+    """Returns the last value in the form in which the history has it."""
+    last = values[-1].tolist()
+    if isinstance(subject.initial, dict):
+        return dict(zip(("min", "mean", "max", "norm"), last, strict=True))
+    return last if len(last) > 1 else last[0]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['mean']:.3g} ({value['min']:.3g} … {value['max']:.3g})"
+    numbers = torch.as_tensor(value, dtype=torch.float64)
+    if numbers.numel() == 1:
+        return f"{numbers.item():.3g}"
+    return f"{numbers.mean():.3g} ({numbers.min():.3g} … {numbers.max():.3g})"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    more = len(parts) - _NAMES
+    return ", ".join(parts[:_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _trend(x: Tensor, y: Tensor) -> float:
+    """Returns the slope of a straight line through the points, in standard errors."""
+    n = len(x)
+    if n < FEW_VALIDATIONS:
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    spread = float(x.square().sum())
+    if spread == 0:
+        return 0.0
+    slope = float(x @ y) / spread
+    rest = float((y - slope * x).square().sum())
+    error = math.sqrt(rest / (n - 2) / spread)
+    return slope / error if error > 0 else math.copysign(math.inf, slope) if slope else 0.0
