@@ -249,7 +249,7 @@ def test_a_state_that_a_test_loads_does_not_reach_the_next_training(tmp_path):
 def test_loggers_get_the_step_of_the_trainer():
     logger, callback = MemoryLogger(), OnlineHPOCallback(T1T2())
     model = Mlp()
-    trainer = make_trainer(5, callbacks=callback, logger=logger)
+    trainer = make_trainer(5, callbacks=callback, logger=logger, log_every_n_steps=1)
     trainer.fit(model, train_loader(), valid_loader())
     trainer.fit_loop.epoch_loop.max_steps = 10
     trainer.fit_loop.max_epochs = 5

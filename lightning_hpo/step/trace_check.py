@@ -24,6 +24,7 @@ from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.contents import Walker
 from lightning_hpo.distributed import is_sharded, reshard
 from lightning_hpo.holders import Held, held_by, read_generator
+from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.private_state import is_library
 from lightning_hpo.rng import RandomState
 from lightning_hpo.stores import is_writable
@@ -187,6 +188,9 @@ class _Look:
             kinds = {kind for kind in set(map(type, group)) if not issubclass(kind, _PLAIN)}
             if kinds:
                 found.update((id(value), value) for value in group if type(value) in kinds)
+        for h in module.modules():
+            if isinstance(h, Hyperparameter) and not h.is_resolved:
+                found.pop(id(h.raw), None)  # it gets its value when the step's gradient is there
         self._values = list(found.values())
         self._shown = _shown(self._values)
         self._outside = [] if shards else list(_outside(module))
@@ -241,7 +245,7 @@ class _Look:
         is_attributes = path.endswith(".__dict__")
         path = path.removesuffix(".__dict__")
         for key in {**then, **now}:
-            if _get(then, key) is not _get(now, key) and key != "_hpo_record":
+            if _get(then, key) is not _get(now, key) and key not in ("_hpo_record", "_is_resolved"):
                 label = getattr(key, "__name__", key)  # of a slot
                 yield f"{path}.{label}" if is_attributes else f"{path}[{label!r}]"
 

@@ -37,7 +37,7 @@ class ValidationGradient:
         self._objective = objective
         self._batch = batch
         self._is_shared = is_shared
-        objective.loss = None
+        self._loss: Tensor | None = None
         self._kept: list[Tensor] | None = None
         self._statistics: list[Tensor] | None = None
 
@@ -52,11 +52,13 @@ class ValidationGradient:
 
     def loss(self) -> float | None:
         """Returns L_V, averaged over the ranks; None where no gradient was asked for."""
-        if self._objective.loss is None:
-            return None
-        loss = self._objective.loss.clone()
-        average_([loss])
-        return float(loss)
+        return None if self._loss is None else float(self._loss)
+
+    def _loss_to_average(self, dtype: torch.dtype) -> list[Tensor]:
+        """Returns L_V of this rank, to be averaged in place along with other numbers."""
+        assert self._objective.loss is not None
+        self._loss = self._objective.loss.to(dtype, copy=True)
+        return [self._loss]
 
     def statistics(self) -> list[Tensor]:
         """Returns ∂L_V/∂r, one tensor per running statistic, of this rank's own L_V.
@@ -110,10 +112,12 @@ class ValidationGradient:
         ]
         own = torch.cat(parts[len(stacks) :]) if statistics else None
         total = sum_over_shards(torch.cat(parts[: len(stacks)]), training.sharded)
-        if training.sharded or self._is_shared:  # g_V comes averaged
-            average_([] if own is None else [own])
-        else:
-            average_([total] if own is None else [total, own])
+        parts = [] if own is None else [own]
+        if not self._is_shared:
+            parts += self._loss_to_average(total.dtype)
+        if not (training.sharded or self._is_shared):  # else g_V comes averaged
+            parts.append(total)
+        average_(parts)
         whole = total if own is None else torch.cat([total, own.to(total)])
         return list(whole.split(sizes))
 
@@ -129,6 +133,6 @@ class ValidationGradient:
         n = len(theta)
         self._statistics = [widened(g) for g in filled(gradients[n:], buffers)]
         result = separate([widened(g) for g in filled(gradients[:n], theta)])
-        if not self._training.sharded:
-            average_(result)
+        loss = self._loss_to_average(result[0].dtype)
+        average_(loss if self._training.sharded else [*result, *loss])
         return result
