@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric, MetricCollection
 
+from lightning_hpo._hooks import emptied
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
@@ -537,20 +538,10 @@ class ValidationObjective:
         return find_loss(output, logged, self._monitor, origin)
 
 
-@contextmanager
-def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
+def _without_backward_hooks(module: nn.Module) -> AbstractContextManager[None]:
     """Keeps the user's backward hooks on modules from what is no gradient of the training."""
-    parts = [m for m in module.modules() if m._backward_hooks or m._backward_pre_hooks]
-    kept = [
-        (hooks, dict(hooks)) for m in parts for hooks in (m._backward_hooks, m._backward_pre_hooks)
-    ]
-    try:
-        for hooks, _ in kept:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, before in kept:
-            hooks.update(before)
+    parts = module.modules()
+    return emptied(hooks for m in parts for hooks in (m._backward_hooks, m._backward_pre_hooks))
 
 
 @contextmanager
