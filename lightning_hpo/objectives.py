@@ -187,8 +187,12 @@ class TrainingObjective:
 
     def buffers(self) -> list[Tensor]:
         """Returns the module's buffers, raw λ excepted."""
-        raws = {id(m.raw) for m in self._module.modules() if isinstance(m, Hyperparameter)}
+        raws = self._raws()
         return [b for b in self._module.buffers() if id(b) not in raws]
+
+    def _raws(self) -> set[int]:
+        """Returns the ``id`` of every raw λ of the module, frozen ones included."""
+        return {id(m.raw) for m in self._module.modules() if isinstance(m, Hyperparameter)}
 
     def place_of(self, name: str) -> Place:
         """Returns the module and the name in it of a buffer, by its qualified name."""
@@ -207,7 +211,7 @@ class TrainingObjective:
         Costs a forward pass, where there are such buffers.
         """
         known = {(id(owner), name) for owner, name in self.statistics.places}
-        raws = {id(h.raw) for h in self._module.modules() if isinstance(h, Hyperparameter)}
+        raws = self._raws()
         found = {
             f"{prefix}.{name}".strip("."): (owner, name)
             for prefix, owner in self._module.named_modules()
