@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_hpo._hooks import emptied
 from lightning_hpo.distributed import is_sharded, local
 
 
@@ -138,14 +139,6 @@ def holding(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[Non
                 data.copy_(viewed[i])
 
 
-@contextmanager
-def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+def without_hooks(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
     """Keeps the user's hooks on leaf tensors from what is no gradient of the training."""
-    kept = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
-    try:
-        for hooks, _ in kept:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, before in kept:
-            hooks.update(before)
+    return emptied(t._backward_hooks for t in tensors if t._backward_hooks)

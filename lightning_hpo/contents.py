@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_hpo._kinds import (
-    Kind,
-    classes_of,
-    has_dict,
-    kind_of,
-    read_slots,
-    slots_of,
-)
+from lightning_hpo._kinds import Kind, classes_of, has_dict, kind_of, read_slots, slots_of
 from lightning_hpo._tensors import note_views
 from lightning_hpo.distributed import is_sharded
 from lightning_hpo.holders import (
@@ -65,8 +58,6 @@ _FEW = 32
 # Walks of each kind at which that happens in any case. Several come before θ moves, and a teacher
 # that follows θ does not change before.
 _FIRST = 5
-
-_WITH_ATTRIBUTES = {Kind.MODULE, Kind.OBJECT, Kind.HOST, Kind.DICT, Kind.LIST, Kind.ARRAY}
 
 _WITH_CLASS = {Kind.MODULE, Kind.OBJECT, Kind.HOST}
 _WITH_ATTRIBUTES = {*_WITH_CLASS, Kind.DICT, Kind.LIST, Kind.ARRAY}

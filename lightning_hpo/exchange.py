@@ -16,10 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_hpo._kinds import (
-    Kind,
-    kind_of,
-)
+from lightning_hpo._kinds import Kind, kind_of
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.contents import Reached, Walker, is_computed
 from lightning_hpo.holders import (

@@ -14,12 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_hpo._kinds import (
-    Kind,
-    kind_of,
-    read_slots,
-    write_slots,
-)
+from lightning_hpo._kinds import Kind, kind_of, read_slots, write_slots
 from lightning_hpo.stores import read_objects, write_objects
 
 MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"forward"}

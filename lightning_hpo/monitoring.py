@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple, overload
 
 import lightning.pytorch as pl
@@ -243,11 +244,10 @@ def _cells(name: str, suffix: str, value: Any) -> dict[str, float]:
     numbers = torch.as_tensor(value, dtype=torch.float64)
     if numbers.numel() == 1:
         return {f"{name}{suffix}": numbers.item()}
+    places = product(*map(range, numbers.shape))
     return {
-        f"{name}[{','.join(str(int(i)) for i in index)}]{suffix}": numbers[tuple(index)].item()
-        for index in torch.cartesian_prod(*(torch.arange(n) for n in numbers.shape)).reshape(
-            numbers.numel(), -1
-        )
+        f"{name}[{','.join(map(str, place))}]{suffix}": number
+        for place, number in zip(places, numbers.flatten().tolist(), strict=True)
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric, MetricCollection
 
+from lightning_hpo._hooks import emptied
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
@@ -186,8 +187,12 @@ class TrainingObjective:
 
     def buffers(self) -> list[Tensor]:
         """Returns the module's buffers, raw λ excepted."""
-        raws = {id(m.raw) for m in self._module.modules() if isinstance(m, Hyperparameter)}
+        raws = self._raws()
         return [b for b in self._module.buffers() if id(b) not in raws]
+
+    def _raws(self) -> set[int]:
+        """Returns the ``id`` of every raw λ of the module, frozen ones included."""
+        return {id(m.raw) for m in self._module.modules() if isinstance(m, Hyperparameter)}
 
     def place_of(self, name: str) -> Place:
         """Returns the module and the name in it of a buffer, by its qualified name."""
@@ -206,7 +211,7 @@ class TrainingObjective:
         Costs a forward pass, where there are such buffers.
         """
         known = {(id(owner), name) for owner, name in self.statistics.places}
-        raws = {id(h.raw) for h in self._module.modules() if isinstance(h, Hyperparameter)}
+        raws = self._raws()
         found = {
             f"{prefix}.{name}".strip("."): (owner, name)
             for prefix, owner in self._module.named_modules()
@@ -537,20 +542,10 @@ class ValidationObjective:
         return find_loss(output, logged, self._monitor, origin)
 
 
-@contextmanager
-def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
+def _without_backward_hooks(module: nn.Module) -> AbstractContextManager[None]:
     """Keeps the user's backward hooks on modules from what is no gradient of the training."""
-    parts = [m for m in module.modules() if m._backward_hooks or m._backward_pre_hooks]
-    kept = [
-        (hooks, dict(hooks)) for m in parts for hooks in (m._backward_hooks, m._backward_pre_hooks)
-    ]
-    try:
-        for hooks, _ in kept:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, before in kept:
-            hooks.update(before)
+    parts = module.modules()
+    return emptied(hooks for m in parts for hooks in (m._backward_hooks, m._backward_pre_hooks))
 
 
 @contextmanager

@@ -80,10 +80,9 @@ def _draw_values(
         low, high = 0.0, 1.0
     if isinstance(constraint, Positive):
         ax.set_yscale("log")
-    seen = [v for values in series for v in values if math.isfinite(v)]
     bottom, top = ax.get_ylim()
     for bound in (low, high):
-        if isinstance(bound, float) and math.isfinite(bound) and bottom <= bound <= top and seen:
+        if isinstance(bound, float) and math.isfinite(bound) and bottom <= bound <= top:
             ax.axhline(bound, color="0.6", lw=1, ls="--")
 
 

@@ -331,7 +331,7 @@ class Run:
             for pattern, estimator, names in self.assigned
         ]
         if not any(each.space.replays for each in served):
-            training.statistics.clear()  # where no λ acts on a forward pass, none moves them
+            training.statistics.follow(())  # where no λ acts on a forward pass, none moves them
         else:
             blind = [
                 type(each.estimator).__name__

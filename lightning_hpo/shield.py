@@ -199,10 +199,9 @@ class Shield:
         trained -= self._without_gradient.keys()
         parameters = reached.parameters
         untrained = {key: p for key, p in parameters.items() if key not in trained}
-        room = sum(p.numel() for p in parameters.values()) - sum(
-            p.numel() for p in untrained.values()
-        )
-        if sum(p.numel() for p in untrained.values()) > 4 * room:
+        size = sum(p.numel() for p in untrained.values())
+        room = sum(p.numel() for p in parameters.values()) - size
+        if size > 4 * room:
             # A teacher of what is trained is as large as that; some of the others are smaller.
             room *= 2
             for key, p in sorted(untrained.items(), key=lambda item: item[1].numel()):

@@ -135,10 +135,6 @@ class RunningStatistics:
                     stacklevel=2,
                 )
 
-    def clear(self) -> None:
-        """Follows none any longer."""
-        self._places = []
-
     def buffers(self, state: ModuleState | None = None) -> list[Tensor]:
         """Returns the buffers that are in place now, or were at an earlier moment."""
         held = {} if state is None else state.held

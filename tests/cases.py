@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_hpo import L2Mixin, OnlineHPOCallback, named_hyperparameters
 from lightning_hpo.regularizers import Penalty
@@ -126,6 +126,19 @@ def train_loader(**options: Any) -> DataLoader[Any]:
 def valid_loader(**options: Any) -> DataLoader[Any]:
     """One batch holds all held-out data, so that every T2 batch is the same up to its order."""
     return DataLoader(TensorDataset(*VALID), **{"batch_size": len(VALID[0]), **options})
+
+
+class EachRank:
+    """Each rank takes every n-th example, so that the ranks together see the whole batch."""
+
+    def train_dataloader(self):
+        world = self.trainer.world_size
+        data = TensorDataset(*TRAIN)
+        sampler = DistributedSampler(data, world, self.global_rank, shuffle=False)
+        return DataLoader(data, batch_size=BATCH // world, sampler=sampler)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(*VALID), batch_size=20 // self.trainer.world_size)
 
 
 class Mlp(L2Mixin, pl.LightningModule):

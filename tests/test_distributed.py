@@ -5,10 +5,10 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import BATCH, L2SP, TRAIN, VALID, Mlp, OnceTanh, make_trainer
+from cases import L2SP, VALID, EachRank, Mlp, OnceTanh, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hpo import (
     T1T2,
@@ -35,17 +35,8 @@ ESTIMATORS = {
 pytestmark = pytest.mark.usefixtures("within_two_minutes")
 
 
-class Sharded(Mlp):
-    """Each rank takes every n-th example, so that the ranks together see the whole batch."""
-
-    def train_dataloader(self):
-        world = self.trainer.world_size
-        data = TensorDataset(*TRAIN)
-        sampler = DistributedSampler(data, world, self.global_rank, shuffle=False)
-        return DataLoader(data, batch_size=BATCH // world, sampler=sampler)
-
-    def val_dataloader(self):
-        return DataLoader(TensorDataset(*VALID), batch_size=20 // self.trainer.world_size)
+class Sharded(EachRank, Mlp):
+    pass
 
 
 def train(make, devices, **options):

@@ -208,18 +208,20 @@ def fit(
     batch_size: int = 100,
 ) -> None:
     """Trains until there are no more batches; held-out batches are there for the callback."""
-    trainer = lightning.Trainer(
-        accelerator=device,
-        devices=1,
-        max_epochs=1,
-        callbacks=list(callbacks),
+    trainer = silent_trainer(accelerator=device, devices=1, max_epochs=1, callbacks=list(callbacks))
+    trainer.fit(module, batches, held_out(batch_size))
+
+
+def silent_trainer(**options: Any) -> lightning.Trainer:
+    """Makes a Trainer that trains, and does nothing else."""
+    return lightning.Trainer(
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
-    trainer.fit(module, batches, held_out(batch_size))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from typing import Any
 
 import lightning
 import torch
-from _common import describe, environment, note
+from _common import describe, environment, note, silent_trainer
 from _tasks import TASKS, Lit, Problem, Task, Values
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -201,16 +201,7 @@ class Deadline(Callback):
 
 def fit(module: Lit, train: DataLoader, steps: int, callbacks: Sequence[Callback]) -> float:
     """Trains in silence; returns the processor time."""
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=list(callbacks),
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = silent_trainer(accelerator="cpu", max_steps=steps, callbacks=list(callbacks))
     begin = time.process_time()
     trainer.fit(module, train)
     return time.process_time() - begin

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_hpo._dual import dual_level
+from lightning_hpo._hooks import emptied
 from lightning_hpo.dynamics.base import Dynamics, OptimizerStep, is_function_of_theta
 from lightning_hpo.dynamics.containers import Ref, rebuilt
 from lightning_hpo.dynamics.differentiable import Differentiable
@@ -382,7 +383,8 @@ class GenericDynamics(Dynamics):
         arguments = {"closure": stub} if self.is_foreign and self._takes_closure else {}
         draws = step.rng is not None and self.draws
         fork = forked_rng(step.theta[0].device, step.rng) if draws else nullcontext()
-        with fork, _without_global_hooks():
+        # Those on all optimizers are not for the steps of a copy, and of optimizers inside it.
+        with fork, emptied(_GLOBAL_HOOKS):
             _unwrapped_step(kind)(shadow, **arguments)
 
         theta = [params.get(i, p) for i, p in enumerate(step.theta)]
@@ -457,19 +459,6 @@ def in_double(step: OptimizerStep, dynamics: GenericDynamics) -> OptimizerStep:
         return value.detach().clone()
 
     return dynamics._filled(step, double)
-
-
-@contextmanager
-def _without_global_hooks() -> Iterator[None]:
-    """Keeps hooks on all optimizers from the steps of a copy, and of optimizers inside it."""
-    kept = [(hooks, dict(hooks)) for hooks in _GLOBAL_HOOKS if hooks]
-    try:
-        for hooks, _ in kept:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, before in kept:
-            hooks.update(before)
 
 
 def _unhook(optimizer: Any, seen: set[int]) -> None:

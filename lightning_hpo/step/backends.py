@@ -123,7 +123,7 @@ def settle_statistics(
     lost = torch.tensor(float(bool(reason)), device=training.theta[0].device)
     average_([lost])
     if lost > 0:
-        training.statistics.clear()
+        training.statistics.follow(())
         warnings.warn(
             "OnlineHPOCallback takes the running statistics of normalization layers as constants, "
             f"because {reason or 'another rank does'}. Hypergradients miss how λ moves them",

@@ -23,7 +23,7 @@ from lightning_hpo._kinds import Kind, classes_of, has_dict, kind_of
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.contents import Walker
 from lightning_hpo.distributed import is_sharded, reshard
-from lightning_hpo.holders import Held, held_by, read_generator
+from lightning_hpo.holders import Held, held_by, read_cell, read_generator
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.private_state import is_library
 from lightning_hpo.rng import RandomState
@@ -316,10 +316,7 @@ def _outside(module: nn.Module) -> Iterator[_Variable]:
 
 
 def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
+    return next(iter(read_cell(cell)), None)
 
 
 def _get(mapping: Any, key: Any) -> Any:

@@ -112,12 +112,12 @@ class ValidationGradient:
         ]
         own = torch.cat(parts[len(stacks) :]) if statistics else None
         total = sum_over_shards(torch.cat(parts[: len(stacks)]), training.sharded)
-        parts = [] if own is None else [own]
+        of_this_rank = [] if own is None else [own]
         if not self._is_shared:
-            parts += self._loss_to_average(total.dtype)
+            of_this_rank += self._loss_to_average(total.dtype)
         if not (training.sharded or self._is_shared):  # else g_V comes averaged
-            parts.append(total)
-        average_(parts)
+            of_this_rank.append(total)
+        average_(of_this_rank)
         whole = total if own is None else torch.cat([total, own.to(total)])
         return list(whole.split(sizes))
 

@@ -12,6 +12,7 @@ from cases import (
     L2SP,
     TRAIN,
     VALID,
+    EachRank,
     fit,
     frozen,
     make_optimizer,
@@ -24,7 +25,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_hpo import (
     T1T2,
@@ -772,17 +773,8 @@ def test_without_a_trainer_there_is_no_schedule():
 # ------------------------------------------------------------------------------------ several ranks
 
 
-class Distributed(Net):
-    """Each rank takes every n-th example, so that the ranks together see the whole batch."""
-
-    def train_dataloader(self):
-        world = self.trainer.world_size
-        data = TensorDataset(*TRAIN)
-        sampler = DistributedSampler(data, world, self.global_rank, shuffle=False)
-        return DataLoader(data, batch_size=BATCH // world, sampler=sampler)
-
-    def val_dataloader(self):
-        return DataLoader(TensorDataset(*VALID), batch_size=20 // self.trainer.world_size)
+class Distributed(EachRank, Net):
+    pass
 
 
 @pytest.mark.usefixtures("within_two_minutes")
