@@ -242,11 +242,7 @@ def settle(trainer: pl.Trainer, found: Sequence[tuple[str, Hyperparameter, Start
     Raises:
         MisconfigurationException: If a value does not fit the constraint.
     """
-    values = [math.nan if start is None else start.value for *_, start in found]
-    if trainer.world_size > 1 and world_size() > 1:
-        sent = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
-        broadcast_([sent])
-        values = sent.tolist()
+    values = agreed(trainer, [start for *_, start in found])
     said: dict[str, list[tuple[str, float]]] = {}
     for value, (name, h, start) in zip(values, found, strict=True):
         if math.isnan(value):
@@ -264,6 +260,16 @@ def settle(trainer: pl.Trainer, found: Sequence[tuple[str, Hyperparameter, Start
         said.setdefault(formula + limited, []).append((name, kept))
     for formula, pairs in said.items():
         rank_zero_info(f'{_names(pairs)}: init="auto" → {_range(pairs)} = {formula}')
+
+
+def agreed(trainer: pl.Trainer, starts: Sequence[Start | None]) -> list[float]:
+    """Returns the values of the first process; NaN where there is none."""
+    values = [math.nan if start is None else start.value for start in starts]
+    if trainer.world_size > 1 and world_size() > 1:
+        sent = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
+        broadcast_([sent])
+        values = sent.tolist()
+    return values
 
 
 def _names(pairs: Sequence[tuple[str, float]]) -> str:

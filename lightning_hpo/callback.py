@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,15 +14,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from torch import Tensor
 
 from lightning_hpo import compatibility
-from lightning_hpo._arguments import check_integer
+from lightning_hpo._arguments import check_integer, check_number
 from lightning_hpo._lightning import join, join_again
 from lightning_hpo._repr import shown
 from lightning_hpo._stopwatch import Stopwatch
 from lightning_hpo._trainer import length
 from lightning_hpo.diagnosis import Diagnosis, Subject
 from lightning_hpo.distributed import gather, together
-from lightning_hpo.estimators import ClipR, Estimator
-from lightning_hpo.hyper_optimizer import OptimizerFactory, default_optimizer
+from lightning_hpo.estimators import Estimator
+from lightning_hpo.hyper_optimizer import OptimizerFactory
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.monitoring import (
     History,
@@ -37,6 +38,7 @@ from lightning_hpo.plots import plot
 from lightning_hpo.results import Results
 from lightning_hpo.rng import RandomState, ResumedRandomState
 from lightning_hpo.run import Finished, Run, Settings, Update, Waiting
+from lightning_hpo.strategy import Strategy
 
 
 class OnlineHPOCallback(pl.Callback):
@@ -48,19 +50,25 @@ class OnlineHPOCallback(pl.Callback):
 
     Example::
 
-        trainer = lightning.Trainer(callbacks=[OnlineHPOCallback(ClipR(radius=20.0))])
+        trainer = lightning.Trainer(callbacks=[OnlineHPOCallback()])
+
+    What is not given is chosen when a training starts, from its length and from the kinds and the
+    number of the λ; one line says what, and :attr:`strategy` has it.
 
     Args:
-        estimator: How the hypergradient is estimated. Default: ``ClipR()``. A mapping from patterns
+        estimator: How the hypergradient is estimated. Default: chosen, see
+            :func:`~lightning_hpo.strategy.choose_estimators`. A mapping from patterns
             of hyperparameter names to estimators, such as ``{"keep*": T1T2(), "*": ClipR()}``,
             gives each hyperparameter the estimator of the first pattern that fits (``*``, ``?`` and
             ``[...]`` as in :mod:`fnmatch`). They share the copies of batches, and the validation
             batch with its gradient; tangents share the graph of a replay. All λ are updated
             together.
-        optimizer: Makes the λ-optimizer from the list of raw tensors. Default: Adam with learning
-            rate 0.01.
-        every_n_steps: Optimizer steps between two updates. Default: the estimator's own horizon (1
-            for T1T2 and ClipR, K for UnrollK); of several estimators, the longest.
+        optimizer: Makes the λ-optimizer from the list of raw tensors. Default:
+            :class:`~lightning_hpo.signal_to_noise.SignalToNoise`, whose rate suits the length of
+            the training.
+        lr: A factor on the rate of the default λ-optimizer.
+        every_n_steps: Optimizer steps between two updates. Default: the longest horizon of the
+            estimators that were given (1 for T1T2 and ClipR, K for UnrollK), else chosen.
         warmup_steps: Optimizer steps before the first update; tangents advance meanwhile.
         dataloader: Held-out batches. Default: ``hpo_dataloader()`` of the module or the datamodule,
             else the validation dataloader, reshuffled. Several loaders, in a list or a dict, count
@@ -89,6 +97,7 @@ class OnlineHPOCallback(pl.Callback):
             starts where it begins to matter over this training (see :mod:`lightning_hpo.auto`).
 
     Attributes:
+        strategy: What acts in the training, given or chosen; None before the first one.
         history: What each update has done; see :attr:`history`.
         skipped: How many updates were skipped because their hypergradient was not finite.
 
@@ -103,7 +112,7 @@ class OnlineHPOCallback(pl.Callback):
     def __init__(
         self,
         estimator: Estimator | Mapping[str, Estimator] | None = None,
-        optimizer: OptimizerFactory = default_optimizer,
+        optimizer: OptimizerFactory | None = None,
         every_n_steps: int | None = None,
         warmup_steps: int = 0,
         dataloader: Iterable[Any] | None = None,
@@ -116,9 +125,9 @@ class OnlineHPOCallback(pl.Callback):
         optimizer_hyperparameters: Iterable[str]
         | Mapping[str, Hyperparameter | Literal["auto"]] = (),
         strict: bool = True,
+        lr: float = 1.0,
     ) -> None:
         join_again()
-        estimator = ClipR() if estimator is None else estimator
         compatibility.check_arguments(
             estimator,
             optimizer,
@@ -129,10 +138,11 @@ class OnlineHPOCallback(pl.Callback):
             flags={"scale_lr_with_model": scale_lr_with_model, "strict": strict},
         )
         self.estimator = estimator
-        estimators = self._estimators().values()
-        if every_n_steps is None:
-            every_n_steps = max(each.horizon for each in estimators)
-        check_integer("OnlineHPOCallback", 1, every_n_steps=every_n_steps)
+        estimators = self._estimators()
+        if every_n_steps is None and estimators is not None:
+            every_n_steps = max(each.horizon for each in estimators.values())
+        if every_n_steps is not None:
+            check_integer("OnlineHPOCallback", 1, every_n_steps=every_n_steps)
         check_integer(
             "OnlineHPOCallback",
             0,
@@ -140,8 +150,19 @@ class OnlineHPOCallback(pl.Callback):
             dataloader_idx=dataloader_idx,
             seed=seed,
         )
-        compatibility.check_windows(estimators, every_n_steps)
-        self.every_n_steps = every_n_steps
+        check_number(
+            "OnlineHPOCallback", "a finite number, at least 0", lambda x: 0 <= x < math.inf, lr=lr
+        )
+        if lr != 1 and optimizer is not None:
+            raise ValueError(
+                f"OnlineHPOCallback: lr={lr:g} scales the rate of the λ-optimizer that is chosen "
+                "where none is given; set the rate of your own in optimizer="
+            )
+        if estimators is not None and every_n_steps is not None:
+            compatibility.check_windows(estimators.values(), every_n_steps)
+        self.strategy: Strategy | None = None
+        self.lr = lr
+        self._every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
         self.derivatives = derivatives
         self.scale_lr_with_model = scale_lr_with_model
@@ -158,16 +179,23 @@ class OnlineHPOCallback(pl.Callback):
         self._is_logged = False  # whether loggers have the last record
 
     def __repr__(self) -> str:
-        names = ("estimator", "every_n_steps", "warmup_steps", "derivatives")
+        names = ("estimator", "every_n_steps", "warmup_steps", "derivatives", "lr")
         parts = [shown(self, names)]
         if self.history:
             values = [f"{name}={_brief(v)}" for name, v in self.history[-1].values.items()]
             parts += [f"{len(self.history)} updates, last {', '.join(values)}"]
         return f"OnlineHPOCallback({'; '.join(parts)})"
 
-    def _estimators(self) -> Mapping[str, Estimator]:
-        """Returns the estimators by the patterns of the names that they serve."""
+    def _estimators(self) -> Mapping[str, Estimator] | None:
+        """Returns the estimators that were given, by the patterns of the names that they serve."""
         return {"*": self.estimator} if isinstance(self.estimator, Estimator) else self.estimator
+
+    @property
+    def every_n_steps(self) -> int | None:
+        """Optimizer steps between two updates; None before a training chooses them."""
+        if self._every_n_steps is None and self.strategy is not None:
+            return self.strategy.every_n_steps
+        return self._every_n_steps
 
     @property
     def history(self) -> History:
@@ -231,7 +259,8 @@ class OnlineHPOCallback(pl.Callback):
 
         An override must leave at least the window of every estimator between two updates.
         """
-        return step % self.every_n_steps == 0 and step > self.warmup_steps
+        every = self.every_n_steps
+        return every is not None and step % every == 0 and step > self.warmup_steps
 
     # ------------------------------------------------------------------------------- start and end
 
@@ -260,6 +289,8 @@ class OnlineHPOCallback(pl.Callback):
         with clock:
             with together():
                 self._phase = Run(self._settings(), trainer, pl_module, self, waiting, clock)
+            self.strategy = self._phase.strategy
+            rank_zero_info(f"OnlineHPOCallback: {self.strategy}")
             records = waiting.state.get("history", ())
             skipped = waiting.state.get("skipped", 0)
             diagnosis = self._begin_diagnosis(trainer, self._phase, waiting.state)
@@ -279,9 +310,10 @@ class OnlineHPOCallback(pl.Callback):
             clock=run.clock,
             is_told=trainer.is_global_zero,
             steps=state.get("steps", 0),
-            every=self.every_n_steps,
+            every=run.strategy.every_n_steps,
             warmup=self.warmup_steps,
-            first_due=(self.warmup_steps // self.every_n_steps + 1) * self.every_n_steps
+            first_due=(self.warmup_steps // run.strategy.every_n_steps + 1)
+            * run.strategy.every_n_steps
             if is_regular
             else None,
         )
@@ -297,6 +329,8 @@ class OnlineHPOCallback(pl.Callback):
         return Settings(
             estimators=self._estimators(),
             optimizer=self._optimizer_factory,
+            lr=self.lr,
+            every_n_steps=self._every_n_steps,
             dataloader=self._dataloader,
             derivatives=self.derivatives,
             scale_lr_with_model=self.scale_lr_with_model,

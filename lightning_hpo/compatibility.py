@@ -578,14 +578,15 @@ def check_arguments(
         ValueError: If ``derivatives`` is unknown.
     """
     is_mapping = isinstance(estimator, Mapping) and len(estimator) > 0
-    for pattern, each in estimator.items() if is_mapping else (("*", estimator),):
+    given = estimator.items() if is_mapping else (("*", estimator),)
+    for pattern, each in () if estimator is None else given:
         if not (isinstance(each, Estimator) and isinstance(pattern, str)):
             raise TypeError(
                 f"OnlineHPOCallback: estimator={estimator!r}, expected an instance of an "
                 "Estimator, for example ClipR(radius=20.0), or a mapping from patterns of names to "
                 "such instances, for example {'keep*': T1T2(), '*': ClipR()}"
             )
-    if not callable(optimizer):
+    if not (optimizer is None or callable(optimizer)):
         raise TypeError(
             f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
             "tensors to a torch.optim.Optimizer"

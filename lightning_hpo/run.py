@@ -31,8 +31,9 @@ from lightning_hpo.held_out import HeldOut
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory
 from lightning_hpo.hyperparameters import Hyperparameter, Positive, named_hyperparameters
 from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
-from lightning_hpo.regularizers import PenaltyMixin
+from lightning_hpo.regularizers import Penalty, PenaltyMixin
 from lightning_hpo.rng import ResumedRandomState
+from lightning_hpo.signal_to_noise import SignalToNoise
 from lightning_hpo.step import (
     Recorder,
     Snapshot,
@@ -48,18 +49,21 @@ from lightning_hpo.step import (
     settle_statistics,
     warn_of_other_paths,
 )
+from lightning_hpo.strategy import TypicalValues, choose
 from lightning_hpo.values import fixed_options, remember_options
 
 # What state_dict() returns changes with it; the number is part of a checkpoint.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass
 class Settings:
     """The arguments of the callback that a run needs; see :class:`OnlineHPOCallback`."""
 
-    estimators: Mapping[str, Estimator]
-    optimizer: OptimizerFactory
+    estimators: Mapping[str, Estimator] | None
+    optimizer: OptimizerFactory | None
+    lr: float
+    every_n_steps: int | None
     dataloader: Iterable[Any] | None
     derivatives: str
     scale_lr_with_model: bool
@@ -179,6 +183,7 @@ class Run:
 
     Attributes:
         hyperparameters: All λ that are tuned, by name.
+        strategy: What acts in this training, given or chosen.
         assigned: The patterns and estimators that serve any, each with its names.
         held_out: The held-out data.
         clock: See above; whoever calls the methods of a run measures them.
@@ -225,8 +230,10 @@ class Run:
         )
         names = [*self.hyperparameters, *(f"optimizer.{option}" for option in tuned)]
         frozen = [*(known.keys() - self.hyperparameters), *fixed_options(module)]
-        self.assigned, findings = compatibility.assign(settings.estimators, names, frozen)
-        findings += compatibility.check_steps(module)
+        findings = compatibility.check_steps(module)
+        if settings.estimators is not None:
+            assigned, more = compatibility.assign(settings.estimators, names, frozen)
+            findings += more
         findings += compatibility.check_trainer(trainer, module, names, settings.derivatives)
         findings += compatibility.check_auto(trainer.optimizers, tuned)
         findings += compatibility.check_example_weights(module, trainer.train_dataloader)
@@ -236,13 +243,24 @@ class Run:
                 "module or the datamodule, or give the Trainer a validation dataloader"
             )
         compatibility.refuse(findings)
-        compatibility.warn_of_resets(trainer, [estimator for _, estimator, _ in self.assigned])
 
         options = self._make_options(tuned)
+        penalties = compatibility.gradient_penalties(module)
+        self.strategy = choose(
+            trainer,
+            self.hyperparameters,
+            self.first_step,
+            assigned=None if settings.estimators is None else assigned,
+            outside_loss=[*(options.hyperparameters if options else {}), *self._named(penalties)],
+            every_n_steps=settings.every_n_steps,
+            lr=settings.lr if settings.optimizer is None else None,
+        )
+        self.assigned = self.strategy.assigned
+        compatibility.warn_of_resets(trainer, [estimator for _, estimator, _ in self.assigned])
         self.training = TrainingMap(
             objective=TrainingObjective(trainer, module, list(self.hyperparameters.values())),
             hyperparameters=self.hyperparameters,
-            penalties=compatibility.gradient_penalties(module),
+            penalties=penalties,
             dynamics=make_dynamics(trainer.optimizers[0]),
             options=options,
             derivatives=settings.derivatives,
@@ -254,7 +272,10 @@ class Run:
             settings.monitor,
             self.training.objective.shield,
         )
-        self._hyper_optimizer = HyperOptimizer(self.hyperparameters, settings.optimizer)
+        self._typical = TypicalValues(self.hyperparameters)
+        self._hyper_optimizer = HyperOptimizer(
+            self.hyperparameters, settings.optimizer or self._default_optimizer
+        )
         verifier = _Verifier(self.training.dynamics, module)
         self._traces = TraceCheck(trainer, module)
         self.recorder = Recorder(
@@ -268,6 +289,20 @@ class Run:
         given: dict[str, Any] = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
         fixed = fixed_options(self._module)
         return {name: h for name, h in given.items() if f"optimizer.{name}" not in fixed}
+
+    def _named(self, penalties: Sequence[Penalty]) -> list[str]:
+        """Lists the names of the strengths of penalties."""
+        strengths = {id(penalty.hyperparameter) for penalty in penalties}
+        return [name for name, h in self.hyperparameters.items() if id(h) in strengths]
+
+    def _default_optimizer(self, raws: list[Tensor]) -> torch.optim.Optimizer:
+        return SignalToNoise(
+            self.hyperparameters.values(),
+            self.strategy.updates,
+            self._typical,
+            lr=self._settings.lr,
+            is_known=self.strategy.is_length_known,
+        )
 
     @property
     def resolved(self) -> dict[str, Hyperparameter]:
@@ -451,6 +486,9 @@ class Run:
         """Compares the gradient with that of a replay, where that is due; penalties come later."""
         self.recorder.check.compare(self.steps + 1)
         self._resolve_options(at_step=True)
+        if self._settings.optimizer is None:
+            in_loss = getattr(self._module, "loss_penalties", ())
+            self._typical.look(self._trainer, [*self.training.penalties, *in_loss])
 
     def after_batch(self) -> Update | None:
         """Updates λ where the optimizer has stepped and an update is due."""
@@ -538,6 +576,7 @@ class Run:
                 }
                 for each in self.served
             ],
+            "typical": self._typical.state_dict(),
             "start": None if self._start is None else self._start.state_dict(),
             "derivatives": self.training.derivatives,
             "check": self.recorder.check.state_dict(),
@@ -562,6 +601,7 @@ class Run:
         self.steps = state["steps"]
         self.held_out.skip_to(state["consumed"])
         if not differences.keys() & {"hyperparameters", "optimizer"}:
+            self._typical.load_state_dict(state["typical"])
             self._hyper_optimizer.load_state_dict(state["optimizer"]["state"])
         if not differences.keys() & {"hyperparameters", "estimator"}:
             for each, saved in zip(served, state["estimators"], strict=True):

@@ -48,6 +48,22 @@ class Constraint:
             (first,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), first
 
+    def unit(self, raw: Tensor, first: Tensor) -> Tensor | float:
+        """Returns by how much raw λ changes in a natural unit of its value.
+
+        That is the unit in which the λ-optimizer moves that the callback chooses: a factor e of a
+        strength, half a logit of a probability. By default |raw|, at least a fifth of the size at
+        which it started.
+
+        Args:
+            raw: Where λ is.
+            first: Where it started, of the same shape.
+
+        Returns:
+            Positive numbers: a tensor like ``raw``, or one for all of its elements.
+        """
+        return raw.abs().clamp(min=0.2 * _size(first))
+
     def _check(self, value: Tensor, low: float, high: float) -> None:
         """Refuses a value that is not finite or lies outside ``[low, high]``."""
         if not bool(torch.isfinite(value).all()):
@@ -103,6 +119,10 @@ class Positive(Constraint):
         value = raw.detach().exp()
         return value, value
 
+    def unit(self, raw: Tensor, first: Tensor) -> float:
+        """Returns 1: a factor e."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class UnitInterval(Constraint):
@@ -140,6 +160,10 @@ class UnitInterval(Constraint):
         """Returns s and s(1 − s) with s = sigmoid(raw)."""
         value = raw.detach().sigmoid()
         return value, value * (1 - value)
+
+    def unit(self, raw: Tensor, first: Tensor) -> float:
+        """Returns half a logit: at most an eighth of the interval."""
+        return 0.5
 
 
 @dataclass(frozen=True)
@@ -188,6 +212,21 @@ class Interval(Unconstrained):
         """Clamps ``raw`` to ``[low, high]``."""
         return raw.clamp(self.low, self.high)
 
+    def unit(self, raw: Tensor, first: Tensor) -> Tensor:
+        """Returns what a unit of the logarithm, or logit, of the distance to the bounds makes.
+
+        At the bounds it would be 0; there it is a tenth of the interval, or a twentieth of where λ
+        started.
+        """
+        if math.isinf(self.low) and math.isinf(self.high):
+            return raw.abs().clamp(min=0.2 * _size(first))
+        if math.isinf(self.low) or math.isinf(self.high):
+            bound = self.high if math.isinf(self.low) else self.low
+            return (raw - bound).abs().clamp(min=0.05 * _size(first - bound))
+        width = self.high - self.low
+        part = (raw - self.low) / width
+        return (part * (1 - part)).clamp(min=0.1) * width
+
 
 @dataclass(frozen=True)
 class Box(Interval):
@@ -226,6 +265,10 @@ class Simplex(Unconstrained):
         """Returns the nearest point of the simplex (Duchi et al. 2008, Fig. 1)."""
         return _nearest_on_simplex(raw, self.total)
 
+    def unit(self, raw: Tensor, first: Tensor) -> Tensor:
+        """Returns each weight, at least the mean."""
+        return raw.clamp(min=self.total / raw.numel())
+
 
 @dataclass(frozen=True)
 class L1Ball(Unconstrained):
@@ -263,6 +306,15 @@ class L1Ball(Unconstrained):
         if float(inside.abs().sum()) <= self.radius:
             return inside
         return inside.sign() * _nearest_on_simplex(inside.abs(), self.radius)
+
+    def unit(self, raw: Tensor, first: Tensor) -> Tensor:
+        """Returns the size of each element, at least the mean at the surface of the ball."""
+        return raw.abs().clamp(min=self.radius / raw.numel())
+
+
+def _size(first: Tensor) -> float:
+    """Returns the root mean square; 1 of zeros."""
+    return float(first.square().mean().sqrt()) or 1.0
 
 
 def _nearest_on_simplex(x: Tensor, total: float) -> Tensor:

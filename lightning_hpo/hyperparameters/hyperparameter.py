@@ -31,6 +31,8 @@ class Hyperparameter(nn.Module):
             differentiated with respect to this hyperparameter: for one that acts through random
             masks or another step function, where autograd sees no or a wrong derivative. Default:
             autograd.
+        typical: A value that is usual for its kind. Where hypergradients say nothing yet, the
+            λ-optimizer that is chosen by default drifts to it. Default: none.
 
     Raises:
         TypeError: If ``init`` is not a number or a floating-point tensor, ``constraint`` is not a
@@ -47,6 +49,7 @@ class Hyperparameter(nn.Module):
         init: float | Tensor,
         constraint: Constraint | None = None,
         difference_step: float | None = None,
+        typical: float | None = None,
     ) -> None:
         super().__init__()
         constraint = Unconstrained() if constraint is None else constraint
@@ -76,6 +79,7 @@ class Hyperparameter(nn.Module):
             )
         self.constraint = constraint
         self.difference_step = difference_step
+        self.typical = typical
         self.frozen = False
         try:
             raw = constraint.inverse(value)

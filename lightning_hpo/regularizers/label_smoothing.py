@@ -28,7 +28,7 @@ class LabelSmoothing(nn.Module):
     def __init__(self, init: float, constraint: Constraint | None = None) -> None:
         super().__init__()
         self.epsilon = Hyperparameter(
-            init, Interval(0.0, 1.0) if constraint is None else constraint
+            init, Interval(0.0, 1.0) if constraint is None else constraint, typical=0.1
         )
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from lightning_hpo.hyperparameters import Hyperparameter, UnitInterval
 
 # In logits. The variance with common draws falls as 1/ε and the bias grows as ε²; independent masks
 # have about 1/ε times that variance.
-_DIFFERENCE_STEP = 0.05
+_DIFFERENCE_STEP = 1.0
+# Drop rates of 0.1 to 0.5 are in use.
+_TYPICAL_KEEP = 0.8
 
 
 def keep_probability(init: float) -> Hyperparameter:
@@ -22,7 +24,9 @@ def keep_probability(init: float) -> Hyperparameter:
     Raises:
         ValueError: If ``init`` is not within the margins of :class:`UnitInterval`.
     """
-    return Hyperparameter(init, UnitInterval(), difference_step=_DIFFERENCE_STEP)
+    return Hyperparameter(
+        init, UnitInterval(), difference_step=_DIFFERENCE_STEP, typical=_TYPICAL_KEEP
+    )
 
 
 def drop_rate(keep: Hyperparameter) -> float:

@@ -1,0 +1,143 @@
+"""The λ-optimizer that is chosen where none is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.hyperparameters import (
+    Constraint,
+    Hyperparameter,
+    Interval,
+    Positive,
+    UnitInterval,
+)
+
+# An update moves λ only where the mean of its hypergradients exceeds this part of their size.
+THRESHOLD = 0.3
+# How fast mean and mean square forget.
+BETAS = (0.9, 0.97)
+# The first so many say nothing about how much they vary.
+UNKNOWN = 3
+# Early in a training nothing has overfitted yet, and less regularization always looks better.
+WARM_UP = 0.1
+# In the first quarter of all updates λ may travel so many units (factors e, of a strength).
+TRAVEL = 6.0
+# … but in one update not more than so many: a tangent answers late.
+FASTEST = 0.25
+# Where hypergradients say nothing, the part of the rate at which λ drifts to its typical value …
+DRIFT = 0.2
+# … from so many units away; from closer by, in proportion.
+NEAR = 2.0
+# A start further off than this factor, of a strength or of odds, is taken to be a guess.
+FAR = 10.0
+# Without a known end the rate falls to this part and stays there.
+FLOOR = 0.1
+
+
+class SignalToNoise(torch.optim.Optimizer):
+    r"""Moves each λ as far as its hypergradients h stand out from their own noise.
+
+        m ← β₁ m + (1 − β₁) h,   v ← β₂ v + (1 − β₂) h²,   q = m̂ / √v̂
+        raw λ ← raw λ − η_k u sign(q) (|q| − c) / (1 − c)                  where |q| > c
+        raw λ ← raw λ − η_k ½ clip((raw λ − raw λ₀) / 2, −u, u)            elsewhere
+        η_k = lr · 24 / n · ½ (1 + cos(π k / n)),   β = (0.9, 0.97),   c = 0.3
+
+    m̂ and v̂ are corrected for their start, as in Adam; the first three hypergradients say nothing
+    about their noise, and count as none. u is the unit of raw λ (:meth:`Constraint.unit`): a factor
+    e of a strength, half a logit of a probability. In the first quarter of the n updates λ can
+    travel six units, in all of them twelve.
+
+    q does not depend on the scale of h, which is different by orders of magnitude between kinds of
+    λ, and between values of a strength; a signal of noise alone has |q| of about 0.2 and moves
+    nothing. There λ drifts to a typical value λ₀ of its kind, where one is known: early in a
+    training, hypergradients do not show yet what it will come to. A start that is more than ten
+    times (a strength, or odds) away from λ₀ is taken to be a guess, and λ₀ takes its place at the
+    first update.
+
+    Args:
+        hyperparameters: What is moved.
+        updates: n, the number of updates of the whole training.
+        typical: Their λ₀, as raw values; those that are not in it have none. It is read at each
+            step.
+        lr: A factor of the rate. With 0 nothing moves.
+        is_known: Whether n is known. Else the rate does not fall below a tenth.
+    """
+
+    def __init__(
+        self,
+        hyperparameters: Iterable[Hyperparameter],
+        updates: int,
+        typical: Mapping[Hyperparameter, Tensor],
+        *,
+        lr: float = 1.0,
+        is_known: bool = True,
+    ) -> None:
+        self._owners = {h.raw: h for h in hyperparameters}
+        self._typical = typical
+        self._count = updates
+        self._floor = 0.0 if is_known else FLOOR
+        # How many have been made is kept with the group, and so in a checkpoint.
+        super().__init__(list(self._owners), {"lr": lr, "updates": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Makes one update of those that have a gradient."""
+        for group in self.param_groups:
+            done = group["updates"]
+            group["updates"] = done + 1
+            part = 0.5 * (1 + math.cos(math.pi * min(1.0, done / self._count)))
+            fastest = min(4 * TRAVEL / self._count, FASTEST)
+            rate = group["lr"] * fastest * max(part, self._floor)
+            for raw in group["params"]:
+                if group["lr"] > 0 and raw.grad is not None:
+                    is_early = done < WARM_UP * self._count
+                    self._move(self._owners[raw], raw.grad, rate, is_early)
+
+    def _move(self, h: Hyperparameter, gradient: Tensor, rate: float, is_early: bool) -> None:
+        raw, state = h.raw, self.state[h.raw]
+        typical = self._typical.get(h)
+        if not state:
+            for name in ("count", "mean", "square"):
+                state[name] = torch.zeros_like(raw)
+            state["first"] = raw.clone()
+            if typical is not None:
+                low, high = _neighborhood(h.constraint, typical)
+                raw.copy_(torch.where((raw < low) | (raw > high), typical, raw))
+        # The weight of an example that was not in the batch is none the wiser.
+        seen = (gradient != 0).to(raw.dtype)
+        count = state["count"].add_(seen)
+        mean, square = (
+            state[name].lerp_(value, (1 - beta) * seen) / (1 - beta**count)
+            for name, value, beta in zip(
+                ("mean", "square"), (gradient, gradient.square()), BETAS, strict=True
+            )
+        )
+        q = (mean / square.sqrt()).nan_to_num(0.0)
+        q = q * 0 if is_early else torch.where(count > UNKNOWN, q, 0.0)
+        move = q.sign() * (q.abs() - THRESHOLD).clamp(min=0) / (1 - THRESHOLD)
+        unit = h.constraint.unit(raw, state["first"])
+        if typical is not None:
+            drift = DRIFT * ((raw - typical) / (NEAR * unit)).clamp(-1, 1)
+            move = torch.where(q.abs() > THRESHOLD, move, drift)
+        raw.sub_(rate * unit * move)
+
+
+def _neighborhood(constraint: Constraint, typical: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the smallest and the largest raw λ that is no mere guess.
+
+    A factor of ten away: of the value where it is on a log scale, else of the odds between bounds.
+    """
+    distance = math.log(FAR)
+    if isinstance(constraint, (Positive, UnitInterval)):
+        return typical - distance, typical + distance
+    if isinstance(constraint, Interval) and math.isfinite(constraint.low + constraint.high):
+        width = constraint.high - constraint.low
+        odds = ((typical - constraint.low) / width).logit()
+        low, high = ((odds + d).sigmoid() * width + constraint.low for d in (-distance, distance))
+        return low, high
+    return torch.full_like(typical, -math.inf), torch.full_like(typical, math.inf)

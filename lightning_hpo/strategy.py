@@ -1,0 +1,217 @@
+"""What the callback chooses where it is told nothing: estimators, intervals, rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_hpo._trainer import length
+from lightning_hpo.auto import Starts, agreed
+from lightning_hpo.estimators import T1T2, ClipR, Estimator
+from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.regularizers import Penalty
+from lightning_hpo.schedule import UNKNOWN_LENGTH
+
+# Steps between two updates, where these are cheap.
+INTERVAL = 10
+# Tangents and mixed derivatives may cost so many gradients of the training loss per step.
+BUDGET = 0.2
+# A training has at least so many updates, whatever they cost …
+LEAST_UPDATES = 30
+# … and, if it is short and they are cheap, rather more.
+MANY_UPDATES = 50
+# Tangents that advance less often than so many times in a training show little more than one step.
+LEAST_ADVANCES = 20
+# Forward tangents are carried for at most so many λ.
+MOST_TANGENTS = 5
+# Tangents forget what lies further back than this part of the training.
+MEMORY = 1 / 3
+# A step whose gradient is not finite does not say where a penalty begins to matter.
+LOOKS = 5
+
+
+Assigned = Sequence[tuple[str, Estimator, list[str]]]
+"""Estimators, each with a name and the hyperparameters that it serves."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What acts in a training: what was given to the callback, and what it has chosen.
+
+    Attributes:
+        assigned: The estimators, each with a name and the hyperparameters that it serves.
+        every_n_steps: Optimizer steps between two updates.
+        steps: The length of the training that rates and memories are fractions of.
+        is_length_known: Whether that is its length; else it is a guess.
+        lr: The factor of the λ-optimizer's rate; None where another optimizer was given.
+    """
+
+    assigned: Assigned
+    every_n_steps: int
+    steps: int
+    is_length_known: bool
+    lr: float | None
+
+    @property
+    def updates(self) -> int:
+        """The number of updates in the training."""
+        return max(1, self.steps // self.every_n_steps)
+
+    def __str__(self) -> str:
+        parts = [f"{estimator!r} for {_listed(names)}" for _, estimator, names in self.assigned]
+        parts.append(f"λ every {_count(self.every_n_steps, 'step')}")
+        if self.lr is not None:
+            factor = "" if self.lr == 1 else f" × {self.lr:g}"
+            parts.append(f"by its signal-to-noise ratio{factor}, at a rate that falls")
+        length = f"over {_count(self.steps, 'step')}"
+        unknown = "" if self.is_length_known else " (the length of the training is not known)"
+        return f"{'; '.join(parts)} {length}{unknown}"
+
+
+def choose(
+    trainer: pl.Trainer,
+    hyperparameters: Mapping[str, Hyperparameter],
+    first_step: int,
+    *,
+    assigned: Assigned | None,
+    outside_loss: Collection[str],
+    every_n_steps: int | None,
+    lr: float | None,
+) -> Strategy:
+    """Chooses what is not given.
+
+    Args:
+        trainer: The trainer, at the start of a training.
+        hyperparameters: All that are tuned, by name.
+        first_step: The trainer's ``global_step`` when the training with the callback began.
+        assigned: The estimators that were given, if any.
+        outside_loss: The names of those that act on the gradient or in the optimizer, not in the
+            training loss.
+        every_n_steps: The interval that was given, if any.
+        lr: The factor of the rate; None where a λ-optimizer was given.
+    """
+    end = length(trainer)
+    is_known = math.isfinite(end)
+    steps = max(1, int(end) - first_step) if is_known else UNKNOWN_LENGTH
+    if assigned is None:
+        assigned, every_n_steps = choose_estimators(
+            hyperparameters, outside_loss, steps, every_n_steps
+        )
+    assert every_n_steps is not None
+    return Strategy(assigned, every_n_steps, steps, is_known, lr)
+
+
+def choose_estimators(
+    hyperparameters: Mapping[str, Hyperparameter],
+    outside_loss: Collection[str],
+    steps: int,
+    every_n_steps: int | None = None,
+) -> tuple[list[tuple[str, Estimator, list[str]]], int]:
+    """Chooses estimators and the steps between two updates, by cost and length.
+
+    Few scalars get tangents (``ClipR`` without a radius), which see what λ has done since about a
+    third of the training, once per update: each costs a product with the Hessian, about three
+    gradients of the training loss. The rest, or all where that would cost too much, gets ``T1T2``, which sees
+    one step but costs no more for many λ than for one. What acts by random masks costs two
+    gradients per λ either way.
+
+    Args:
+        hyperparameters: All that are tuned, by name.
+        outside_loss: Those that act on the gradient or in the optimizer, not in the loss.
+        steps: The length of the training.
+        every_n_steps: The interval, if it is given.
+
+    Returns:
+        The estimators, each with a name and the hyperparameters that it serves, and the interval.
+    """
+    sizes = {name: h.raw.numel() for name, h in hyperparameters.items()}
+    masked = sum(sizes[n] for n, h in hyperparameters.items() if h.difference_step is not None)
+    smooth = [n for n, h in hyperparameters.items() if h.difference_step is None]
+    scalars = [name for name, size in sizes.items() if size == 1]
+    tangents = scalars if len(scalars) <= MOST_TANGENTS else []
+    rest = [name for name in hyperparameters if name not in tangents]
+
+    def interval(gradients: int) -> int:
+        if every_n_steps is not None:
+            return every_n_steps
+        wanted = min(INTERVAL, steps // MANY_UPDATES)
+        affordable = min(math.ceil(gradients / BUDGET), steps // LEAST_UPDATES)
+        return max(1, wanted, affordable)
+
+    one_step = 2 * masked + (2 if any(n not in outside_loss for n in smooth) else 0)
+    both = 2 * masked + 3 * len(tangents)
+    if not tangents or (every_n_steps is None and both / BUDGET > steps / LEAST_ADVANCES):
+        return [("*", T1T2(), list(hyperparameters))], interval(one_step)
+    every = interval(both)
+    clip = ClipR(radius=math.inf, decay=math.exp(-1 / (MEMORY * steps)), stride=every)
+    assigned: list[tuple[str, Estimator, list[str]]] = [("tangents", clip, tangents)]
+    if rest:
+        assigned.append(("one step", T1T2(), rest))
+    return assigned, every
+
+
+class TypicalValues(dict[Hyperparameter, Tensor]):
+    """Raw λ that are usual for their kinds, where these are known.
+
+    Those of penalties and of weight decay are where they begin to matter over the training (see
+    :mod:`lightning_hpo.auto`), which is known once there is a gradient.
+
+    Args:
+        hyperparameters: All that are tuned, by name.
+    """
+
+    def __init__(self, hyperparameters: Mapping[str, Hyperparameter]) -> None:
+        super().__init__()
+        self._names = {h: name for name, h in hyperparameters.items()}
+        self._looks_left = LOOKS
+        for h in hyperparameters.values():
+            if h.typical is not None:
+                self._put(h, h.typical)
+
+    def _put(self, h: Hyperparameter, value: float) -> None:
+        with suppress(ValueError):  # its constraint says otherwise
+            self[h] = h.constraint.inverse(torch.full_like(h.raw, value))
+
+    def look(self, trainer: pl.Trainer, penalties: Sequence[Penalty]) -> None:
+        """Finds those that need a gradient, which is complete now and without penalties."""
+        if self._looks_left == 0:
+            return
+        starts = Starts(trainer, at_step=True)
+        found = {
+            p.hyperparameter: starts.penalty(p)
+            for p in penalties
+            if p.hyperparameter in self._names
+        }
+        for h, name in self._names.items():
+            if name == "optimizer.weight_decay":
+                found[h] = starts.weight_decay(trainer.optimizers[0])
+        for h, value in zip(found, agreed(trainer, list(found.values())), strict=True):
+            if not math.isnan(value):
+                self._put(h, value)
+        if all(h in self for h in found):
+            self._looks_left = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the raw values, by name."""
+        return {self._names[h]: raw for h, raw in self.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores them."""
+        for h, name in self._names.items():
+            if name in state:
+                self[h] = state[name].to(h.raw.device)
+        self._looks_left = 0
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' if n != 1 else ''}".replace(",", " ")
