@@ -117,9 +117,9 @@ def choose_estimators(
 
     Few scalars get tangents (``ClipR`` without a radius), which see what λ has done since about a
     third of the training, once per update: each costs a product with the Hessian, about three
-    gradients of the training loss. The rest, or all where that would cost too much, gets ``T1T2``, which sees
-    one step but costs no more for many λ than for one. What acts by random masks costs two
-    gradients per λ either way.
+    gradients of the training loss. The rest, or all where that would cost too much, gets ``T1T2``,
+    which sees one step but costs no more for many λ than for one. What acts by random masks costs
+    two gradients per λ either way.
 
     Args:
         hyperparameters: All that are tuned, by name.
@@ -138,18 +138,17 @@ def choose_estimators(
     rest = [name for name in hyperparameters if name not in tangents]
 
     def interval(gradients: int) -> int:
-        if every_n_steps is not None:
-            return every_n_steps
         wanted = min(INTERVAL, steps // MANY_UPDATES)
         affordable = min(math.ceil(gradients / BUDGET), steps // LEAST_UPDATES)
         return max(1, wanted, affordable)
 
     one_step = 2 * masked + (2 if any(n not in outside_loss for n in smooth) else 0)
     both = 2 * masked + 3 * len(tangents)
-    if not tangents or (every_n_steps is None and both / BUDGET > steps / LEAST_ADVANCES):
-        return [("*", T1T2(), list(hyperparameters))], interval(one_step)
-    every = interval(both)
-    clip = ClipR(radius=math.inf, decay=math.exp(-1 / (MEMORY * steps)), stride=every)
+    if not tangents or both / BUDGET > steps / LEAST_ADVANCES:
+        return [("*", T1T2(), list(hyperparameters))], every_n_steps or interval(one_step)
+    every = every_n_steps or interval(both)
+    stride = max(every, interval(both))
+    clip = ClipR(radius=math.inf, decay=math.exp(-1 / (MEMORY * steps)), stride=stride)
     assigned: list[tuple[str, Estimator, list[str]]] = [("tangents", clip, tangents)]
     if rest:
         assigned.append(("one step", T1T2(), rest))
