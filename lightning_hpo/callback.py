@@ -52,8 +52,8 @@ class OnlineHPOCallback(pl.Callback):
 
         trainer = lightning.Trainer(callbacks=[OnlineHPOCallback()])
 
-    What is not given is chosen when a training starts, from its length and from the kinds and the
-    number of the λ; one line says what, and :attr:`strategy` has it.
+    Without an ``estimator``, all that is not given is chosen when a training starts, from its
+    length and from the kinds and the number of the λ; one line says what, and ``strategy`` has it.
 
     Args:
         estimator: How the hypergradient is estimated. Default: chosen, see
@@ -63,10 +63,9 @@ class OnlineHPOCallback(pl.Callback):
             ``[...]`` as in :mod:`fnmatch`). They share the copies of batches, and the validation
             batch with its gradient; tangents share the graph of a replay. All λ are updated
             together.
-        optimizer: Makes the λ-optimizer from the list of raw tensors. Default:
+        optimizer: Makes the λ-optimizer from the list of raw tensors. Default, with the estimator:
             :class:`~lightning_hpo.signal_to_noise.SignalToNoise`, whose rate suits the length of
-            the training.
-        lr: A factor on the rate of the default λ-optimizer.
+            the training. With an estimator of yours: Adam with learning rate 0.01.
         every_n_steps: Optimizer steps between two updates. Default: the longest horizon of the
             estimators that were given (1 for T1T2 and ClipR, K for UnrollK), else chosen.
         warmup_steps: Optimizer steps before the first update; tangents advance meanwhile.
@@ -95,6 +94,7 @@ class OnlineHPOCallback(pl.Callback):
             ``["lr", "momentum"]``, or a mapping from options to the :class:`Hyperparameter` to use;
             see :class:`~lightning_hpo.dynamics.OptimizerOptions`. ``{"weight_decay": "auto"}``
             starts where it begins to matter over this training (see :mod:`lightning_hpo.auto`).
+        lr: A factor on the rate of the default λ-optimizer.
 
     Attributes:
         strategy: What acts in the training, given or chosen; None before the first one.
@@ -290,7 +290,8 @@ class OnlineHPOCallback(pl.Callback):
             with together():
                 self._phase = Run(self._settings(), trainer, pl_module, self, waiting, clock)
             self.strategy = self._phase.strategy
-            rank_zero_info(f"OnlineHPOCallback: {self.strategy}")
+            if self.strategy.is_chosen:
+                rank_zero_info(f"OnlineHPOCallback: {self.strategy}")
             records = waiting.state.get("history", ())
             skipped = waiting.state.get("skipped", 0)
             diagnosis = self._begin_diagnosis(trainer, self._phase, waiting.state)

@@ -28,7 +28,7 @@ from lightning_hpo.dynamics import (
 )
 from lightning_hpo.estimators import Estimate, Estimator
 from lightning_hpo.held_out import HeldOut
-from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory
+from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter, Positive, named_hyperparameters
 from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import Penalty, PenaltyMixin
@@ -296,6 +296,8 @@ class Run:
         return [name for name, h in self.hyperparameters.items() if id(h) in strengths]
 
     def _default_optimizer(self, raws: list[Tensor]) -> torch.optim.Optimizer:
+        if not self.strategy.is_chosen:
+            return default_optimizer(raws, self._settings.lr)
         return SignalToNoise(
             self.hyperparameters.values(),
             self.strategy.updates,
@@ -486,7 +488,7 @@ class Run:
         """Compares the gradient with that of a replay, where that is due; penalties come later."""
         self.recorder.check.compare(self.steps + 1)
         self._resolve_options(at_step=True)
-        if self._settings.optimizer is None:
+        if self.strategy.is_chosen and self._settings.optimizer is None:
             in_loss = getattr(self._module, "loss_penalties", ())
             self._typical.look(self._trainer, [*self.training.penalties, *in_loss])
 

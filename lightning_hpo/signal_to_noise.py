@@ -18,7 +18,7 @@ from lightning_hpo.hyperparameters import (
 )
 
 # An update moves λ only where the mean of its hypergradients exceeds this part of their size.
-THRESHOLD = 0.3
+THRESHOLD = 0.15
 # How fast mean and mean square forget.
 BETAS = (0.9, 0.97)
 # The first so many say nothing about how much they vary.
@@ -45,7 +45,7 @@ class SignalToNoise(torch.optim.Optimizer):
         m ← β₁ m + (1 − β₁) h,   v ← β₂ v + (1 − β₂) h²,   q = m̂ / √v̂
         raw λ ← raw λ − η_k u sign(q) (|q| − c) / (1 − c)                  where |q| > c
         raw λ ← raw λ − η_k ½ clip((raw λ − raw λ₀) / 2, −u, u)            elsewhere
-        η_k = lr · 24 / n · ½ (1 + cos(π k / n)),   β = (0.9, 0.97),   c = 0.3
+        η_k = lr · 24 / n · ½ (1 + cos(π k / n)),   β = (0.9, 0.97),   c = 0.15
 
     m̂ and v̂ are corrected for their start, as in Adam; the first three hypergradients say nothing
     about their noise, and count as none. u is the unit of raw λ (:meth:`Constraint.unit`): a factor
@@ -53,8 +53,8 @@ class SignalToNoise(torch.optim.Optimizer):
     travel six units, in all of them twelve.
 
     q does not depend on the scale of h, which is different by orders of magnitude between kinds of
-    λ, and between values of a strength; a signal of noise alone has |q| of about 0.2 and moves
-    nothing. There λ drifts to a typical value λ₀ of its kind, where one is known: early in a
+    λ, and between values of a strength; noise alone, of which |q| is 0.2 on the average, moves it
+    little. Below c λ drifts to a typical value λ₀ of its kind, where one is known: early in a
     training, hypergradients do not show yet what it will come to. A start that is more than ten
     times (a strength, or odds) away from λ₀ is taken to be a guess, and λ₀ takes its place at the
     first update.

@@ -50,6 +50,7 @@ class Strategy:
         steps: The length of the training that rates and memories are fractions of.
         is_length_known: Whether that is its length; else it is a guess.
         lr: The factor of the λ-optimizer's rate; None where another optimizer was given.
+        is_chosen: Whether the estimators were chosen; else they were given.
     """
 
     assigned: Assigned
@@ -57,6 +58,7 @@ class Strategy:
     steps: int
     is_length_known: bool
     lr: float | None
+    is_chosen: bool
 
     @property
     def updates(self) -> int:
@@ -66,7 +68,9 @@ class Strategy:
     def __str__(self) -> str:
         parts = [f"{estimator!r} for {_listed(names)}" for _, estimator, names in self.assigned]
         parts.append(f"λ every {_count(self.every_n_steps, 'step')}")
-        if self.lr is not None:
+        if self.lr is not None and not self.is_chosen:
+            parts.append(f"by Adam({0.01 * self.lr:g})")
+        elif self.lr is not None:
             factor = "" if self.lr == 1 else f" × {self.lr:g}"
             parts.append(f"by its signal-to-noise ratio{factor}, at a rate that falls")
         length = f"over {_count(self.steps, 'step')}"
@@ -99,12 +103,13 @@ def choose(
     end = length(trainer)
     is_known = math.isfinite(end)
     steps = max(1, int(end) - first_step) if is_known else UNKNOWN_LENGTH
+    is_chosen = assigned is None
     if assigned is None:
         assigned, every_n_steps = choose_estimators(
             hyperparameters, outside_loss, steps, every_n_steps
         )
     assert every_n_steps is not None
-    return Strategy(assigned, every_n_steps, steps, is_known, lr)
+    return Strategy(assigned, every_n_steps, steps, is_known, lr, is_chosen)
 
 
 def choose_estimators(

@@ -1,0 +1,313 @@
+"""What the callback chooses where it is told nothing, and that what is given wins."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from cases import EachRank, Mlp, fit, make_trainer, train_loader, valid_loader, weights
+from torch import nn
+from torch.utils.data import IterableDataset
+
+import lightning_hpo.callback as callback_module
+from lightning_hpo import (
+    T1T2,
+    ClipR,
+    DropoutMixin,
+    ExampleWeightMixin,
+    Hyperparameter,
+    Interval,
+    LabelSmoothing,
+    OnlineHPOCallback,
+    Positive,
+    UnrollK,
+    keep_probability,
+    named_hyperparameters,
+)
+from lightning_hpo.schedule import UNKNOWN_LENGTH
+from lightning_hpo.signal_to_noise import SignalToNoise
+from lightning_hpo.strategy import TypicalValues, choose_estimators
+
+
+def kinds(**sizes):
+    """Makes hyperparameters: names that begin with ``keep`` act by masks."""
+    return {
+        name: keep_probability(0.5)
+        if name.startswith("keep")
+        else Hyperparameter(torch.full((size,), 0.1) if size > 1 else 0.1, Positive())
+        for name, size in sizes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "steps", "every", "expected"),
+    [
+        # One scalar: one product of about three gradients, a fifth of a gradient per step.
+        ({"l2": 1}, 10_000, None, (15, {"ClipR": ["l2"]})),
+        ({"keep": 1}, 10_000, None, (25, {"ClipR": ["keep"]})),
+        ({"a": 1, "b": 1}, 10_000, None, (30, {"ClipR": ["a", "b"]})),
+        # Many, or expensive for so short a training.
+        (dict.fromkeys("abcdef", 1), 10_000, None, (10, {"T1T2": list("abcdef")})),
+        ({"a": 7}, 10_000, None, (10, {"T1T2": ["a"]})),
+        (dict.fromkeys("abcde", 1), 600, None, (10, {"T1T2": list("abcde")})),
+        ({"keep_a": 1, "keep_b": 1}, 600, None, (20, {"T1T2": ["keep_a", "keep_b"]})),
+        # A few of many.
+        ({"a": 1, "w": 1000}, 10_000, None, (15, {"ClipR": ["a"], "T1T2": ["w"]})),
+        # Short trainings have updates, too.
+        ({"l2": 1}, 400, None, (13, {"ClipR": ["l2"]})),
+        ({"l2": 1}, 10, None, (1, {"T1T2": ["l2"]})),
+        ({"l2": 1}, 1, None, (1, {"T1T2": ["l2"]})),
+        ({"l2": 1}, 10_000, 7, (7, {"ClipR": ["l2"]})),
+        ({"a": 7}, 10_000, 3, (3, {"T1T2": ["a"]})),
+    ],
+)
+def test_estimators_follow_from_number_kind_and_length(sizes, steps, every, expected):
+    smooth = [name for name in sizes if not name.startswith("keep")]
+    assigned, interval = choose_estimators(kinds(**sizes), smooth, steps, every)
+    assert (interval, {type(e).__name__: names for _, e, names in assigned}) == expected
+
+
+def test_tangents_have_no_radius_and_remember_a_third_of_the_training():
+    ((_, clip, _),), _ = choose_estimators(kinds(l2=1), ["l2"], 9000)
+    assert clip.radius == math.inf
+    assert clip.decay**3000 == pytest.approx(math.exp(-1))
+
+
+def test_tangents_stay_cheap_where_updates_are_frequent():
+    ((_, clip, _),), every = choose_estimators(kinds(l2=1), ["l2"], 9000, 1)
+    assert (every, clip.stride) == (1, 15)
+
+
+class Long(pl.Callback):
+    """Lets a short training look like a long one; stops it."""
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 40:
+            trainer.should_stop = True
+
+
+def run(callback, model=None, **options):
+    model = Mlp(granularity="model") if model is None else model
+    options = {"max_epochs": 1000, "steps": 3000, **options}
+    trainer = fit(model, [callback, Long()], min_steps=1, **options)
+    return model, trainer
+
+
+def test_the_choice_is_said_once_and_kept(monkeypatch):
+    callback = OnlineHPOCallback()
+    assert callback.strategy is None
+    assert callback.every_n_steps is None
+    logged = []
+    monkeypatch.setattr(callback_module, "rank_zero_info", logged.append)
+    run(callback)
+    said = [line for line in logged if "signal-to-noise" in line]
+    assert said == [f"OnlineHPOCallback: {callback.strategy}"]
+    assert "ClipR(radius=inf" in said[0]
+    assert "for l2" in said[0]
+    assert callback.every_n_steps == callback.strategy.every_n_steps == 15
+    assert callback.strategy.steps == 3000
+    assert callback.strategy.is_length_known
+    assert [r.step for r in callback.history] == [15, 30]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "estimator", "steps"),
+    [
+        ({"estimator": T1T2()}, "T1T2", range(1, 41)),
+        ({"estimator": UnrollK(8)}, "UnrollK", range(8, 41, 8)),
+        ({"estimator": ClipR(stride=2), "every_n_steps": 10}, "ClipR", [10, 20, 30, 40]),
+        ({"every_n_steps": 20}, "ClipR", [20, 40]),
+        ({"warmup_steps": 20}, "ClipR", [30]),
+    ],
+)
+def test_what_is_given_wins(arguments, estimator, steps):
+    callback = OnlineHPOCallback(**arguments)
+    run(callback)
+    assert [type(e).__name__ for _, e, _ in callback.strategy.assigned] == [estimator]
+    assert [r.step for r in callback.history] == list(steps)
+    given = arguments.get("estimator")
+    assert given is None or callback.strategy.assigned[0][1] is given
+
+
+def test_a_given_optimizer_wins():
+    callback = OnlineHPOCallback(optimizer=lambda raw: torch.optim.SGD(raw, lr=0.0))
+    model, _ = run(callback)
+    assert callback.strategy.lr is None
+    assert "signal" not in str(callback.strategy)
+    assert model.l2.raw == math.log(0.05)
+
+
+def test_lr_zero_is_invisible():
+    plain = Mlp("adam", granularity="model", init=1e-9)
+    tuned = Mlp("adam", granularity="model", init=1e-9)
+    run(pl.Callback(), plain)
+    run(OnlineHPOCallback(lr=0.0), tuned)
+    assert torch.equal(weights(plain), weights(tuned))
+    assert plain.l2.raw == tuned.l2.raw
+
+
+@pytest.mark.parametrize("lr", [-1.0, math.inf, math.nan])
+def test_an_lr_out_of_range_is_refused(lr):
+    with pytest.raises(ValueError, match="lr="):
+        OnlineHPOCallback(lr=lr)
+
+
+def test_lr_and_an_optimizer_of_ones_own_are_refused():
+    with pytest.raises(ValueError, match=r"lr=2 scales .* set the rate of your own in optimizer="):
+        OnlineHPOCallback(optimizer=lambda raw: torch.optim.SGD(raw, lr=0.1), lr=2.0)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield from train_loader().dataset
+
+
+def test_a_training_of_unknown_length_counts_as_ten_thousand_steps():
+    callback = OnlineHPOCallback()
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=8)
+    run(callback, train=loader, steps=-1, max_epochs=-1, min_epochs=0)
+    assert callback.strategy.steps == UNKNOWN_LENGTH == 10_000
+    assert not callback.strategy.is_length_known
+    assert "the length of the training is not known" in str(callback.strategy)
+
+
+# ----------------------------------------------------------------------------------- typical values
+
+
+class Many(DropoutMixin, Mlp):
+    def __init__(self, optimizer="adam", **options):
+        super().__init__(optimizer, granularity="model", **options)
+        self.net.insert(2, nn.Dropout(0.3))
+        self.register_dropout()
+        self.smooth = LabelSmoothing(0.2)
+        self.sigma = Hyperparameter(0.5, Interval(0.0))
+
+    def loss(self, batch):
+        x, y = batch
+        return self.smooth(self.net(x + self.sigma()), y)
+
+
+def typical_of(callback, model):
+    raws = callback._phase.state["typical"]
+    known = named_hyperparameters(model)
+    return {n: float(known[n].constraint(raw)) for n, raw in raws.items() if n in known}
+
+
+def test_a_strength_is_typical_where_auto_would_start_it():
+    found = {}
+    for init in ("auto", 0.01, 1e-9):
+        torch.manual_seed(0)
+        model, callback = Many(init=init), OnlineHPOCallback(lr=0.0)
+        run(callback, model)
+        found[init] = typical_of(callback, model)
+        if init == "auto":
+            assert found[init]["l2"] == pytest.approx(float(model.l2.value))
+        assert found[init] == pytest.approx(
+            {"l2": found["auto"]["l2"], "keep": 0.8, "smooth.epsilon": 0.1}
+        )
+
+
+def test_a_start_that_is_a_guess_begins_where_it_matters():
+    model, callback = Mlp("adam", granularity="model", init=1e-9), OnlineHPOCallback()
+    run(callback, model)
+    assert callback.history[0].values["l2"] == pytest.approx(typical_of(callback, model)["l2"])
+
+
+def test_weight_decay_has_a_typical_value():
+    class Decayed(Mlp):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=1e-9)
+
+    callback = OnlineHPOCallback(optimizer_hyperparameters=["weight_decay"])
+    run(callback, Decayed(granularity="model"))
+    value = callback.history[0].values["optimizer.weight_decay"]
+    assert value == pytest.approx(1 / (0.01 * 3000))
+
+
+def test_a_constraint_that_excludes_the_typical_value_has_none():
+    assert TypicalValues({"e": LabelSmoothing(0.3, Interval(0.2, 0.5)).epsilon}) == {}
+
+
+# ------------------------------------------------------------------ what holds for the rest as well
+
+
+class Weighted(ExampleWeightMixin, Many):
+    """Few λ with tangents and many without, at once."""
+
+    def __init__(self):
+        super().__init__("adam")
+        self.register_example_weights(12)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        index = torch.arange(len(x))
+        losses = nn.functional.cross_entropy(self.net(x), y, reduction="none")
+        return self.weighted_mean(losses, index) + 0.1 * self.loss(batch)
+
+
+def state(model, callback):
+    raws = [h.raw.flatten() for h in named_hyperparameters(model).values()]
+    return torch.cat([*raws, weights(model)]), [r.values for r in callback.history]
+
+
+class StopAfterEpoch(pl.Callback):
+    """Writes a checkpoint after the validation of an epoch, and stops there."""
+
+    def __init__(self, epoch, path):
+        self.epoch, self.path = epoch, path
+
+    def on_train_epoch_end(self, trainer, *args):
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("make", [lambda: Many(init=1e-9), Weighted], ids=["far", "weighted"])
+def test_a_resumed_training_equals_one_that_never_stopped(make, tmp_path):
+    def train(*others, seed, path=None):
+        torch.manual_seed(seed)
+        model, callback = make(), OnlineHPOCallback(every_n_steps=3)
+        fit(model, [callback, *others], steps=-1, max_epochs=12, ckpt_path=path)
+        return state(model, callback)
+
+    whole = train(seed=0)
+    stop = StopAfterEpoch(6, tmp_path / "x.ckpt")
+    train(stop, seed=0)
+    resumed = train(seed=1, path=stop.path)
+    assert len(resumed[1]) == 20
+    assert torch.equal(whole[0], resumed[0])
+    assert whole[1] == resumed[1]
+
+
+class Sharded(EachRank, Mlp):
+    pass
+
+
+@pytest.mark.usefixtures("within_two_minutes")
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_two_ranks_equal_one_process(optimizer):
+    def train(devices):
+        model = Sharded(optimizer, init=1e-9)
+        callback = OnlineHPOCallback(every_n_steps=2)
+        strategy = "ddp_fork" if devices > 1 else "auto"
+        make_trainer(60, callbacks=callback, devices=devices, strategy=strategy).fit(model)
+        raws = torch.stack([h.raw for h in named_hyperparameters(model).values()])
+        return raws, weights(model)
+
+    (raw, theta), (raw_two, theta_two) = train(1), train(2)
+    torch.testing.assert_close(raw_two, raw, rtol=1e-9, atol=0)
+    torch.testing.assert_close(theta_two, theta, rtol=1e-9, atol=1e-12)
+    assert (raw - math.log(1e-9)).min() > 1.0
+
+
+def test_the_chosen_optimizer_is_the_one_that_is_documented():
+    callback = OnlineHPOCallback()
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, *args):
+            seen.append(type(callback._run._hyper_optimizer.optimizer))
+
+    fit(Mlp(), [callback, Spy()], steps=2, valid=valid_loader())
+    assert seen[-1] is SignalToNoise
