@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,10 +133,12 @@ class Walker:
 
     Args:
         root: The module, or any other object.
+        classes: Returns those of a type and its bases whose own attributes are looked at.
     """
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, classes: Callable[[type], tuple[type, ...]] = classes_of) -> None:
         self._root = root
+        self._classes = classes
         self._walks: dict[Any, int] = {}
         self._size = 0
         self._still: dict[int, Any] = {}
@@ -293,7 +295,7 @@ class Walker:
     def path_of(self, wanted: Any) -> str | None:
         """Returns what is written after the root to get at an object; None where it is not found.
 
-        The path of attributes as a whole ends in ``.__dict__``.
+        The path of attributes as a whole, a class's too, ends in ``.__dict__``.
         """
         seen = {id(self._root)}
         stack: list[tuple[str, Any]] = [("", self._root)]
@@ -303,10 +305,12 @@ class Walker:
                 return name
             if has_dict(type(value)) and vars(value) is wanted:
                 return f"{name}.__dict__"
+            if any(base is wanted for base in classes_of(type(value))):
+                return f"{name}.__dict__"
             for label, child in _named_children(value):
                 if type(child) is Guard:
                     child = vars(child)["_iterator"]
-                if id(child) not in seen and not isinstance(child, _NAMELESS):
+                if id(child) not in seen and not issubclass(type(child), _NAMELESS):
                     seen.add(id(child))
                     stack.append(((name + label).lstrip("."), child))
         return None
@@ -351,7 +355,7 @@ class Walker:
                 hold(value, SLOTS)
 
         def classes(value: Any) -> None:
-            for base in classes_of(type(value)):
+            for base in self._classes(type(value)):
                 if id(base) not in seen:
                     seen.add(id(base))
                     parents[id(base)] = id(value)
@@ -480,7 +484,9 @@ def _named_children(value: Any) -> Iterator[tuple[str, Any]]:
             )
     for base in classes_of(type(value)) if kind in _WITH_CLASS else ():
         state = read_class(base).items()
-        yield from ((f".{name}", child) for name, child in state if not isinstance(child, METHODS))
+        yield from (
+            (f".{name}", child) for name, child in state if not issubclass(type(child), METHODS)
+        )
     if kind is Kind.TRAINER:
         yield from ((f".{name}", child) for name, child in read_trainer(value).items())
         yield ".train_dataloader", value.train_dataloader

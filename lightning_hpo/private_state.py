@@ -8,12 +8,13 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
-from functools import lru_cache, partial
+from functools import _lru_cache_wrapper, lru_cache, partial
 from itertools import count
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ProxyTypes
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_hpo._kinds import classes_of
+from lightning_hpo._kinds import classes_of, has_dict, read_slots, slots_of, write_slots
 from lightning_hpo._lightning import is_lightning_module
 from lightning_hpo.holders import METHODS, own_attributes, read_class
 
@@ -194,41 +195,47 @@ class _Found:
         self.is_complete = not self._waiting
 
     def _enter(self, value: Any) -> None:
-        if value is None or isinstance(value, (int, float, complex, str, bytes, type, ModuleType)):
+        # By its type: what an object says of its class may be another one, and asking it for an
+        # attribute that it lacks runs code of the user's.
+        kind = type(value)
+        if issubclass(kind, (int, float, complex, str, bytes, type, ModuleType, type(None))):
             return
         if id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, torch.Generator):
+        if issubclass(kind, torch.Generator):
             self.generators.append((value.get_state, value.set_state, value.manual_seed))
-        elif isinstance(value, np.random.RandomState):
+        elif issubclass(kind, np.random.RandomState):
             self.generators.append((value.get_state, value.set_state, value.seed))
-        elif isinstance(value, np.random.Generator):
+        elif issubclass(kind, np.random.Generator):
             self._numpy_generator(value.bit_generator)
-        elif isinstance(value, random.Random):
+        elif issubclass(kind, random.Random):
             self.generators.append((value.getstate, value.setstate, value.seed))
-        elif isinstance(value, (Tensor, np.ndarray)):
+        elif issubclass(kind, (Tensor, np.ndarray)):
             self._array(value)
-        elif isinstance(value, (list, deque, set, dict)):
+        elif issubclass(kind, (list, deque, set, dict)):
             self._container(value)
-        elif isinstance(value, (tuple, frozenset)):
+        elif issubclass(kind, (tuple, frozenset)):
             self._items(value)
-        elif isinstance(value, partial):
+        elif issubclass(kind, partial):
             self._waiting += [value.func, *value.args, *value.keywords.values()]
-        elif isinstance(value, MethodType):
+        elif issubclass(kind, MethodType):
             self._waiting += [value.__self__, value.__func__]
-        elif isinstance(value, BuiltinMethodType):
+        elif issubclass(kind, BuiltinMethodType):
             self._waiting.append(value.__self__)
+        elif issubclass(kind, ProxyTypes):
+            with suppress(ReferenceError):  # what it stands for is gone
+                self._waiting.append(value.__repr__.__self__)
         elif _is_position(value):
             if not any(known is value for _, _, known in self.iterators):
-                self.iterators.append((None, type(value).__name__, value))
-        elif isinstance(value, FunctionType):
+                self.iterators.append((None, kind.__name__, value))
+        elif issubclass(kind, FunctionType):
             self._function(value)
-        elif hasattr(value, "cache_info") and hasattr(value, "__wrapped__"):
+        elif issubclass(kind, _lru_cache_wrapper):
             self._waiting.append(value.__wrapped__)
             if _Found([value.__wrapped__]).generators:
                 self.caches.append(value)
-        elif type(value).__module__.partition(".")[0] not in _CLOSED:
+        elif kind.__module__.partition(".")[0] not in _CLOSED:
             self._object(value)
 
     def _numpy_generator(self, bits: Any) -> None:
@@ -277,7 +284,7 @@ class _Found:
                 v for v in values if type(v) is not tuple or not _PLAIN.issuperset(map(type, v))
             ]
         elif any(issubclass(kind, _GENERATORS) for kind in set(map(type, values))):
-            self._waiting += [v for v in values if isinstance(v, _GENERATORS)]
+            self._waiting += [v for v in values if issubclass(type(v), _GENERATORS)]
 
     def _function(self, function: FunctionType) -> None:
         for cell in function.__closure__ or ():
@@ -290,19 +297,19 @@ class _Found:
         names = _names_in(function.__code__)
         if is_library(function.__code__.co_filename):
             values = [variables.get(name) for name in names]
-            self._waiting += [value for value in values if isinstance(value, _GENERATORS)]
+            self._waiting += [v for v in values if issubclass(type(v), _GENERATORS)]
             return
         spaces = [variables]
         for name in names:
             module = variables.get(name, sys.modules.get(name))
-            if isinstance(module, ModuleType):
+            if issubclass(type(module), ModuleType):
                 path = getattr(module, "__file__", None)  # builtins have none
                 if path is not None and not is_library(path):
                     spaces.append(vars(module))
         for space in spaces:
             for name in names:
                 value = space.get(name, _MISSING)
-                if value is not _MISSING and not isinstance(value, (type, ModuleType)):
+                if value is not _MISSING and not issubclass(type(value), (type, ModuleType)):
                     self._variable(space, name)
 
     def _cell(self, cell: Any) -> None:
@@ -328,16 +335,15 @@ class _Found:
         self._one(variables, name, variables[name])
 
     def _object(self, value: Any) -> None:
-        if isinstance(value, (pl.Trainer, _BaseDataLoaderIter)):
+        if issubclass(type(value), (pl.Trainer, _BaseDataLoaderIter)):
             return
-        attributes = getattr(value, "__dict__", None)
-        if isinstance(attributes, dict):
+        if has_dict(type(value)) and isinstance(attributes := vars(value), dict):
             self._attributes(value, attributes)
+        if slots_of(type(value)):
+            get, set_ = partial(read_slots, value), partial(write_slots, value)
+            self.slots.append(_Slot(value, get, set_, _same, "slots"))
+            self._waiting += get().values()
         for kind in type(value).__mro__:
-            slots = vars(kind).get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                if name not in ("__dict__", "__weakref__"):
-                    self._slot(value, name)
             self._waiting += _methods(kind)
         for kind in classes_of(type(value)):
             self._class(kind)
@@ -348,7 +354,7 @@ class _Found:
 
             def get() -> dict[str, Any]:
                 state = read_class(kind).items()
-                return {name: value for name, value in state if not isinstance(value, METHODS)}
+                return {n: v for n, v in state if not issubclass(type(v), METHODS)}
 
             def set_(before: dict[str, Any]) -> None:
                 for name in get().keys() - before.keys():
@@ -380,21 +386,6 @@ class _Found:
         if isinstance(owner, DataLoader) and attributes.get("_iterator") is not None:
             self.iterators.append((attributes, "_iterator", attributes["_iterator"]))
 
-    def _slot(self, owner: Any, name: str) -> None:
-        if name.startswith("__") and not name.endswith("__"):
-            return
-        value = getattr(owner, name, _MISSING)
-
-        def get() -> Any:
-            return getattr(owner, name, _MISSING)
-
-        def set_(before: Any) -> None:
-            if before is not _MISSING:
-                object.__setattr__(owner, name, before)
-
-        self.slots.append(_Slot(owner, get, set_, _is, name))
-        self._waiting.append(value)
-
     def _named(self, holder: Any, values: dict[Any, Any]) -> None:
         for name, value in values.items():
             self._iterator(holder, name, value)
@@ -410,13 +401,16 @@ class _Found:
 
 def _is_position(value: Any) -> bool:
     """Whether an object is an iterator that shows nothing of itself."""
-    return isinstance(value, Iterator) and not hasattr(value, "__dict__")
+    kind = type(value)
+    return issubclass(kind, Iterator) and not has_dict(kind) and not issubclass(kind, ProxyTypes)
 
 
 @lru_cache(maxsize=1024)
 def is_library(path: str) -> bool:
     """Whether code is installed or Python's own: its global variables are no state of a loader."""
-    return "site-packages" in path or path.startswith((_STDLIB, "<frozen"))
+    # Debian and hosted notebooks install to dist-packages.
+    is_installed = "site-packages" in path or "dist-packages" in path
+    return is_installed or path.startswith((_STDLIB, "<frozen"))
 
 
 @lru_cache(maxsize=1024)

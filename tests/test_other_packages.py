@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import frozen
+from cases import Recorder, frozen
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -311,9 +311,9 @@ def sentence_transformers() -> Training:
             modules.WordEmbeddings(
                 WhitespaceTokenizer(words), torch.randn(9, 6), update_embeddings=True
             ),
-            modules.LSTM(6, 5, dropout=0.1, num_layers=2),
+            modules.LSTM(6, 5, dropout=0.2, num_layers=2),
             modules.Pooling(10, ("mean", "max")),
-            modules.Dropout(0.1),
+            modules.Dropout(0.2),
         ],
         device="cpu",
     )
@@ -874,13 +874,6 @@ def test_a_batch_is_copied_by_its_own_clone(make, monkeypatch):
     assert any(each is batch for each in clones)
 
 
-class Sizes(lightning.pytorch.Callback):
-    """Keeps the sizes of the batches that steps and replays saw: what is the host's stays."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-
 class Writing(lightning.pytorch.LightningModule):
     """Counts on its batch: a second pass over the same object would see other numbers."""
 
@@ -888,7 +881,7 @@ class Writing(lightning.pytorch.LightningModule):
         super().__init__()
         self.read, self.writes = read, writes
         self.weight = nn.Parameter(torch.ones(()))
-        self.sizes = Sizes()
+        self.sizes = Recorder(seen=[])  # of the batches that steps and replays saw
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.sizes.seen.append(str(size(batch)))

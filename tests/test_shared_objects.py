@@ -3,7 +3,9 @@
 import functools
 import itertools
 import random
+import types
 import warnings
+import weakref
 
 import drawing
 import lightning.pytorch as pl
@@ -54,6 +56,24 @@ class Slotted:
     def __call__(self):
         self.position += 1
         return self.values[self.position % 5]
+
+
+class LateSlot:
+    """Whose slot is empty until it is first called."""
+
+    __slots__ = ("__weakref__", "position")
+
+    def __call__(self):
+        self.position = getattr(self, "position", 0) + 1
+        return (self.position % 7) / 7
+
+
+KEPT = []
+
+
+def proxy():
+    KEPT[:] = [LateSlot()]
+    return weakref.proxy(KEPT[0])
 
 
 def closure():
@@ -137,6 +157,7 @@ DRAWS = {
     "numpy-by-attribute": lambda: functools.partial(_normal, np.random.default_rng(1)),
     "python": lambda: random.Random(3).random,
     "slots": Slotted,
+    "proxy": proxy,
     "closure": closure,
     "iterator": Cycling,
     "count": lambda: Counting(itertools.count(0, 0.01)),
@@ -329,6 +350,59 @@ def test_an_iterable_dataset_that_holds_its_position():
         return tuple(DataLoader(dataset, batch_size=None) for _ in range(2))
 
     assert_invisible(make)
+
+
+def test_an_empty_slot_is_emptied_again():
+    draw = LateSlot()
+    T2Stream(DataLoader(Noisy(draw), 4)).next()
+    assert not hasattr(draw, "position")
+
+
+class Settings:
+    """As configurations of other packages, does something when it is asked for what it lacks."""
+
+    __slots__ = ("__dict__", "empty")
+
+    def __init__(self):
+        self.cache = {}
+        self.flags = None
+
+    def __getattr__(self, name):
+        self.flags = self.cache[name] = True
+        raise AttributeError(name)
+
+
+class Foreign:
+    """As functions of Boost.Python, says that it is of another class."""
+
+    __class__ = property(lambda self: types.BuiltinMethodType)
+
+    def __call__(self):
+        return 0.3
+
+
+def dead():
+    return weakref.proxy(LateSlot())
+
+
+@pytest.mark.parametrize("make", [Settings, Foreign, dead])
+def test_objects_are_looked_at_without_being_asked(make):
+    class Holding(Noisy):
+        def __init__(self, other):
+            super().__init__(lambda: 0.0)
+            self.other = other
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="OnlineHPOCallback")
+        held = []
+
+        def loaders():
+            held.append(make())
+            return shared_dataset(lambda: held[-1], kind=Holding)
+
+        assert_invisible(loaders)
+    if make is Settings:
+        assert all((each.cache, each.flags) == ({}, None) for each in held)
 
 
 def test_a_private_state_goes_on():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import mmap
 import queue
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from types import CellType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from lightning_hpo._kinds import Kind, classes_of, has_dict, kind_of
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.contents import Walker
 from lightning_hpo.distributed import is_sharded, reshard
-from lightning_hpo.holders import Held, held_by, read_cell, read_generator
+from lightning_hpo.holders import CONTAINERS, Held, held_by, read_cell, read_generator
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.private_state import is_library
 from lightning_hpo.rng import RandomState
@@ -177,7 +178,7 @@ class _Look:
             optimizer=self._states(),
             lr_schedulers=[c.scheduler for c in trainer.lr_scheduler_configs],
         )
-        self._walker = Walker(self._root)
+        self._walker = Walker(self._root, _classes_of)
         reached = self._walker.walk(looks=True)
         self._held = list(reached.held.values())
         groups = [list(held.holder.values(held.content)) for held in self._held]
@@ -203,7 +204,7 @@ class _Look:
             kind, _, rest = path.partition(".")
             kind, bracket, item = kind.partition("[")
             name = rest if kind == "module" else bracket + item + (rest and f".{rest}")
-            found.setdefault(kind, []).append(repr(name.strip() or kind))
+            found.setdefault(kind, []).append(repr(name.strip().lstrip(".") or kind))
 
         for held in self._held:
             # The attributes of the root were made for this look.
@@ -212,7 +213,7 @@ class _Look:
                     note(path)
         for value, then, now in zip(self._values, self._shown, _shown(self._values), strict=True):
             if then != now:
-                note(self._walker.path_of(value) or f"module a {type(value).__name__}")
+                note(self._path_of(value))
         for name, state in self._states().items():
             if state is not _get(self._root.optimizer, name):
                 note(f"optimizer[{name!r}]")
@@ -233,12 +234,15 @@ class _Look:
         states = self._optimizer.state
         return {name: states[p] for name, p in self._parameters.items() if p in states}
 
+    def _path_of(self, value: Any) -> str:
+        return self._walker.path_of(value) or f"module.a {type(value).__name__}"
+
     def _changed_entries(self, held: Held) -> Iterator[str]:
         """Yields the paths of entries of a container that are other objects now."""
         if held.is_same():
             return
         then, now = held.content, held.holder.read(held.owner)
-        path = self._walker.path_of(held.owner) or f"module a {type(held.owner).__name__}"
+        path = self._path_of(held.owner)
         if not isinstance(now, dict):
             yield path
             return
@@ -248,6 +252,21 @@ class _Look:
             if _get(then, key) is not _get(now, key) and key not in ("_hpo_record", "_is_resolved"):
                 label = getattr(key, "__name__", key)  # of a slot
                 yield f"{path}.{label}" if is_attributes else f"{path}[{label!r}]"
+
+
+@lru_cache(maxsize=4096)
+def _classes_of(cls: type) -> tuple[type, ...]:
+    """Returns those of a type and its bases that are the user's.
+
+    Those of installed packages fill caches of their own, such as a method that is chosen by the
+    version of torch when it is first called.
+    """
+    return tuple(base for base in classes_of(cls) if not _is_installed(base))
+
+
+def _is_installed(cls: type) -> bool:
+    path = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return path is not None and is_library(path)
 
 
 class _Variable:
@@ -263,7 +282,7 @@ class _Variable:
         self._read = read
         self._value = value = read()
         self._held: Held | None = None
-        if not hasattr(value, "__len__") or len(value) <= _ENTRIES:
+        if kind_of(type(value)) in CONTAINERS and len(value) <= _ENTRIES:
             self._held = held_by(value)
         self._attributes = self._look()
 
@@ -309,9 +328,9 @@ def _outside(module: nn.Module) -> Iterator[_Variable]:
             named.append((name, partial(_content, cell)))
         for name, read in named:
             value = read()
-            if isinstance(value, FunctionType):
+            if issubclass(type(value), FunctionType):
                 waiting.append(value)
-            elif not isinstance(value, (type, ModuleType, nn.Module)):
+            elif not issubclass(type(value), (type, ModuleType, nn.Module)):
                 yield _Variable(name, read)
 
 
@@ -376,14 +395,15 @@ def _sum_of_store(value: Any) -> int | None:
 
 def _shown_by_opaque(value: Any) -> Any:
     """Returns what an object shows of itself that is neither copied nor looked into."""
+    kind = type(value)  # a weak proxy would say that it is what it stands for
     try:
-        if isinstance(value, mmap.mmap):
+        if issubclass(kind, mmap.mmap):
             return len(value), zlib.crc32(value)
-        if isinstance(value, io.IOBase):
+        if issubclass(kind, io.IOBase):
             return None if value.closed else value.tell()
-        if isinstance(value, queue.SimpleQueue):
+        if issubclass(kind, queue.SimpleQueue):
             return value.qsize()
-        if isinstance(value, np.random.BitGenerator):
+        if issubclass(kind, np.random.BitGenerator):
             return str(value.state)
     except (OSError, ValueError, TypeError):  # a pipe, or one that is being read line by line
         return None

@@ -1,9 +1,11 @@
 """What replays leave behind where nothing can put it back is found at the start, and named."""
 
+import importlib
 import io
 import mmap
 import queue
 import random
+import sys
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -123,6 +125,21 @@ def test_what_the_module_holds(name, make, monkeypatch):
     with pytest.raises(MisconfigurationException, match=f"what the module holds: {found}. Keep"):
         observe(make(), model)
     assert torch.equal(weights(model), before)
+
+
+class Nameless(Leaving):
+    """In a set, where it has no place of its own."""
+
+    def make(self):
+        return {io.StringIO()}
+
+    def change(self, batch, loss):
+        next(iter(self.kept)).write("a step\n")
+
+
+def test_what_has_no_name():
+    with pytest.raises(MisconfigurationException, match=r"what the module holds: 'a StringIO'"):
+        observe(ClipR(), Nameless())
 
 
 BATCHES = []
@@ -256,19 +273,70 @@ class Noisy:
         return Noisy(self.x + 0.0 * torch.rand(()), self.y.clone())
 
 
-class OfNoisy(Mlp):
+class OfObjects(Mlp):
     def training_step(self, batch, batch_idx):
         return self.loss((batch.x, batch.y))
 
 
-def test_copies_of_batches_that_draw():
-    loader = DataLoader(
+def loader_of(kind):
+    return DataLoader(
         TensorDataset(*next(iter(train_loader()))),
         batch_size=4,
-        collate_fn=lambda items: Noisy(*map(torch.stack, zip(*items, strict=True))),
+        collate_fn=lambda items: kind(*map(torch.stack, zip(*items, strict=True))),
     )
+
+
+def test_copies_of_batches_that_draw():
     with pytest.raises(MisconfigurationException, match=r"torch on the CPU.*clone\(\)"):
-        observe(UnrollK(2, "reverse"), OfNoisy(), train=loader)
+        observe(UnrollK(2, "reverse"), OfObjects(), train=loader_of(Noisy))
+
+
+class Counted(Noisy):
+    """A batch whose copies count in the class."""
+
+    copies = 0
+
+    def clone(self):
+        Counted.copies += 1
+        return Counted(self.x.clone(), self.y.clone())
+
+
+def test_copies_of_batches_that_change_their_class():
+    with pytest.raises(MisconfigurationException, match=r"the training gets: 'copies'. Let steps"):
+        observe(UnrollK(2, "reverse"), OfObjects(), train=loader_of(Counted))
+
+
+INSTALLED = """
+class Lazy:
+    chosen = {}
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def to(self, device, **options):
+        return self
+
+    def clone(self):
+        def clone(self):
+            return Lazy(self.x.clone(), self.y.clone())
+
+        Lazy.clone, Lazy.chosen["clone"] = clone, clone
+        return self.clone()
+"""
+
+
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages"])
+def test_an_installed_class_may_choose_a_method_at_its_first_call(folder, tmp_path, monkeypatch):
+    """TensorDict does so by the version of torch; nothing of the training depends on it."""
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "lazy_batches.py").write_text(INSTALLED)
+    monkeypatch.syspath_prepend(tmp_path / folder)
+    monkeypatch.delitem(sys.modules, "lazy_batches", raising=False)
+    kind = importlib.import_module("lazy_batches").Lazy
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot be put back.*")
+        observe(UnrollK(2, "reverse"), OfObjects(), train=loader_of(kind))
+    assert kind.chosen  # it was copied
 
 
 class Validating(Bytes):
