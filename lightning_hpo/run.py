@@ -276,6 +276,8 @@ class Run:
         self._hyper_optimizer = HyperOptimizer(
             self.hyperparameters, settings.optimizer or self._default_optimizer
         )
+        if self._drifts and not resumed.state:
+            self._replace_guesses(list(self._typical))
         verifier = _Verifier(self.training.dynamics, module)
         self._traces = TraceCheck(trainer, module)
         self.recorder = Recorder(
@@ -488,9 +490,22 @@ class Run:
         """Compares the gradient with that of a replay, where that is due; penalties come later."""
         self.recorder.check.compare(self.steps + 1)
         self._resolve_options(at_step=True)
-        if self.strategy.is_chosen and self._settings.optimizer is None:
+        if self._drifts:
             in_loss = getattr(self._module, "loss_penalties", ())
-            self._typical.look(self._trainer, [*self.training.penalties, *in_loss])
+            found = self._typical.look(self._trainer, [*self.training.penalties, *in_loss])
+            self._replace_guesses(found)
+
+    @torch.no_grad()
+    def _replace_guesses(self, hyperparameters: Iterable[Hyperparameter]) -> None:
+        moved = self._typical.replace_guesses(hyperparameters)
+        if self.training.options is not None:
+            self.training.options.renew_(n for n in moved if n.startswith("optimizer."))
+
+    @property
+    def _drifts(self) -> bool:
+        """Whether typical values matter."""
+        settings = self._settings
+        return self.strategy.is_chosen and settings.optimizer is None and settings.lr > 0
 
     def after_batch(self) -> Update | None:
         """Updates λ where the optimizer has stepped and an update is due."""

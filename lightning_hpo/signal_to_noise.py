@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hpo.hyperparameters import (
-    Constraint,
-    Hyperparameter,
-    Interval,
-    Positive,
-    UnitInterval,
-)
+from lightning_hpo.hyperparameters import Hyperparameter
 
 # An update moves λ only where the mean of its hypergradients exceeds this part of their size.
 THRESHOLD = 0.15
@@ -33,8 +27,6 @@ FASTEST = 0.25
 DRIFT = 0.2
 # … from so many units away; from closer by, in proportion.
 NEAR = 2.0
-# A start further off than this factor, of a strength or of odds, is taken to be a guess.
-FAR = 10.0
 # Without a known end the rate falls to this part and stays there.
 FLOOR = 0.1
 
@@ -55,9 +47,7 @@ class SignalToNoise(torch.optim.Optimizer):
     q does not depend on the scale of h, which is different by orders of magnitude between kinds of
     λ, and between values of a strength; noise alone, of which |q| is 0.2 on the average, moves it
     little. Below c λ drifts to a typical value λ₀ of its kind, where one is known: early in a
-    training, hypergradients do not show yet what it will come to. A start that is more than ten
-    times (a strength, or odds) away from λ₀ is taken to be a guess, and λ₀ takes its place at the
-    first update.
+    training, hypergradients do not show yet what it will come to.
 
     Args:
         hyperparameters: What is moved.
@@ -105,9 +95,6 @@ class SignalToNoise(torch.optim.Optimizer):
             for name in ("count", "mean", "square"):
                 state[name] = torch.zeros_like(raw)
             state["first"] = raw.clone()
-            if typical is not None:
-                low, high = _neighborhood(h.constraint, typical)
-                raw.copy_(torch.where((raw < low) | (raw > high), typical, raw))
         # The weight of an example that was not in the batch is none the wiser.
         seen = (gradient != 0).to(raw.dtype)
         count = state["count"].add_(seen)
@@ -125,19 +112,3 @@ class SignalToNoise(torch.optim.Optimizer):
             drift = DRIFT * ((raw - typical) / (NEAR * unit)).clamp(-1, 1)
             move = torch.where(q.abs() > THRESHOLD, move, drift)
         raw.sub_(rate * unit * move)
-
-
-def _neighborhood(constraint: Constraint, typical: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the smallest and the largest raw λ that is no mere guess.
-
-    A factor of ten away: of the value where it is on a log scale, else of the odds between bounds.
-    """
-    distance = math.log(FAR)
-    if isinstance(constraint, (Positive, UnitInterval)):
-        return typical - distance, typical + distance
-    if isinstance(constraint, Interval) and math.isfinite(constraint.low + constraint.high):
-        width = constraint.high - constraint.low
-        odds = ((typical - constraint.low) / width).logit()
-        low, high = ((odds + d).sigmoid() * width + constraint.low for d in (-distance, distance))
-        return low, high
-    return torch.full_like(typical, -math.inf), torch.full_like(typical, math.inf)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_hpo._trainer import length
 from lightning_hpo.auto import Starts, agreed
 from lightning_hpo.estimators import T1T2, ClipR, Estimator
-from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.hyperparameters import (
+    Constraint,
+    Hyperparameter,
+    Interval,
+    Positive,
+    UnitInterval,
+)
 from lightning_hpo.regularizers import Penalty
 from lightning_hpo.schedule import UNKNOWN_LENGTH
 
@@ -34,6 +41,8 @@ MOST_TANGENTS = 5
 MEMORY = 1 / 3
 # A step whose gradient is not finite does not say where a penalty begins to matter.
 LOOKS = 5
+# A start further off than this factor, of a strength or of odds, is taken to be a guess.
+FAR = 10.0
 
 
 Assigned = Sequence[tuple[str, Estimator, list[str]]]
@@ -182,16 +191,18 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
         with suppress(ValueError):  # its constraint says otherwise
             self[h] = h.constraint.inverse(torch.full_like(h.raw, value))
 
-    def look(self, trainer: pl.Trainer, penalties: Sequence[Penalty]) -> None:
-        """Finds those that need a gradient, which is complete now and without penalties."""
+    def look(self, trainer: pl.Trainer, penalties: Sequence[Penalty]) -> list[Hyperparameter]:
+        """Finds those that need a gradient, which is complete now and without penalties.
+
+        Returns:
+            Those that have been found.
+        """
         if self._looks_left == 0:
-            return
+            return []
+        self._looks_left -= 1
         starts = Starts(trainer, at_step=True)
-        found = {
-            p.hyperparameter: starts.penalty(p)
-            for p in penalties
-            if p.hyperparameter in self._names
-        }
+        known = [p for p in penalties if p.hyperparameter in self._names]
+        found = {p.hyperparameter: starts.penalty(p) for p in known}
         for h, name in self._names.items():
             if name == "optimizer.weight_decay":
                 found[h] = starts.weight_decay(trainer.optimizers[0])
@@ -200,6 +211,35 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
                 self._put(h, value)
         if all(h in self for h in found):
             self._looks_left = 0
+        return [h for h in found if h in self]
+
+    def replace_guesses(self, hyperparameters: Iterable[Hyperparameter]) -> list[str]:
+        """Lets those start at their typical values that start more than ten times away from there.
+
+        Ten times a strength, or the odds of a probability. Such a start is taken to be a guess: too
+        strong a one does damage early, of which a training does not recover.
+
+        Returns:
+            The names of those that have moved.
+        """
+        moved = {}
+        for h in hyperparameters:
+            typical = self.get(h)
+            if typical is None or not h.is_resolved:
+                continue
+            low, high = _neighborhood(h.constraint, typical)
+            is_far = (h.raw < low) | (h.raw > high)
+            if bool(is_far.any()):
+                before = h.value
+                h.raw.copy_(torch.where(is_far, typical, h.raw))
+                moved[self._names[h]] = f"{_mean(before):.3g} → {_mean(h.value):.3g}"
+        if moved:
+            listed = _listed([f"{name} {change}" for name, change in moved.items()])
+            rank_zero_info(
+                f"OnlineHPOCallback: {listed}: the start is more than ten times away from what is "
+                "typical, and taken to be a guess. Pass an optimizer= to start there all the same"
+            )
+        return list(moved)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the raw values, by name."""
@@ -211,6 +251,26 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
             if name in state:
                 self[h] = state[name].to(h.raw.device)
         self._looks_left = 0
+
+
+def _neighborhood(constraint: Constraint, typical: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the smallest and the largest raw λ that is no mere guess.
+
+    A factor of ten away: of the value where it is on a log scale, else of the odds between bounds.
+    """
+    distance = math.log(FAR)
+    if isinstance(constraint, (Positive, UnitInterval)):
+        return typical - distance, typical + distance
+    if isinstance(constraint, Interval) and math.isfinite(constraint.low + constraint.high):
+        width = constraint.high - constraint.low
+        odds = ((typical - constraint.low) / width).logit()
+        low, high = ((odds + d).sigmoid() * width + constraint.low for d in (-distance, distance))
+        return low, high
+    return torch.full_like(typical, -math.inf), torch.full_like(typical, math.inf)
+
+
+def _mean(value: Tensor) -> float:
+    return float(value.mean())
 
 
 def _listed(names: Sequence[str]) -> str:
