@@ -95,7 +95,8 @@ class Reached:
         exchanging: Containers in which something may stand that is exchanged for a replay.
         lengths: Large containers that steps have not been seen to change, and their lengths.
         parents: By way of what an object has been reached.
-        data: What is reached by way of callbacks, datamodules and loaders only.
+        data: What is reached by way of callbacks, datamodules and loaders only, where what is large
+            is copied.
         is_due: Whether all has been looked through, to see what a step changes.
         is_early: Whether that is one of the first times.
         is_thorough: Whether what is large is copied.
@@ -165,11 +166,10 @@ class Walker:
         reached.is_thorough = reached.is_due or (not looks and self._walks.get("step", 0) < _FIRST)
         self._seen = {id(self._root)}
         hosts = self._explore([self._root], reached)
-        if hosts:
-            known = set(self._seen)
-            while hosts:  # a callback may hold a loader
-                hosts = self._explore(hosts, reached, is_data=True)
-            reached.data = self._seen - known
+        known = set(self._seen) if reached.is_thorough else self._seen
+        while hosts:  # a callback may hold a loader
+            hosts = self._explore(hosts, reached, is_data=True)
+        reached.data = self._seen - known
         for marked in (self._still, self._moving, self._judged, self._volatile):
             for key in marked.keys() - self._seen:
                 del marked[key]
@@ -380,7 +380,8 @@ class Walker:
                 content = dict(own)
                 parents[id(own)] = key
                 reached.held[id(own)] = Held(own, MODULE, content)
-                reached.buffers.update((id(b), b) for b in content["_buffers"].values())
+                if buffers := content["_buffers"]:
+                    reached.buffers.update((id(b), b) for b in buffers.values())
                 parts = parts_of(content)
                 reached.empty.extend(filterfalse(None, parts))
                 push(filter(None, parts), id(own))
@@ -423,9 +424,9 @@ class Walker:
             elif kind is Kind.ITERATOR:
                 reached.iterators[key] = value
             elif kind is Kind.SCRIPT:
-                buffers = list(value.buffers())
-                reached.buffers.update((id(b), b) for b in buffers)
-                push(buffers, key)
+                own_buffers = list(value.buffers())
+                reached.buffers.update((id(b), b) for b in own_buffers)
+                push(own_buffers, key)
         return later
 
 

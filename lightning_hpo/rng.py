@@ -25,19 +25,12 @@ class RandomState:
     python: Any
 
     @classmethod
-    def capture(cls, device: torch.device, earlier: RandomState | None = None) -> RandomState:
-        """Reads the generators of the CPU, of ``device``, of NumPy and of Python.
-
-        Args:
-            device: The device.
-            earlier: A state in which they have been before, perhaps just now. What NumPy has not
-                drawn since need not be read.
-        """
-        is_same = earlier is not None and _is_numpy_at(earlier.numpy)
+    def capture(cls, device: torch.device) -> RandomState:
+        """Reads the generators of the CPU, of ``device``, of NumPy and of Python."""
         return cls(
             cpu=torch.get_rng_state(),
             device=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            numpy=earlier.numpy if earlier and is_same else np.random.get_state(),  # noqa: NPY002
+            numpy=_read_numpy(),
             python=random.getstate(),
         )
 
@@ -84,30 +77,64 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.device is not None:
             torch.cuda.set_rng_state(self.device, device)
-        if not _is_numpy_at(self.numpy):
-            np.random.set_state(self.numpy)  # noqa: NPY002
+        _write_numpy(self.numpy)
         random.setstate(self.python)
 
 
-def _is_numpy_at(state: Any) -> bool:
-    """Whether NumPy's generator is where it was; False where that is not seen at once.
+# np.random.get_state and set_state make a number of each of 624 words, which takes as long as a
+# step of a small network. Here the words are copied as they lie in memory, and their position. What
+# lies elsewhere is the second of two normal numbers, which is kept from the draw of the first.
+_WORDS = 624
 
-    To read or to set its state takes NumPy tens of microseconds, since it makes a number of each of
-    624 words. Here its memory is compared. There the second of two normal numbers is not, which is
-    kept from the draw of the first: from a state without one, no draw leaves the words as they are.
-    """
+
+def _memory_of_numpy() -> int | None:
+    """Returns where NumPy's generator has its words; None for one of another kind."""
     generator = np.random.mtrand._rand._bit_generator
-    if not isinstance(generator, np.random.MT19937) or not isinstance(state, tuple):
-        return False
-    _, words, position, has_gauss, _ = state
-    known: bytes = words.tobytes() + position.to_bytes(4, sys.byteorder)
-    return not has_gauss and ctypes.string_at(generator.ctypes.state_address, len(known)) == known
+    return generator.ctypes.state_address if isinstance(generator, np.random.MT19937) else None
+
+
+def _take_kept_normal(address: int) -> float | None:
+    """Takes the normal number that NumPy has kept, if any; draws nothing."""
+    before = ctypes.string_at(address, 4 * _WORDS + 4)
+    first = np.random.standard_normal()  # noqa: NPY002
+    if ctypes.string_at(address, len(before)) == before:
+        return first
+    np.random.standard_normal()  # noqa: NPY002 - takes the one that has been kept now
+    ctypes.memmove(address, before, len(before))
+    return None
+
+
+def _read_numpy() -> Any:
+    """Returns what ``np.random.get_state`` does."""
+    address = _memory_of_numpy()
+    if address is None:
+        return np.random.get_state()  # noqa: NPY002
+    kept = _take_kept_normal(address)
+    memory = ctypes.string_at(address, 4 * _WORDS + 4)
+    words = np.frombuffer(memory, np.uint32, _WORDS).copy()
+    position = int.from_bytes(memory[-4:], sys.byteorder)
+    state = ("MT19937", words, position, int(kept is not None), kept or 0.0)
+    if kept is not None:
+        np.random.set_state(state)  # noqa: NPY002
+    return state
+
+
+def _write_numpy(state: Any) -> None:
+    """Does what ``np.random.set_state`` does."""
+    address = _memory_of_numpy()
+    if address is None or not isinstance(state, tuple) or state[3]:
+        np.random.set_state(state)  # noqa: NPY002
+        return
+    _take_kept_normal(address)
+    _, words, position, *_ = state
+    memory = words.tobytes() + position.to_bytes(4, sys.byteorder)
+    ctypes.memmove(address, memory, len(memory))
 
 
 @contextmanager
 def forked_rng(device: torch.device, state: RandomState | None = None) -> Iterator[None]:
     """Runs a block under ``state`` (default: the present one) and puts the present state back."""
-    before = RandomState.capture(device, state)
+    before = RandomState.capture(device)
     if state is not None:
         state.restore(device)
     try:
