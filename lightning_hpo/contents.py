@@ -67,7 +67,7 @@ _WITH_ATTRIBUTES = {*_WITH_CLASS, Kind.DICT, Kind.LIST, Kind.ARRAY}
 
 # What has neither attributes of its own nor a class that a step may change.
 _BARE = frozenset({dict, list, set, deque})
-# No others are lazy or sharded.
+# Neither lazy nor sharded.
 _ORDINARY = frozenset({Tensor, nn.Parameter})
 
 # In the place of these others may be put: parameters and their views, iterators, tuples of them.
