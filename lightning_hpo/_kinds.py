@@ -13,12 +13,32 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+_T = TypeVar("_T")
+
+
+class _ByType(dict[type, _T], Generic[_T]):
+    """Keeps what a function of types returns; half as slow to ask as ``functools.lru_cache``.
+
+    Args:
+        function: The function.
+    """
+
+    def __init__(self, function: Callable[[type], _T]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __missing__(self, cls: type) -> _T:
+        if len(self) >= 4096:  # some are made anew all the time
+            self.clear()
+        value = self[cls] = self._function(cls)
+        return value
 
 
 class Kind(enum.Enum):
@@ -44,6 +64,8 @@ class Kind(enum.Enum):
     OBJECT = enum.auto()  # attributes, in a __dict__ or in slots
     HOST = enum.auto()  # the same of a callback, a datamodule or a loader, which may hold data
     TRAINER = enum.auto()
+
+    __hash__ = object.__hash__  # that of Enum hashes the name, in Python
 
 
 _ATOMS = (
@@ -147,7 +169,7 @@ def _kind_of(cls: type) -> Kind:
     return Kind.OBJECT
 
 
-kind_of: Callable[[type], Kind] = functools.lru_cache(maxsize=4096)(_kind_of)
+kind_of: Callable[[type], Kind] = _ByType(_kind_of).__getitem__
 """Returns how the instances of a type hold what can change in them."""
 
 
@@ -184,9 +206,7 @@ def _slots_of(cls: type) -> tuple[types.MemberDescriptorType, ...]:
     )
 
 
-slots_of: Callable[[type], tuple[types.MemberDescriptorType, ...]] = functools.lru_cache(
-    maxsize=4096
-)(_slots_of)
+slots_of: Callable[[type], tuple[types.MemberDescriptorType, ...]] = _ByType(_slots_of).__getitem__
 """Returns the slots of a type written in Python, inherited ones included."""
 
 
@@ -198,7 +218,7 @@ def _classes_of(cls: type) -> tuple[type, ...]:
     return tuple(base for base in cls.__mro__ if _root(base) not in _NO_STATE)
 
 
-classes_of: Callable[[type], tuple[type, ...]] = functools.lru_cache(maxsize=4096)(_classes_of)
+classes_of: Callable[[type], tuple[type, ...]] = _ByType(_classes_of).__getitem__
 """Returns those of a type and its bases whose own attributes a step may change."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import filterfalse
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from lightning_hpo.holders import (
     LIST,
     METHODS,
     MODULE,
+    MODULE_PARTS,
     OBJECTS,
     ORDERED,
     SET,
@@ -33,6 +35,7 @@ from lightning_hpo.holders import (
     Guard,
     Held,
     Holder,
+    parts_of,
     read_cell,
     read_class,
     read_trainer,
@@ -62,18 +65,16 @@ _FIRST = 5
 _WITH_CLASS = {Kind.MODULE, Kind.OBJECT, Kind.HOST}
 _WITH_ATTRIBUTES = {*_WITH_CLASS, Kind.DICT, Kind.LIST, Kind.ARRAY}
 
+# What has neither attributes of its own nor a class that a step may change.
+_BARE = frozenset({dict, list, set, deque})
+# Neither lazy nor sharded.
+_ORDINARY = frozenset({Tensor, nn.Parameter})
+
+# In the place of these others may be put: parameters and their views, iterators, tuples of them.
+_EXCHANGED = frozenset({Kind.TENSOR, Kind.ITERATOR, Kind.TUPLE})
+
 # Of these one object may stand in many places.
 _NAMELESS = (int, float, complex, str, bytes, type, type(None))
-
-# No step registers these for its own sake, but fully_shard does so at the first forward pass.
-_CHECKPOINT_HOOKS = frozenset(
-    {
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
-        "_load_state_dict_pre_hooks",
-        "_load_state_dict_post_hooks",
-    }
-)
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Reached:
 
     Attributes:
         held: Containers, attributes included, and what they hold.
-        empty: Dictionaries of modules in which there is nothing: hooks, mostly.
+        empty: Dictionaries and sets of modules in which there is nothing: hooks, mostly.
         buffers: Buffers of modules; copied whatever their size.
         parameters: Parameters, and other leaves that require grad.
         tensors: Other tensors that a step may write to.
@@ -91,16 +92,18 @@ class Reached:
         arrays: Arrays that a step may write to.
         generators: Generators of random numbers.
         iterators: Iterators.
+        exchanging: Containers in which something may stand that is exchanged for a replay.
         lengths: Large containers that steps have not been seen to change, and their lengths.
         parents: By way of what an object has been reached.
-        data: What is reached by way of callbacks, datamodules and loaders only.
+        data: What is reached by way of callbacks, datamodules and loaders only, where what is large
+            is copied.
         is_due: Whether all has been looked through, to see what a step changes.
         is_early: Whether that is one of the first times.
         is_thorough: Whether what is large is copied.
     """
 
     held: dict[int, Held] = field(default_factory=dict)
-    empty: dict[int, dict[str, Any]] = field(default_factory=dict)
+    empty: list[Any] = field(default_factory=list)
     buffers: dict[int, Tensor | None] = field(default_factory=dict)
     parameters: dict[int, Tensor] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
@@ -109,6 +112,7 @@ class Reached:
     arrays: dict[int, Any] = field(default_factory=dict)
     generators: dict[int, Any] = field(default_factory=dict)
     iterators: dict[int, Any] = field(default_factory=dict)
+    exchanging: set[int] = field(default_factory=set)
     lengths: dict[int, tuple[Any, Holder, int]] = field(default_factory=dict)
     parents: dict[int, int] = field(default_factory=dict)
     data: set[int] = field(default_factory=set)
@@ -164,11 +168,10 @@ class Walker:
         reached.is_thorough = reached.is_due or (not looks and self._walks.get("step", 0) < _FIRST)
         self._seen = {id(self._root)}
         hosts = self._explore([self._root], reached)
-        if hosts:
-            known = set(self._seen)
-            while hosts:  # a callback may hold a loader
-                hosts = self._explore(hosts, reached, is_data=True)
-            reached.data = self._seen - known
+        known = set(self._seen) if reached.is_thorough else self._seen
+        while hosts:  # a callback may hold a loader
+            hosts = self._explore(hosts, reached, is_data=True)
+        reached.data = self._seen - known
         for marked in (self._still, self._moving, self._judged, self._volatile):
             for key in marked.keys() - self._seen:
                 del marked[key]
@@ -317,16 +320,25 @@ class Walker:
 
     def _explore(self, stack: list[Any], reached: Reached, *, is_data: bool = False) -> list[Any]:
         """Goes through some objects, but for callbacks, datamodules and loaders: returns these."""
-        seen = self._seen
-        parents = reached.parents
+        atom, tensor = Kind.ATOM, Kind.TENSOR  # to look them up takes as long as the rest of push
+        seen, parents, exchanging = self._seen, reached.parents, reached.exchanging
+        most = _COPIED_DATA if is_data else _COPIED_ELEMENTS
         later: list[Any] = []
 
         def push(values: Iterable[Any], parent: int) -> None:
             for value in values:
-                if kind_of(type(value)) is not Kind.ATOM and id(value) not in seen:
-                    seen.add(id(value))
-                    parents[id(value)] = parent
-                    stack.append(value)
+                kind = kind_of(type(value))
+                if kind is atom:
+                    continue
+                if kind in _EXCHANGED:
+                    exchanging.add(parent)
+                if (key := id(value)) not in seen:
+                    seen.add(key)
+                    parents[key] = parent
+                    if kind is tensor:
+                        _sort(value, reached, most)
+                    else:
+                        stack.append(value)
 
         def hold(owner: Any, holder: Holder) -> None:
             key = id(owner)
@@ -338,6 +350,7 @@ class Walker:
             reached.held[key] = Held(owner, holder, content)
             # A deque may let go of its first entries for new ones.
             if is_left or (is_data and len(content) > _LARGE):
+                exchanging.add(key)
                 return
             if len(content) > _FEW:  # a vocabulary has many entries, of few types
                 kinds = set(map(type, holder.values(content)))
@@ -371,23 +384,18 @@ class Walker:
                 content = dict(own)
                 parents[id(own)] = key
                 reached.held[id(own)] = Held(own, MODULE, content)
-                reached.buffers.update((id(b), b) for b in content["_buffers"].values())
-                for name, item in content.items():
-                    if name in _CHECKPOINT_HOOKS:
-                        continue
-                    if type(item) in (dict, OrderedDict) and not item:
-                        reached.empty[id(item)] = item
-                    elif kind_of(type(item)) is not Kind.ATOM and id(item) not in seen:
-                        seen.add(id(item))
-                        parents[id(item)] = id(own)
-                        stack.append(item)
-            elif kind is Kind.TENSOR:
-                _sort(value, reached, _COPIED_DATA if is_data else _COPIED_ELEMENTS)
+                if buffers := content["_buffers"]:
+                    reached.buffers.update((id(b), b) for b in buffers.values())
+                parts = parts_of(content)
+                reached.empty.extend(filterfalse(None, parts))
+                push(filter(None, parts), id(own))
+                push([v for name, v in content.items() if name not in MODULE_PARTS], id(own))
             elif kind is Kind.CELL:
                 hold(value, CELL)
             elif kind in CONTAINERS:
                 hold(value, ORDERED if isinstance(value, OrderedDict) else CONTAINERS[kind])
-                attributes(value)
+                if type(value) not in _BARE:
+                    attributes(value)
             elif kind is Kind.TUPLE:
                 reached.tuples[key] = value
                 if reached.is_due or key not in self._still:
@@ -401,9 +409,7 @@ class Walker:
                 later.append(value)
             elif kind is Kind.FUNCTION:
                 push(value.__closure__ or (), key)
-                push((value.__defaults__, value.__kwdefaults__), key)
-                if value.__dict__:
-                    push((value.__dict__,), key)
+                push((value.__defaults__, value.__kwdefaults__, value.__dict__ or None), key)
             elif kind is Kind.METHOD:
                 push((value.__self__, value.__func__), key)
             elif kind is Kind.PARTIAL:
@@ -414,7 +420,6 @@ class Walker:
                 if isinstance(value, np.ndarray) and value.dtype == object:
                     hold(value, OBJECTS)
                 elif is_writable(value):
-                    most = _COPIED_DATA if is_data else _COPIED_ELEMENTS
                     (reached.arrays if _size(value) <= most else reached.watched)[key] = value
                 if isinstance(value, np.ndarray):  # the mask of one that is masked
                     attributes(value)
@@ -423,21 +428,22 @@ class Walker:
             elif kind is Kind.ITERATOR:
                 reached.iterators[key] = value
             elif kind is Kind.SCRIPT:
-                buffers = list(value.buffers())
-                reached.buffers.update((id(b), b) for b in buffers)
-                push(buffers, key)
+                own_buffers = list(value.buffers())
+                reached.buffers.update((id(b), b) for b in own_buffers)
+                push(own_buffers, key)
         return later
 
 
 def _sort(value: Tensor, reached: Reached, most: int) -> None:
     """Files a tensor. One with a graph was computed, and is not written to."""
-    if is_lazy(value):
+    is_ordinary = type(value) in _ORDINARY
+    if not is_ordinary and is_lazy(value):
         return
     if is_computed(value):
         if value._base is not None and value._base.is_leaf:
             note_views([value._base])
         return
-    if is_sharded([value]):  # replays work on the shards themselves
+    if not is_ordinary and is_sharded([value]):  # replays work on the shards themselves
         return
     if isinstance(value, nn.Parameter) or value.requires_grad:
         reached.parameters[id(value)] = value

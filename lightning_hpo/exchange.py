@@ -61,6 +61,8 @@ def views_of(swaps: Mapping[int, Tensor], tensors: Mapping[int, Tensor]) -> dict
         swaps: What takes the place of tensors, by ``id``.
         tensors: These, and what may be views of them, by ``id``.
     """
+    if not swaps:
+        return {}
     places = {key: _place(t) for key, t in tensors.items()}
     owners: dict[Any, list[int]] = {}
     for key in swaps.keys() & places.keys():
@@ -92,7 +94,7 @@ class ModuleState:
 
     Attributes:
         held: Containers, and what they held.
-        empty: Dictionaries in which there was nothing.
+        empty: Dictionaries and sets of modules in which there was nothing.
         tuples: Tuples.
         tensors: Tensors that a step may write to.
         values: What these held, and the arrays, generators and iterators.
@@ -101,7 +103,7 @@ class ModuleState:
     """
 
     held: dict[int, Held] = field(default_factory=dict)
-    empty: dict[int, dict[str, Any]] = field(default_factory=dict)
+    empty: list[Any] = field(default_factory=list)
     tuples: dict[int, Any] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
@@ -233,9 +235,9 @@ def exchanged(
         for key, (owner, holder, content) in held.items():
             if key not in unchanged:
                 holder.write(owner, content)
-        for key, empty in reached.empty.items():
-            if empty and key not in held:
-                empty.clear()
+        for filled in filter(None, reached.empty):
+            if id(filled) not in held:
+                filled.clear()
         for key, t in every.items():
             t.data = before[key]
         for t, requires_grad in flags:
@@ -291,15 +293,16 @@ def _fill(reached: Reached, state: ModuleState, substitutes: dict[int, Any]) -> 
                 own = {n: v for n, v in content.items() if n not in MODULE_INTERNALS}
                 now = present.holder.read(present.owner)
                 content = {n: v for n, v in now.items() if n in MODULE_INTERNALS} | own
-        if substitutes and present.holder is not SET:
+        may_exchange = earlier is not None or key in reached.exchanging
+        if substitutes and may_exchange and present.holder is not SET:
             values = present.holder.values(content)
             if not substitutes.keys().isdisjoint(map(id, values)):
                 content = _replaced(present._replace(content=content), substituted)
         if earlier is not None or content is not present.content:
             present.holder.write(present.owner, content)
-    for key, empty in state.empty.items():
-        if empty and key not in state.held:
-            empty.clear()
+    for filled in filter(None, state.empty):
+        if id(filled) not in state.held:
+            filled.clear()
 
 
 def _stand_ins(walker: Walker, reached: Reached, state: ModuleState) -> dict[int, Any]:

@@ -20,6 +20,33 @@ from lightning_hpo.stores import read_objects, write_objects
 MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
 """Not the user's; kernels are exchanged by way of ``forward``."""
 
+# No step registers these for its own sake, but fully_shard does so at the first forward pass.
+_CHECKPOINT_HOOKS = frozenset(
+    {
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+    }
+)
+_PARTS = tuple(
+    name
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, (dict, set)) and name not in _CHECKPOINT_HOOKS
+)
+_get_parts = operator.itemgetter(*_PARTS)
+MODULE_PARTS = _CHECKPOINT_HOOKS.union(_PARTS)
+"""The attributes of every module in which torch keeps parameters, hooks, and the like."""
+
+
+def parts_of(content: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns, of the attributes of a module, the containers in which torch keeps its parts."""
+    try:
+        parts: tuple[Any, ...] = _get_parts(content)
+    except KeyError:  # it comes from a file of another version of torch
+        parts = tuple(content[name] for name in _PARTS if name in content)
+    return parts
+
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Returns the attributes of a module that are the user's state, and its mode."""
@@ -104,13 +131,14 @@ def _class_values(content: dict[str, Any]) -> list[Any]:
 def read_trainer(trainer: Any) -> dict[str, Any]:
     """Returns the attributes of a trainer that are not its own parts."""
     # Connectors have names with an underscore; so have the loggers, which the shield exchanges.
-    return {name: value for name, value in vars(trainer).items() if not name.startswith("_")}
+    return {name: value for name, value in vars(trainer).items() if name[:1] != "_"}
 
 
 def _write_trainer(trainer: Any, content: dict[str, Any]) -> None:
     own = vars(trainer)
-    for name in read_trainer(trainer).keys() - content.keys():
-        del own[name]
+    for name in own.keys() - content.keys():
+        if name[:1] != "_":
+            del own[name]
     own.update(content)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ class RandomState:
         return cls(
             cpu=torch.get_rng_state(),
             device=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            numpy=np.random.get_state(),  # noqa: NPY002
+            numpy=_read_numpy(),
             python=random.getstate(),
         )
 
@@ -75,8 +77,58 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.device is not None:
             torch.cuda.set_rng_state(self.device, device)
-        np.random.set_state(self.numpy)  # noqa: NPY002
+        _write_numpy(self.numpy)
         random.setstate(self.python)
+
+
+# np.random.get_state and set_state make a number of each of 624 words, which takes as long as a
+# step of a small network. Here the words are copied as they lie in memory, and their position. What
+# lies elsewhere is the second of two normal numbers, which is kept from the draw of the first.
+_WORDS = 624
+
+
+def _memory_of_numpy() -> int | None:
+    """Returns where NumPy's generator has its words; None for one of another kind."""
+    generator = np.random.mtrand._rand._bit_generator
+    return generator.ctypes.state_address if isinstance(generator, np.random.MT19937) else None
+
+
+def _take_kept_normal(address: int) -> float | None:
+    """Takes the normal number that NumPy has kept, if any; draws nothing."""
+    before = ctypes.string_at(address, 4 * _WORDS + 4)
+    first = np.random.standard_normal()  # noqa: NPY002
+    if ctypes.string_at(address, len(before)) == before:
+        return first
+    np.random.standard_normal()  # noqa: NPY002 - takes the one that has been kept now
+    ctypes.memmove(address, before, len(before))
+    return None
+
+
+def _read_numpy() -> Any:
+    """Returns what ``np.random.get_state`` does."""
+    address = _memory_of_numpy()
+    if address is None:
+        return np.random.get_state()  # noqa: NPY002
+    kept = _take_kept_normal(address)
+    memory = ctypes.string_at(address, 4 * _WORDS + 4)
+    words = np.frombuffer(memory, np.uint32, _WORDS).copy()
+    position = int.from_bytes(memory[-4:], sys.byteorder)
+    state = ("MT19937", words, position, int(kept is not None), kept or 0.0)
+    if kept is not None:
+        np.random.set_state(state)  # noqa: NPY002
+    return state
+
+
+def _write_numpy(state: Any) -> None:
+    """Does what ``np.random.set_state`` does."""
+    address = _memory_of_numpy()
+    if address is None or not isinstance(state, tuple) or state[3]:
+        np.random.set_state(state)  # noqa: NPY002
+        return
+    _take_kept_normal(address)
+    _, words, position, *_ = state
+    memory = words.tobytes() + position.to_bytes(4, sys.byteorder)
+    ctypes.memmove(address, memory, len(memory))
 
 
 @contextmanager

@@ -200,7 +200,7 @@ class Shield:
         parameters = reached.parameters
         untrained = {key: p for key, p in parameters.items() if key not in trained}
         size = sum(p.numel() for p in untrained.values())
-        room = sum(p.numel() for p in parameters.values()) - size
+        room = sum(p.numel() for p in parameters.values()) - size if untrained else 0
         if size > 4 * room:
             # A teacher of what is trained is as large as that; some of the others are smaller.
             room *= 2

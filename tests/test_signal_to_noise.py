@@ -53,8 +53,6 @@ def by_hand(raw, gradients, unit=1.0, typical=None, updates=UPDATES):
     """The equations of the docstring, for one λ on a log scale."""
     m = v = count = 0.0
     raws = []
-    if typical is not None and abs(raw - typical) > math.log(10):
-        raw = typical
     for k, h in enumerate(gradients):
         rate = min(4 * TRAVEL / updates, FASTEST) * 0.5 * (1 + math.cos(math.pi * k / updates))
         m = BETAS[0] * m + (1 - BETAS[0]) * h
@@ -71,7 +69,7 @@ def by_hand(raw, gradients, unit=1.0, typical=None, updates=UPDATES):
     return torch.tensor(raws)
 
 
-@pytest.mark.parametrize("typical", [None, 3e-3, 0.5])
+@pytest.mark.parametrize("typical", [None, 3e-3, 5.0])
 @pytest.mark.parametrize(("mean", "spread"), [(1.0, 0.1), (-0.3, 1.0), (0.0, 1.0)])
 def test_it_moves_as_its_equations_say(mean, spread, typical):
     gradients = mean + spread * torch.randn(UPDATES)
@@ -122,36 +120,6 @@ def test_lr_scales_the_rate(lr):
     a = move(make(one), one, torch.ones(50))
     b = move(make(other, lr=lr), other, torch.ones(50))
     torch.testing.assert_close(b, lr * a)
-
-
-def test_lr_zero_leaves_a_far_start_where_it_is():
-    h = Hyperparameter(1e-8, Positive())
-    raws = move(make(h, typical=1e-2, lr=0.0), h, torch.ones(5))
-    assert (raws == math.log(1e-8)).all()
-
-
-@pytest.mark.parametrize(
-    ("constraint", "typical", "start", "is_guess"),
-    [
-        (Positive(), 1e-2, 1.1e-3, False),
-        (Positive(), 1e-2, 0.9e-3, True),
-        (Positive(), 1e-2, 0.11, True),
-        (UnitInterval(), 0.8, 0.3, False),
-        (UnitInterval(), 0.8, 0.28, True),
-        (UnitInterval(), 0.8, 0.98, True),
-        (Interval(0, 1), 0.1, 0.011, False),
-        (Interval(0, 1), 0.1, 0.01, True),
-        (Interval(0, 1), 0.1, 0.6, True),
-        (Interval(0), 0.1, 100.0, False),  # nothing says on which scale
-    ],
-)
-def test_a_start_too_far_from_a_typical_value_is_a_guess(constraint, typical, start, is_guess):
-    h = Hyperparameter(start, constraint)
-    optimizer = make(h, typical, lr=1e-9)
-    move(optimizer, h, [1.0])
-    torch.testing.assert_close(
-        h.value, torch.tensor(typical if is_guess else start), rtol=1e-6, atol=0
-    )
 
 
 def test_elements_that_were_not_concerned_are_not_counted():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 import lightning_hpo.callback as callback_module
+import lightning_hpo.strategy as strategy_module
 from lightning_hpo import (
     T1T2,
     ClipR,
@@ -20,6 +21,7 @@ from lightning_hpo import (
     LabelSmoothing,
     OnlineHPOCallback,
     Positive,
+    UnitInterval,
     UnrollK,
     keep_probability,
     named_hyperparameters,
@@ -212,6 +214,45 @@ def test_a_start_that_is_a_guess_begins_where_it_matters():
     model, callback = Mlp("adam", granularity="model", init=1e-9), OnlineHPOCallback()
     run(callback, model)
     assert callback.history[0].values["l2"] == pytest.approx(typical_of(callback, model)["l2"])
+
+
+@pytest.mark.parametrize(
+    ("constraint", "typical", "start", "is_guess"),
+    [
+        (Positive(), 1e-2, 1.1e-3, False),
+        (Positive(), 1e-2, 0.9e-3, True),
+        (Positive(), 1e-2, 0.11, True),
+        (UnitInterval(), 0.8, 0.3, False),
+        (UnitInterval(), 0.8, 0.28, True),
+        (UnitInterval(), 0.8, 0.98, True),
+        (Interval(0, 1), 0.1, 0.012, False),
+        (Interval(0, 1), 0.1, 0.01, True),
+        (Interval(0, 1), 0.1, 0.6, True),
+        (Interval(0), 0.1, 100.0, False),  # nothing says on which scale
+        (Positive(), None, 100.0, False),
+    ],
+)
+def test_a_start_too_far_from_a_typical_value_is_a_guess(constraint, typical, start, is_guess):
+    h = Hyperparameter(start, constraint, typical=typical)
+    moved = TypicalValues({"x": h}).replace_guesses([h])
+    assert moved == (["x"] if is_guess else [])
+    assert float(h.value) == pytest.approx(typical if is_guess else start)
+
+
+def test_a_guess_is_replaced_before_the_first_step_and_said(monkeypatch):
+    said = []
+    monkeypatch.setattr(strategy_module, "rank_zero_info", said.append)
+    starts = {}
+    for init in (1e-9, "auto"):
+        torch.manual_seed(0)
+        model = Many(init=init)
+        model.keep.value = 0.99
+        torch.manual_seed(0)
+        run(OnlineHPOCallback(), model)
+        starts[init] = weights(model)
+    assert torch.equal(starts[1e-9], starts["auto"])
+    assert any("keep 0.99 → 0.8" in line for line in said)
+    assert any("l2 1e-09 → " in line for line in said)
 
 
 def test_weight_decay_has_a_typical_value():

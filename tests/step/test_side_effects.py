@@ -117,6 +117,19 @@ class Registers(Mlp):
         return super().training_step(batch, batch_idx) * factor
 
 
+class RegistersUnsaved(Mlp):
+    """Registers a buffer that is not saved, of which the module keeps the name in a set."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        vars(self)["_buffers"].clear()
+        self._non_persistent_buffers_set.clear()
+
+    def training_step(self, batch, batch_idx):
+        factor = 0.3 if self._non_persistent_buffers_set else 1.0
+        self.register_buffer("late", torch.ones(()), persistent=False)
+        return super().training_step(batch, batch_idx) * factor
+
+
 class Counter:
     def __init__(self):
         self.factor = 1.0
@@ -141,7 +154,16 @@ class Objects(Mlp):
         return super().training_step(batch, batch_idx) * factor
 
 
-WRITING = [Annealed, AnnealedBackbone, AnnealedLater, OwnState, Exchanges, Registers, Objects]
+WRITING = [
+    Annealed,
+    AnnealedBackbone,
+    AnnealedLater,
+    OwnState,
+    Exchanges,
+    Registers,
+    RegistersUnsaved,
+    Objects,
+]
 
 
 @pytest.mark.parametrize("kind", WRITING)
