@@ -200,7 +200,7 @@ def test_a_strength_is_typical_where_auto_would_start_it():
     found = {}
     for init in ("auto", 0.01, 1e-9):
         torch.manual_seed(0)
-        model, callback = Many(init=init), OnlineHPOCallback(lr=0.0)
+        model, callback = Many(init=init), OnlineHPOCallback(lr=1e-9)
         run(callback, model)
         found[init] = typical_of(callback, model)
         if init == "auto":
