@@ -22,7 +22,7 @@ from lightning_hpo._trainer import length
 from lightning_hpo.diagnosis import Diagnosis, Subject
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.estimators import Estimator
-from lightning_hpo.hyper_optimizer import OptimizerFactory
+from lightning_hpo.hyper_optimizer import OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.monitoring import (
     History,
@@ -98,6 +98,7 @@ class OnlineHPOCallback(pl.Callback):
 
     Attributes:
         strategy: What acts in the training, given or chosen; None before the first one.
+        every_n_steps: Optimizer steps between two updates; None before they are chosen.
         history: What each update has done; see :attr:`history`.
         skipped: How many updates were skipped because their hypergradient was not finite.
 
@@ -112,7 +113,7 @@ class OnlineHPOCallback(pl.Callback):
     def __init__(
         self,
         estimator: Estimator | Mapping[str, Estimator] | None = None,
-        optimizer: OptimizerFactory | None = None,
+        optimizer: OptimizerFactory = default_optimizer,
         every_n_steps: int | None = None,
         warmup_steps: int = 0,
         dataloader: Iterable[Any] | None = None,
@@ -153,7 +154,7 @@ class OnlineHPOCallback(pl.Callback):
         check_number(
             "OnlineHPOCallback", "a finite number, at least 0", lambda x: 0 <= x < math.inf, lr=lr
         )
-        if lr != 1 and optimizer is not None:
+        if lr != 1 and optimizer is not default_optimizer:
             raise ValueError(
                 f"OnlineHPOCallback: lr={lr:g} scales the rate of the λ-optimizer that is chosen "
                 "where none is given; set the rate of your own in optimizer="
@@ -162,7 +163,7 @@ class OnlineHPOCallback(pl.Callback):
             compatibility.check_windows(estimators.values(), every_n_steps)
         self.strategy: Strategy | None = None
         self.lr = lr
-        self._every_n_steps = every_n_steps
+        self.every_n_steps = self._given_interval = every_n_steps
         self.warmup_steps = warmup_steps
         self.derivatives = derivatives
         self.scale_lr_with_model = scale_lr_with_model
@@ -189,13 +190,6 @@ class OnlineHPOCallback(pl.Callback):
     def _estimators(self) -> Mapping[str, Estimator] | None:
         """Returns the estimators that were given, by the patterns of the names that they serve."""
         return {"*": self.estimator} if isinstance(self.estimator, Estimator) else self.estimator
-
-    @property
-    def every_n_steps(self) -> int | None:
-        """Optimizer steps between two updates; None before a training chooses them."""
-        if self._every_n_steps is None and self.strategy is not None:
-            return self.strategy.every_n_steps
-        return self._every_n_steps
 
     @property
     def history(self) -> History:
@@ -290,6 +284,7 @@ class OnlineHPOCallback(pl.Callback):
             with together():
                 self._phase = Run(self._settings(), trainer, pl_module, self, waiting, clock)
             self.strategy = self._phase.strategy
+            self.every_n_steps = self.strategy.every_n_steps
             if self.strategy.is_chosen:
                 rank_zero_info(f"OnlineHPOCallback: {self.strategy}")
             records = waiting.state.get("history", ())
@@ -329,9 +324,11 @@ class OnlineHPOCallback(pl.Callback):
     def _settings(self) -> Settings:
         return Settings(
             estimators=self._estimators(),
-            optimizer=self._optimizer_factory,
+            optimizer=None
+            if self._optimizer_factory is default_optimizer
+            else self._optimizer_factory,
             lr=self.lr,
-            every_n_steps=self._every_n_steps,
+            every_n_steps=self._given_interval,
             dataloader=self._dataloader,
             derivatives=self.derivatives,
             scale_lr_with_model=self.scale_lr_with_model,

@@ -586,7 +586,7 @@ def check_arguments(
                 "Estimator, for example ClipR(radius=20.0), or a mapping from patterns of names to "
                 "such instances, for example {'keep*': T1T2(), '*': ClipR()}"
             )
-    if not (optimizer is None or callable(optimizer)):
+    if not callable(optimizer):
         raise TypeError(
             f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
             "tensors to a torch.optim.Optimizer"

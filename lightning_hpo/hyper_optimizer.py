@@ -16,7 +16,8 @@ OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 def default_optimizer(raw: list[Tensor], lr: float = 1.0) -> torch.optim.Optimizer:
     """Adam on the raw values with learning rate 0.01, times ``lr``.
 
-    Its steps do not depend on the scale of the hypergradient, which with respect to log λ is
+    It acts where an estimator is given; where that is chosen, ``SignalToNoise`` takes its place.
+    Steps do not depend on the scale of the hypergradient, which with respect to log λ is
     proportional to λ: plain SGD stalls for a tiny λ and overshoots for a large one.
     """
     return torch.optim.Adam(raw, lr=0.01 * lr)

@@ -49,7 +49,7 @@ from lightning_hpo.step import (
     settle_statistics,
     warn_of_other_paths,
 )
-from lightning_hpo.strategy import TypicalValues, choose
+from lightning_hpo.strategy import LOGIT_STEP, TypicalValues, choose
 from lightning_hpo.values import fixed_options, remember_options
 
 # What state_dict() returns changes with it; the number is part of a checkpoint.
@@ -264,6 +264,7 @@ class Run:
             dynamics=make_dynamics(trainer.optimizers[0]),
             options=options,
             derivatives=settings.derivatives,
+            logit_step=LOGIT_STEP if self.strategy.is_chosen else 0.0,
         )
         self._validation = ValidationObjective(
             trainer,

@@ -39,6 +39,9 @@ LEAST_ADVANCES = 20
 MOST_TANGENTS = 5
 # Tangents forget what lies further back than this part of the training.
 MEMORY = 1 / 3
+# Half the width, in logits, of differences over keep probabilities. Their variance falls as its
+# inverse, their bias grows as its square; λ follows a biased signal better than a noisy one.
+LOGIT_STEP = 1.0
 # A step whose gradient is not finite does not say where a penalty begins to matter.
 LOOKS = 5
 # A start further off than this factor, of a strength or of odds, is taken to be a guess.

@@ -168,8 +168,8 @@ def test_a_schedule_of_the_lambda_optimizer_survives_the_scaling():
     assert kept[0].param_groups[0]["lr"] == 0.25
 
 
-def test_the_default_is_adam_on_the_raw_values():
-    callback = OnlineHPOCallback()
+def test_beside_an_estimator_the_default_is_adam_on_the_raw_values():
+    callback = OnlineHPOCallback(ClipR())
     fit(Mlp(), callback)
     first = values(callback)[0].log() - math.log(0.05)
     signs = -hypergradients(callback)[0].sign()

@@ -174,6 +174,31 @@ def test_a_training_of_unknown_length_counts_as_ten_thousand_steps():
     assert "the length of the training is not known" in str(callback.strategy)
 
 
+class Stepped(Many):
+    """Has a λ of its own that is differenced."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = Hyperparameter(0.5, Interval(0, 1), difference_step=1e-3)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.own()
+
+
+@pytest.mark.parametrize(("estimator", "width"), [(None, 1.0), (ClipR(), 0.05)])
+def test_masks_are_differenced_widely_and_nothing_else_is(estimator, width):
+    callback = OnlineHPOCallback(estimator, lr=0.0)
+    steps = {}
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, *args):
+            training = callback._run.training
+            steps.update({name: training.difference_step(name) for name in training.in_loss})
+
+    fit(Stepped(), [callback, Spy()], steps=2)
+    assert steps == {"keep": width, "smooth.epsilon": None, "own": 1e-3, "sigma": None}
+
+
 # ----------------------------------------------------------------------------------- typical values
 
 

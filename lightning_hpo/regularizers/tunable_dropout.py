@@ -10,7 +10,7 @@ from lightning_hpo.hyperparameters import Hyperparameter, UnitInterval
 
 # In logits. The variance with common draws falls as 1/ε and the bias grows as ε²; independent masks
 # have about 1/ε times that variance.
-_DIFFERENCE_STEP = 1.0
+_DIFFERENCE_STEP = 0.05
 # Drop rates of 0.1 to 0.5 are in use.
 _TYPICAL_KEEP = 0.8
 

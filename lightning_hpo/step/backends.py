@@ -216,7 +216,7 @@ def make_backend(
         theta_is_scratch: Whether θ may come back changed by rounding.
     """
     hyperparameters = [training.hyperparameters[name] for name in names]
-    steps = [h.difference_step for h in hyperparameters]
+    steps = [training.difference_step(name) for name in names]
     backend: Backend
     if training.derivatives == "finite_difference":
         backend = FiniteDifference(

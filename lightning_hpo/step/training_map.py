@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_hpo._tensors import widened
 from lightning_hpo.distributed import is_sharded, local
 from lightning_hpo.dynamics import Dynamics, OptimizerOptions, OptimizerStep
-from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.hyperparameters import Hyperparameter, UnitInterval
 from lightning_hpo.objectives import TrainingObjective
 from lightning_hpo.regularizers import Penalty
 from lightning_hpo.statistics import RunningStatistics
@@ -35,6 +35,7 @@ class TrainingMap:
         is_agreed: Whether all ranks use the same backend.
         in_loss: The names of the λ that the training loss itself depends on.
         reuses_gradient: Whether the gradient of the real step has been seen to be that of a replay.
+        logit_step: Differences over a logit (random masks) reach at least so far to either side.
     """
 
     objective: TrainingObjective
@@ -47,10 +48,18 @@ class TrainingMap:
     is_agreed: bool = True
     in_loss: frozenset[str] = frozenset()
     reuses_gradient: bool = False
+    logit_step: float = 0.0
 
     def __post_init__(self) -> None:
         self.is_automatic = self.derivatives == "auto"
         self.sharded = is_sharded(self.theta)
+
+    def difference_step(self, name: str) -> float | None:
+        """Returns half the width of the difference over a λ; None where autograd serves."""
+        h = self.hyperparameters[name]
+        if h.difference_step is None or not isinstance(h.constraint, UnitInterval):
+            return h.difference_step
+        return max(h.difference_step, self.logit_step)
 
     @property
     def theta(self) -> list[Tensor]:
