@@ -174,6 +174,22 @@ def test_a_training_of_unknown_length_counts_as_ten_thousand_steps():
     assert "the length of the training is not known" in str(callback.strategy)
 
 
+# ----------------------------------------------------------------------------------- typical values
+
+
+class Many(DropoutMixin, Mlp):
+    def __init__(self, optimizer="adam", **options):
+        super().__init__(optimizer, granularity="model", **options)
+        self.net.insert(2, nn.Dropout(0.3))
+        self.register_dropout()
+        self.smooth = LabelSmoothing(0.2)
+        self.sigma = Hyperparameter(0.5, Interval(0.0))
+
+    def loss(self, batch):
+        x, y = batch
+        return self.smooth(self.net(x + self.sigma()), y)
+
+
 class Stepped(Many):
     """Has a λ of its own that is differenced."""
 
@@ -197,22 +213,6 @@ def test_masks_are_differenced_widely_and_nothing_else_is(estimator, width):
 
     fit(Stepped(), [callback, Spy()], steps=2)
     assert steps == {"keep": width, "smooth.epsilon": None, "own": 1e-3, "sigma": None}
-
-
-# ----------------------------------------------------------------------------------- typical values
-
-
-class Many(DropoutMixin, Mlp):
-    def __init__(self, optimizer="adam", **options):
-        super().__init__(optimizer, granularity="model", **options)
-        self.net.insert(2, nn.Dropout(0.3))
-        self.register_dropout()
-        self.smooth = LabelSmoothing(0.2)
-        self.sigma = Hyperparameter(0.5, Interval(0.0))
-
-    def loss(self, batch):
-        x, y = batch
-        return self.smooth(self.net(x + self.sigma()), y)
 
 
 def typical_of(callback, model):
