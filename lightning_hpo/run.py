@@ -231,6 +231,7 @@ class Run:
         names = [*self.hyperparameters, *(f"optimizer.{option}" for option in tuned)]
         frozen = [*(known.keys() - self.hyperparameters), *fixed_options(module)]
         findings = compatibility.check_steps(module)
+        assigned = None
         if settings.estimators is not None:
             assigned, more = compatibility.assign(settings.estimators, names, frozen)
             findings += more
@@ -250,7 +251,7 @@ class Run:
             trainer,
             self.hyperparameters,
             self.first_step,
-            assigned=None if settings.estimators is None else assigned,
+            assigned=assigned,
             outside_loss=[*(options.hyperparameters if options else {}), *self._named(penalties)],
             every_n_steps=settings.every_n_steps,
             lr=settings.lr if settings.optimizer is None else None,
@@ -619,7 +620,7 @@ class Run:
         self.steps = state["steps"]
         self.held_out.skip_to(state["consumed"])
         if not differences.keys() & {"hyperparameters", "optimizer"}:
-            self._typical.load_state_dict(state["typical"])
+            self._typical.load_state_dict(state.get("typical", {}))
             self._hyper_optimizer.load_state_dict(state["optimizer"]["state"])
         if not differences.keys() & {"hyperparameters", "estimator"}:
             for each, saved in zip(served, state["estimators"], strict=True):
