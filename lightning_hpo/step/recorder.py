@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo._tensors import widened
 from lightning_hpo.distributed import local
-from lightning_hpo.dynamics import GradientClipping, OptimizerStep
+from lightning_hpo.dynamics import Entry, GenericDynamics, GradientClipping, OptimizerStep
 from lightning_hpo.regularizers import PenaltyMixin
 from lightning_hpo.shield import Shadow
 from lightning_hpo.step.batches import Batches
@@ -235,12 +235,18 @@ class Recorder:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._hand_out()
+            self._hand_out(None)
             return None
+        dynamics = self._training.dynamics
+        entry: Entry | None = None
+        if isinstance(dynamics, GenericDynamics) and dynamics.is_foreign:
+            entry = dynamics.enter()
 
         def observed() -> Any:
+            if entry is not None:
+                entry.begin()
             result = closure()
-            self._hand_out()
+            self._hand_out(entry)
             return result
 
         if len(args) > 1:
@@ -248,16 +254,18 @@ class Recorder:
         return args, {**kwargs, "closure": observed}
 
     @torch.no_grad()
-    def _hand_out(self) -> None:
-        """Shows the step to its observers."""
+    def _hand_out(self, entry: Entry | None) -> None:
+        """Shows the step to its observers; it starts from what the optimizer held at its entry."""
         step, may_wait = self._due
         if any(space.window != 1 for space, _ in self._observers):
             self.shifts.look(may_wait=may_wait)
         with self._traces("step", step, may_wait=may_wait):
-            self._show()
+            self._show(entry)
 
-    def _show(self) -> None:
+    def _show(self, entry: Entry | None) -> None:
         point = self._training.dynamics.capture()
+        if entry is not None:
+            entry.return_(point)
         if not self._is_verified and isinstance(self._module, PenaltyMixin):
             self._module.check_penalties_applied()
         self._verifier.before(point, is_first=not self._is_verified)
