@@ -6,6 +6,9 @@ import array
 import ctypes
 import enum
 import functools
+import io
+import logging
+import queue
 import random
 import sys
 import threading
@@ -79,7 +82,8 @@ _BY_HOST_BASE = {
     "Strategy": Kind.ATOM,
     "Trainer": Kind.TRAINER,
 }
-# What the training itself moves: a step gets at it, but its state is not the module's.
+# What the training itself moves, or a thread or a file does: a step gets at it, but its state is
+# not the module's.
 _MACHINERY_OF = _HOST | {
     "_io",
     "_thread",
@@ -91,11 +95,23 @@ _MACHINERY_OF = _HOST | {
     "logging",
     "multiprocessing",
     "pathlib",
+    "queue",
     "re",
+    "socket",
+    "subprocess",
+    "tensorboard",
+    "tensorboardX",
     "threading",
     "typing",
+    "wandb",
 }
-_MACHINERY_OF_TORCH = ("torch._", "torch.distributed.", "torch.fx.", "torch.utils.hooks")
+_MACHINERY_OF_TORCH = (
+    "torch._",
+    "torch.distributed.",
+    "torch.fx.",
+    "torch.utils.hooks",
+    "torch.utils.tensorboard",
+)
 
 _BY_BASE: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
     (_ATOMS, Kind.ATOM),
@@ -106,6 +122,7 @@ _BY_BASE: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
         Kind.GENERATOR,
     ),
     (torch.optim.Optimizer, Kind.ATOM),
+    ((threading.Thread, queue.Queue, queue.SimpleQueue, io.IOBase, logging.Filterer), Kind.ATOM),
     (DataLoader, Kind.HOST),
     (torch.jit.ScriptModule, Kind.SCRIPT),
     (nn.Module, Kind.MODULE),

@@ -6,6 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -306,7 +307,7 @@ class Walker:
             for label, child in _named_children(value):
                 if type(child) is Guard:
                     child = vars(child)["_iterator"]
-                if id(child) not in seen and not isinstance(child, _NAMELESS):
+                if id(child) not in seen and not issubclass(type(child), _NAMELESS):
                     seen.add(id(child))
                     stack.append(((name + label).lstrip("."), child))
         return None
@@ -345,6 +346,8 @@ class Walker:
             cls = type(value)
             classes(value)
             if has_dict(cls) and type(own := vars(value)) is dict:
+                if any(issubclass(type(held), Thread) for held in own.values()):
+                    return  # its thread may write to all of it at any time
                 parents.setdefault(id(own), id(value))
                 hold(own, DICT)
             if slots_of(cls):
@@ -480,7 +483,9 @@ def _named_children(value: Any) -> Iterator[tuple[str, Any]]:
             )
     for base in classes_of(type(value)) if kind in _WITH_CLASS else ():
         state = read_class(base).items()
-        yield from ((f".{name}", child) for name, child in state if not isinstance(child, METHODS))
+        yield from (
+            (f".{name}", child) for name, child in state if not issubclass(type(child), METHODS)
+        )
     if kind is Kind.TRAINER:
         yield from ((f".{name}", child) for name, child in read_trainer(value).items())
         yield ".train_dataloader", value.train_dataloader

@@ -98,7 +98,7 @@ def _write_class(cls: type, content: dict[str, Any]) -> None:
 
 
 def _class_values(content: dict[str, Any]) -> list[Any]:
-    return [value for value in content.values() if not isinstance(value, METHODS)]
+    return [value for value in content.values() if not issubclass(type(value), METHODS)]
 
 
 def read_trainer(trainer: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -50,6 +51,9 @@ _ITERATORS: tuple[type, ...] = (
     count,
 )
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# By their types: a weak proxy may stand for what is gone.
+_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+_LEFT = (int, float, complex, str, bytes, type, type(None), ModuleType, *_PROXIES)
 _PLAIN = {int, float, complex, bool, str, bytes, type(None)}
 _MISSING = object()
 _STDLIB = os.path.dirname(os.__file__)
@@ -194,7 +198,7 @@ class _Found:
         self.is_complete = not self._waiting
 
     def _enter(self, value: Any) -> None:
-        if value is None or isinstance(value, (int, float, complex, str, bytes, type, ModuleType)):
+        if issubclass(type(value), _LEFT):
             return
         if id(value) in self._seen:
             return
@@ -348,7 +352,9 @@ class _Found:
 
             def get() -> dict[str, Any]:
                 state = read_class(kind).items()
-                return {name: value for name, value in state if not isinstance(value, METHODS)}
+                return {
+                    name: value for name, value in state if not issubclass(type(value), METHODS)
+                }
 
             def set_(before: dict[str, Any]) -> None:
                 for name in get().keys() - before.keys():
@@ -410,7 +416,9 @@ class _Found:
 
 def _is_position(value: Any) -> bool:
     """Whether an object is an iterator that shows nothing of itself."""
-    return isinstance(value, Iterator) and not hasattr(value, "__dict__")
+    kind = type(value)
+    is_proxy = kind in _PROXIES
+    return not is_proxy and isinstance(value, Iterator) and not hasattr(value, "__dict__")
 
 
 @lru_cache(maxsize=1024)

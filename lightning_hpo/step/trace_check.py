@@ -69,6 +69,8 @@ _CHUNK = 1 << 20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Of a variable outside of the module with more entries, only their number is compared.
 _ENTRIES = 10_000
+# What is written to these has left the training.
+_SHARED = (io.IOBase, queue.Queue, queue.SimpleQueue)
 _PLAIN = (int, float, complex, str, bytes, type, type(None))
 _NOTHING = object()
 
@@ -129,6 +131,15 @@ class TraceCheck:
                 f"outside of the module, and do not put them back: {', '.join(outside)}. If steps "
                 "depend on them, the training is another one than without the callback; keep them "
                 "as attributes of the module",
+                stacklevel=2,
+            )
+        shared = [name for name in changes.pop("shared", ()) if name not in self._told]
+        if shared:
+            self._told.update(shared)
+            warnings.warn(
+                "OnlineHPOCallback: replays of training_step or validation_step write, as the "
+                f"training does, to {', '.join(shared)}; files and queues are not put back. Write "
+                "to them in on_train_batch_end or on_validation_batch_end",
                 stacklevel=2,
             )
         for kind, names in changes.items():
@@ -211,8 +222,13 @@ class _Look:
                 for path in self._changed_entries(held):
                     note(path)
         for value, then, now in zip(self._values, self._shown, _shown(self._values), strict=True):
-            if then != now:
-                note(self._walker.path_of(value) or f"module a {type(value).__name__}")
+            if then == now:
+                continue
+            path = self._walker.path_of(value) or f"module a {type(value).__name__}"
+            if not isinstance(value, _SHARED):
+                note(path)
+            elif now is None or then is None or now > then:  # a thread may take from a queue
+                found.setdefault("shared", []).append(repr(path.partition(".")[2] or path))
         for name, state in self._states().items():
             if state is not _get(self._root.optimizer, name):
                 note(f"optimizer[{name!r}]")
@@ -381,10 +397,11 @@ def _shown_by_opaque(value: Any) -> Any:
             return len(value), zlib.crc32(value)
         if isinstance(value, io.IOBase):
             return None if value.closed else value.tell()
-        if isinstance(value, queue.SimpleQueue):
+        if isinstance(value, (queue.Queue, queue.SimpleQueue)):
             return value.qsize()
         if isinstance(value, np.random.BitGenerator):
             return str(value.state)
-    except (OSError, ValueError, TypeError):  # a pipe, or one that is being read line by line
+    except (OSError, ValueError, TypeError, ReferenceError):
+        # A pipe, one that is being read line by line, or a proxy of what is gone.
         return None
     return None
