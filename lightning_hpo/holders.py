@@ -130,14 +130,6 @@ OBJECTS = Holder(read_objects, write_objects)
 CONTAINERS = {Kind.DICT: DICT, Kind.LIST: LIST, Kind.DEQUE: DEQUE, Kind.SET: SET}
 
 
-def held_by(value: Any) -> Held | None:
-    """Returns what a container holds now; None for other objects."""
-    holder = CONTAINERS.get(kind_of(type(value)))
-    if isinstance(value, OrderedDict):
-        holder = ORDERED
-    return None if holder is None else Held(value, holder, holder.read(value))
-
-
 class Held(NamedTuple):
     """What a container holds at a moment: the very objects."""
 

@@ -1,7 +1,9 @@
 """What replays leave behind where nothing can put it back is found at the start, and named."""
 
 import csv
+import enum
 import io
+import itertools
 import mmap
 import queue
 import random
@@ -11,6 +13,7 @@ import warnings
 import weakref
 from types import SimpleNamespace
 
+import drawing
 import numpy as np
 import pytest
 import torch
@@ -501,6 +504,97 @@ class Attribute(Leaving):
         SETTINGS.calls += 1
 
 
+class Settings:
+    calls = 0
+    nested = SimpleNamespace(inner={"calls": 0})
+
+    @staticmethod
+    def call():
+        Settings.calls += 1
+
+    @classmethod
+    def call_too(cls):
+        cls.calls += 1
+
+
+class Slots:
+    __slots__ = ("calls",)
+
+
+class Mode(enum.Enum):
+    FIRST = 1
+
+
+class Size(int):
+    calls = 0
+
+
+class Own:
+    def __init__(self):
+        self.calls = [0]
+
+    def call(self):
+        HIDDEN["calls"] += 1
+
+
+SLOTS = Slots()
+SLOTS.calls = 0
+OWN = Own()
+HIDDEN = {"calls": 0}
+COMPILED = type("Compiled", (), {"__module__": "numpy.compiled"})()
+COMPILED.cache = {}
+COUNTER = [itertools.count()]
+TENSORS = {"a": (torch.zeros(2),)}
+TEACHER = torch.nn.Linear(2, 2).requires_grad_(False)
+
+
+def counts():
+    counts.calls = getattr(counts, "calls", 0) + 1
+
+
+def on_own(name):
+    """Of a kind that replays leave as it is, held by the module."""
+
+    def change(self, batch, loss):
+        self.kept.calls = getattr(self.kept, "calls", 0) + 1
+
+    kept = {"class": Settings, "module": drawing, "member": Mode.FIRST, "number": Size(3)}[name]
+    return type("OnOwn", (Leaving,), {"make": lambda self: kept, "change": change})
+
+
+def doing(act):
+    return type("Doing", (Leaving,), {"change": lambda self, batch, loss: act()})
+
+
+DEEPER = {
+    "Settings.calls": doing(lambda: setattr(Settings, "calls", Settings.calls + 1)),
+    "Settings.calls ": doing(lambda: Settings.call()),
+    "Settings.calls  ": doing(lambda: Settings.call_too()),
+    "Settings.nested": doing(lambda: Settings.nested.inner.update(calls=object())),
+    "SLOTS": doing(lambda: setattr(SLOTS, "calls", SLOTS.calls + 1)),
+    "OWN": doing(lambda: OWN.calls.append(1)),
+    "HIDDEN": doing(lambda: OWN.call()),
+    "COUNTER": doing(lambda: next(COUNTER[0])),
+    "TENSORS": doing(lambda: TENSORS["a"][0].add_(1.0)),
+    "TEACHER": doing(lambda: TEACHER.weight.add_(1.0)),
+    "counts": doing(lambda: counts()),
+    "RNG": doing(lambda: drawing.draw()),
+    "drawing.COUNT": doing(lambda: setattr(drawing, "COUNT", drawing.COUNT + 1)),
+    "kept.calls": on_own("class"),
+    "kept.calls ": on_own("module"),
+    "kept": on_own("member"),
+    "kept ": on_own("number"),
+}
+
+
+@pytest.mark.parametrize("name", DEEPER)
+def test_variables_of_other_kinds(name):
+    text = rf"outside of the module, and do not put them back: '{name.strip()}'\. If.*as attrib"
+    with pytest.warns(UserWarning, match=text) as caught:
+        observe(ClipR(), DEEPER[name]())
+    assert sum("outside of the module" in str(w.message) for w in caught) == 1
+
+
 def closing():
     seen = []
 
@@ -531,9 +625,16 @@ def test_variables_outside_of_the_module(name, make):
 
 
 class Reading(Leaving):
-    """Reads them alone."""
+    """Reads them alone; one of a library keeps what it has compiled."""
+
+    def make(self):
+        return [Settings, drawing, Mode.FIRST]
 
     def change(self, batch, loss):
+        COMPILED.cache[len(COMPILED.cache)] = loss
+        assert Settings.calls + SLOTS.calls + len(OWN.calls) + drawing.COUNT >= 0
+        assert TEACHER(TENSORS["a"][0]).isfinite().all()
+        assert len(COUNTER) == 1
         assert COUNT + len(SEEN) + len(CACHE) >= 0
         assert float(TENSOR.sum()) + SETTINGS.scale + VOCABULARY["a"] >= 0
         self.log("loss", loss)
