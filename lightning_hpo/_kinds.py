@@ -47,6 +47,7 @@ class Kind(enum.Enum):
     OBJECT = enum.auto()  # attributes, in a __dict__ or in slots
     HOST = enum.auto()  # the same of a callback, a datamodule or a loader, which may hold data
     TRAINER = enum.auto()
+    OPTIMIZER = enum.auto()  # attributes that are numbers and such; the rest is not a step's
 
 
 _ATOMS = (
@@ -121,7 +122,7 @@ _BY_BASE: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
         (torch.Generator, np.random.Generator, np.random.RandomState, random.Random),
         Kind.GENERATOR,
     ),
-    (torch.optim.Optimizer, Kind.ATOM),
+    (torch.optim.Optimizer, Kind.OPTIMIZER),
     ((threading.Thread, queue.Queue, queue.SimpleQueue, io.IOBase, logging.Filterer), Kind.ATOM),
     (DataLoader, Kind.HOST),
     (torch.jit.ScriptModule, Kind.SCRIPT),

@@ -27,6 +27,7 @@ from lightning_hpo.holders import (
     METHODS,
     MODULE,
     OBJECTS,
+    OPTIMIZER,
     ORDERED,
     SET,
     SLOTS,
@@ -395,7 +396,10 @@ class Walker:
                 attributes(value)
             elif kind is Kind.TRAINER and is_data:
                 hold(value, TRAINER)
-                push((value.train_dataloader, value.val_dataloaders), key)
+                push((value.train_dataloader, value.val_dataloaders, *value.optimizers), key)
+            elif kind is Kind.OPTIMIZER:
+                hold(value, OPTIMIZER)
+                push((value.defaults,), key)
             elif kind in (Kind.HOST, Kind.TRAINER):
                 later.append(value)
             elif kind is Kind.FUNCTION:
@@ -490,6 +494,9 @@ def _named_children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", child) for name, child in read_trainer(value).items())
         yield ".train_dataloader", value.train_dataloader
         yield ".val_dataloaders", value.val_dataloaders
+        yield from ((f".optimizers[{i}]", child) for i, child in enumerate(value.optimizers))
+    if kind is Kind.OPTIMIZER:
+        yield ".defaults", value.defaults
     if kind is Kind.DICT:
         yield from ((f"[{key!r}]", child) for key, child in dict.items(value))
     elif kind in (Kind.LIST, Kind.DEQUE, Kind.TUPLE):
