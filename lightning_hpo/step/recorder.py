@@ -73,7 +73,7 @@ class Recorder:
     ) -> None:
         self._stepped = False
         self.check = ReplayCheck(training, partial(may_change_gradients, trainer, module, callback))
-        self.shifts = ShiftCheck(module)
+        self.shifts = ShiftCheck(module, training.dynamics.optimizer)
         self._trainer = trainer
         self._module = module
         self._training = training
@@ -241,6 +241,8 @@ class Recorder:
         entry: Entry | None = None
         if isinstance(dynamics, GenericDynamics) and dynamics.is_foreign:
             entry = dynamics.enter()
+            if any(space.window != 1 for space, _ in self._observers):
+                self.shifts.look_at_state()
 
         def observed() -> Any:
             if entry is not None:
@@ -259,6 +261,8 @@ class Recorder:
         step, may_wait = self._due
         if any(space.window != 1 for space, _ in self._observers):
             self.shifts.look(may_wait=may_wait)
+            if entry is None:  # else the optimizer may have written to it already
+                self.shifts.look_at_state()
         with self._traces("step", step, may_wait=may_wait):
             self._show(entry)
 
