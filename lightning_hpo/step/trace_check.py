@@ -6,6 +6,7 @@ import io
 import itertools
 import mmap
 import operator
+import os
 import queue
 import warnings
 import zlib
@@ -225,7 +226,7 @@ class _Look:
             if then == now:
                 continue
             path = self._walker.path_of(value) or f"module a {type(value).__name__}"
-            if not isinstance(value, _SHARED):
+            if not (isinstance(value, _SHARED) or _is_summary_writer(value)):
                 note(path)
             elif now is None or then is None or now > then:  # a thread may take from a queue
                 found.setdefault("shared", []).append(repr(path.partition(".")[2] or path))
@@ -331,6 +332,11 @@ def _position(value: Any) -> Any:
     return repr(value) if isinstance(value, itertools.count) else operator.length_hint(value, -1)
 
 
+def _is_summary_writer(value: Any) -> bool:
+    """Whether a value is one of TensorBoard, without importing that."""
+    return type(value).__name__ == "SummaryWriter"
+
+
 def _sum_of_store(value: Any) -> int | None:
     if isinstance(value, np.ndarray):
         if value.dtype.hasobject:
@@ -352,9 +358,12 @@ def _shown_by_opaque(value: Any) -> Any:
             return None if value.closed else value.tell()
         if isinstance(value, (queue.Queue, queue.SimpleQueue)):
             return value.qsize()
+        if _is_summary_writer(value):
+            value.flush()
+            return sum(entry.stat().st_size for entry in os.scandir(value.log_dir))
         if isinstance(value, np.random.BitGenerator):
             return str(value.state)
-    except (OSError, ValueError, TypeError, ReferenceError):
+    except (OSError, ValueError, TypeError, ReferenceError, AttributeError):
         # A pipe, one that is being read line by line, or a proxy of what is gone.
         return None
     return None

@@ -4,6 +4,7 @@ import csv
 import enum
 import io
 import itertools
+import math
 import mmap
 import queue
 import random
@@ -17,9 +18,22 @@ import drawing
 import numpy as np
 import pytest
 import torch
-from cases import Mlp, fit, flat, frozen, observe, train_loader, valid_loader, weights
+from cases import (
+    Mlp,
+    fit,
+    flat,
+    frozen,
+    last_hypergradient,
+    observe,
+    relative_error,
+    train_loader,
+    truth,
+    valid_loader,
+    weights,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_hpo import T1T2, ClipR, OnlineHPOCallback, UnrollK, contents
 
@@ -150,8 +164,21 @@ class Table(Leaving):
         self.kept[1].writerow([loss.item()])
 
 
+class Summary(Leaving):
+    """Its events are written by a thread."""
+
+    def make(self):
+        return [SummaryWriter(tempfile.mkdtemp())]
+
+    def change(self, batch, loss):
+        self.kept[0].add_scalar("loss", loss.item(), self.global_step)
+
+    def on_train_end(self):
+        self.kept[0].close()
+
+
 @EVERY_ESTIMATOR
-@pytest.mark.parametrize("kind", [Numbers, More, Text, Table])
+@pytest.mark.parametrize("kind", [Numbers, More, Text, Table, Summary])
 def test_files_and_queues_are_named_and_left(kind, make):
     plain = kind()
     fit(plain)
@@ -297,9 +324,30 @@ class Scheduling(Leaving):
         self.lr_schedulers().step()
 
 
+class SchedulingInSequence(Scheduling):
+    """What the outer one holds is not put back."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        parts = [torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(2)]
+        whole = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [3])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": whole, "interval": "step"}}
+
+
 def test_learning_rate_schedulers():
-    with pytest.raises(MisconfigurationException, match=r"schedulers: '\[0\]\.\w+'.*Step them"):
-        observe(ClipR(), Scheduling())
+    with pytest.raises(MisconfigurationException, match=r"schedulers: '\[0\]\.\w+.*Step them"):
+        observe(ClipR(), SchedulingInSequence())
+
+
+@EVERY_ESTIMATOR
+def test_a_plain_scheduler_is_put_back(make):
+    plain = Scheduling()
+    fit(plain)
+    model = Scheduling()
+    observe(make(), model)
+    assert torch.equal(weights(model), weights(plain))
+    found = last_hypergradient(observe(ClipR(math.inf), Scheduling(granularity="model")))
+    assert relative_error(found, truth(lambda: Scheduling(granularity="model"))) < 1e-5
 
 
 class Doubling(Leaving):
@@ -622,6 +670,23 @@ def test_variables_outside_of_the_module(name, make):
     with pytest.warns(UserWarning, match=text) as caught:
         observe(make(), OUTSIDE[name]())
     assert sum("outside of the module" in str(w.message) for w in caught) == 1
+
+
+class SummarizesLater(Summary):
+    """Not in the step itself."""
+
+    def change(self, batch, loss):
+        pass
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().change(batch, outputs["loss"])
+
+
+@EVERY_ESTIMATOR
+def test_files_that_steps_leave_alone(make):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*files and queues")
+        observe(make(), SummarizesLater())
 
 
 class Reading(Leaving):
