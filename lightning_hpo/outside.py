@@ -74,9 +74,9 @@ class Outside:
 
     def _attribute(self, name: str, value: Any) -> None:
         """Looks at an attribute of the module, of a kind that replays do not put back."""
-        if isinstance(value, (type, ModuleType)):
+        if issubclass(type(value), (type, ModuleType)):
             self._space(name, value, None)
-        elif isinstance(value, _CODE) or _is_cache(value):
+        elif issubclass(type(value), _CODE) or _is_cache(value):
             self._waiting.append(value)
         elif _has_attributes(value):
             self._variable(id(value), name, partial(vars, value))
@@ -142,11 +142,11 @@ class Outside:
     def _inside(self, name: str, space: Any, attribute: str, names: tuple[str, ...] | None) -> None:
         read = partial(_get, space, attribute)
         value = read()
-        if names is None and isinstance(value, (type, ModuleType)):
+        if names is None and issubclass(type(value), (type, ModuleType)):
             return  # what a module has imported
-        if isinstance(value, (type, ModuleType)) and id(value) in self._seen:
+        if issubclass(type(value), (type, ModuleType)) and id(value) in self._seen:
             return
-        if isinstance(value, (type, ModuleType)):
+        if issubclass(type(value), (type, ModuleType)):
             self._seen[id(value)] = value
         self._named_by(id(space), f"{name}.{attribute}", read, names or ())
 
@@ -161,7 +161,7 @@ def _methods(kind: type) -> Iterator[Any]:
     """Yields the methods of a class that steps may call."""
     for base in classes_of(kind):
         for name, member in vars(base).items():
-            if name not in _NO_STEP and (isinstance(member, _CODE) or _is_cache(member)):
+            if name not in _NO_STEP and (issubclass(type(member), _CODE) or _is_cache(member)):
                 yield member
 
 
@@ -172,7 +172,9 @@ def _is_cache(value: Any) -> bool:
 
 def _has_attributes(value: Any) -> bool:
     """Whether a value of a kind that replays leave as it is has attributes of its own."""
-    return isinstance(value, (enum.Enum, int, float, str)) and bool(getattr(value, "__dict__", 0))
+    # Types are asked, here and above, not values: a weak proxy may stand for what is gone.
+    is_plain = issubclass(type(value), (enum.Enum, int, float, str))
+    return is_plain and bool(getattr(value, "__dict__", None))
 
 
 @lru_cache(maxsize=4096)

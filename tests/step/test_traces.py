@@ -235,15 +235,20 @@ class Gone:
     pass
 
 
+PROXY = weakref.proxy(Gone())
+
+
 class Proxies(Leaving):
     """Weak proxies whose object goes in the first step."""
 
     def make(self):
         gone = Gone()
+        self.proxy = weakref.proxy(gone)
         return [gone, {"proxy": weakref.proxy(gone)}, weakref.proxy(gone)]
 
     def change(self, batch, loss):
         self.kept[0] = None
+        assert PROXY is not self.proxy
 
 
 @EVERY_ESTIMATOR
