@@ -6,6 +6,9 @@ import array
 import ctypes
 import enum
 import functools
+import io
+import logging
+import queue
 import random
 import sys
 import threading
@@ -64,6 +67,7 @@ class Kind(enum.Enum):
     OBJECT = enum.auto()  # attributes, in a __dict__ or in slots
     HOST = enum.auto()  # the same of a callback, a datamodule or a loader, which may hold data
     TRAINER = enum.auto()
+    OPTIMIZER = enum.auto()  # attributes that are numbers and such; the rest is not a step's
 
     __hash__ = object.__hash__  # that of Enum hashes the name, in Python
 
@@ -101,7 +105,8 @@ _BY_HOST_BASE = {
     "Strategy": Kind.ATOM,
     "Trainer": Kind.TRAINER,
 }
-# What the training itself moves: a step gets at it, but its state is not the module's.
+# What the training itself moves, or a thread or a file does: a step gets at it, but its state is
+# not the module's.
 _MACHINERY_OF = _HOST | {
     "_io",
     "_thread",
@@ -113,11 +118,23 @@ _MACHINERY_OF = _HOST | {
     "logging",
     "multiprocessing",
     "pathlib",
+    "queue",
     "re",
+    "socket",
+    "subprocess",
+    "tensorboard",
+    "tensorboardX",
     "threading",
     "typing",
+    "wandb",
 }
-_MACHINERY_OF_TORCH = ("torch._", "torch.distributed.", "torch.fx.", "torch.utils.hooks")
+_MACHINERY_OF_TORCH = (
+    "torch._",
+    "torch.distributed.",
+    "torch.fx.",
+    "torch.utils.hooks",
+    "torch.utils.tensorboard",
+)
 
 _BY_BASE: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
     (_ATOMS, Kind.ATOM),
@@ -127,7 +144,8 @@ _BY_BASE: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
         (torch.Generator, np.random.Generator, np.random.RandomState, random.Random),
         Kind.GENERATOR,
     ),
-    (torch.optim.Optimizer, Kind.ATOM),
+    (torch.optim.Optimizer, Kind.OPTIMIZER),
+    ((threading.Thread, queue.Queue, queue.SimpleQueue, io.IOBase, logging.Filterer), Kind.ATOM),
     (DataLoader, Kind.HOST),
     (torch.jit.ScriptModule, Kind.SCRIPT),
     (nn.Module, Kind.MODULE),

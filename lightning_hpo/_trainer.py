@@ -27,16 +27,14 @@ def stage(trainer: pl.Trainer, running: RunningStage) -> Iterator[None]:
 
 def progress_of(trainer: pl.Trainer) -> dict[str, Any]:
     """Returns what a step may ask the trainer about its progress and learning rates."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress
     return {
-        "global_step": trainer.global_step,
-        "epoch": trainer.current_epoch,
-        "batches": [batches.total.ready, batches.current.ready, batches.is_last_batch],
+        "counts": [getattr(owner, name) for owner, name in _counts(trainer)],
         "lr": [_number(group["lr"]) for o in trainer.optimizers for group in o.param_groups],
         "last_lr": [
             [_number(lr) for lr in getattr(config.scheduler, "_last_lr", ())]
             for config in trainer.lr_scheduler_configs
         ],
+        "schedulers": [_plain(config.scheduler) for config in trainer.lr_scheduler_configs],
     }
 
 
@@ -50,28 +48,54 @@ def progressed_to(trainer: pl.Trainer, progress: dict[str, Any]) -> Iterator[Non
         trainer: The trainer.
         progress: What :func:`progress_of` returned.
     """
-    epoch_loop = trainer.fit_loop.epoch_loop
-    steps = epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
-    epochs, batches = trainer.fit_loop.epoch_progress.current, epoch_loop.batch_progress
+    counts = _counts(trainer)
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    before = steps.completed, epochs.completed
-    counts = batches.total.ready, batches.current.ready, batches.is_last_batch
+    before = [getattr(owner, name) for owner, name in counts]
     rates = [(s, s._last_lr) for s in schedulers if hasattr(s, "_last_lr")]
+    plain = [_plain(s) for s in schedulers]
     groups = [group for o in trainer.optimizers for group in o.param_groups]
     try:
-        steps.completed, epochs.completed = progress["global_step"], progress["epoch"]
-        batches.total.ready, batches.current.ready, batches.is_last_batch = progress["batches"]
+        for (owner, name), count in zip(counts, progress["counts"], strict=True):
+            setattr(owner, name, count)
         for group, lr in zip(groups, progress["lr"], strict=False):  # more may have joined
             group["lr"] = lr
-        for scheduler, last in zip(schedulers, progress["last_lr"], strict=True):
+        for scheduler, last, numbers in zip(
+            schedulers, progress["last_lr"], progress["schedulers"], strict=True
+        ):
+            vars(scheduler).update(numbers)
             if hasattr(scheduler, "_last_lr"):
                 scheduler._last_lr = last
         yield
     finally:
-        steps.completed, epochs.completed = before
-        batches.total.ready, batches.current.ready, batches.is_last_batch = counts
+        for (owner, name), count in zip(counts, before, strict=True):
+            setattr(owner, name, count)
         for scheduler, last in rates:
             scheduler._last_lr = last
+        for scheduler, numbers in zip(schedulers, plain, strict=True):
+            vars(scheduler).update(numbers)
+
+
+def _counts(trainer: pl.Trainer) -> list[tuple[Any, str]]:
+    """Returns where the loops count."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    batches, epochs = epoch_loop.batch_progress, trainer.fit_loop.epoch_progress
+    return [
+        (epoch_loop.automatic_optimization.optim_progress.optimizer.step.total, "completed"),
+        *((part, "completed") for part in (epochs.total, epochs.current)),
+        *((part, "processed") for part in (epochs.total, epochs.current)),
+        # Steps get to see one that has been started, hooks before them do not.
+        *((part, "ready") for part in (epochs.current, batches.total, batches.current)),
+        *((part, "processed") for part in (batches.total, batches.current)),
+        *((part, "completed") for part in (batches.total, batches.current)),
+        (batches, "is_last_batch"),
+        (epoch_loop, "_batches_that_stepped"),
+    ]
+
+
+def _plain(scheduler: Any) -> dict[str, Any]:
+    """Returns the counts and numbers of a scheduler."""
+    plain = (bool, int, float, str, type(None))
+    return {name: value for name, value in vars(scheduler).items() if type(value) in plain}
 
 
 def _number(lr: Any) -> Any:

@@ -42,7 +42,7 @@ def _copied(value: Any, memo: dict[int, Any], memories: dict[int, Any]) -> Any:
 
 _SHARED = {
     *(Kind.ATOM, Kind.MODULE, Kind.SCRIPT, Kind.FUNCTION, Kind.METHOD, Kind.PARTIAL, Kind.CELL),
-    *(Kind.HOST, Kind.TRAINER, Kind.WEAK),
+    *(Kind.HOST, Kind.TRAINER, Kind.OPTIMIZER, Kind.WEAK),
 }
 
 

@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import filterfalse
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from lightning_hpo.holders import (
     MODULE,
     MODULE_PARTS,
     OBJECTS,
+    OPTIMIZER,
     ORDERED,
     SET,
     SLOTS,
@@ -362,6 +364,8 @@ class Walker:
             cls = type(value)
             classes(value)
             if has_dict(cls) and type(own := vars(value)) is dict:
+                if any(issubclass(type(held), Thread) for held in own.values()):
+                    return  # its thread may write to all of it at any time
                 parents.setdefault(id(own), id(value))
                 hold(own, DICT)
             if slots_of(cls):
@@ -404,7 +408,10 @@ class Walker:
                 attributes(value)
             elif kind is Kind.TRAINER and is_data:
                 hold(value, TRAINER)
-                push((value.train_dataloader, value.val_dataloaders), key)
+                push((value.train_dataloader, value.val_dataloaders, *value.optimizers), key)
+            elif kind is Kind.OPTIMIZER:
+                hold(value, OPTIMIZER)
+                push((value.defaults,), key)
             elif kind in (Kind.HOST, Kind.TRAINER):
                 later.append(value)
             elif kind is Kind.FUNCTION:
@@ -497,6 +504,9 @@ def _named_children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", child) for name, child in read_trainer(value).items())
         yield ".train_dataloader", value.train_dataloader
         yield ".val_dataloaders", value.val_dataloaders
+        yield from ((f".optimizers[{i}]", child) for i, child in enumerate(value.optimizers))
+    if kind is Kind.OPTIMIZER:
+        yield ".defaults", value.defaults
     if kind is Kind.DICT:
         yield from ((f"[{key!r}]", child) for key, child in dict.items(value))
     elif kind in (Kind.LIST, Kind.DEQUE, Kind.TUPLE):

@@ -158,6 +158,7 @@ def _detached(value: Any) -> Any:
 
 def _has_graph(value: Any) -> bool:
     """Whether a value is a tensor that was computed, and no mere view of a parameter."""
+    # By its type: a weak proxy may stand for what is gone.
     if not issubclass(type(value), Tensor) or not is_computed(value):
         return False
     return value._base is None or not value._base.is_leaf

@@ -100,7 +100,9 @@ class HeldOut:
             step, "dataloader_iter", explicit=True
         )
         self._shield = Shield(trainer, module)
-        self._datamodule = PrivateState(getattr(trainer, "datamodule", None))
+        # Of the module itself the shield takes care.
+        hooks = [getattr(type(module), hook, None) for hook in _TRANSFER_HOOKS]
+        self._private = PrivateState(getattr(trainer, "datamodule", None), *hooks)
         self._epoch = trainer.current_epoch
         self._requested: Any = None
         self._source = self._find()
@@ -245,7 +247,7 @@ class HeldOut:
         with (
             self._shield() if of_module else nullcontext(),
             seeded_rng(self._shield.device, self._seed, k) as seed,
-            self._datamodule(seed),
+            self._private(seed),
         ):
             yield
 

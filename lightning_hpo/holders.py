@@ -142,6 +142,26 @@ def _write_trainer(trainer: Any, content: dict[str, Any]) -> None:
     own.update(content)
 
 
+_OF_TORCH = vars(torch.optim.SGD([torch.zeros(())], lr=0.0)).keys() | {"step", "_step_count"}
+
+
+def read_optimizer(optimizer: Any) -> dict[str, Any]:
+    """Returns the attributes of an optimizer that are plain data, and not torch's own."""
+    plain = (int, float, complex, str, bytes, tuple, type(None))
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name not in _OF_TORCH and issubclass(type(value), plain)
+    }
+
+
+def _write_optimizer(optimizer: Any, content: dict[str, Any]) -> None:
+    own = vars(optimizer)
+    for name in read_optimizer(optimizer).keys() - content.keys():
+        del own[name]
+    own.update(content)
+
+
 METHODS = (FunctionType, classmethod, staticmethod, property)
 
 DICT = Holder(dict.copy, _write_dict, dict.values)
@@ -154,16 +174,9 @@ CELL = Holder(read_cell, _write_cell)
 CLASS = Holder(read_class, _write_class, _class_values)
 SLOTS = Holder(read_slots, write_slots, dict.values)
 TRAINER = Holder(read_trainer, _write_trainer, dict.values)
+OPTIMIZER = Holder(read_optimizer, _write_optimizer, dict.values)
 OBJECTS = Holder(read_objects, write_objects)
 CONTAINERS = {Kind.DICT: DICT, Kind.LIST: LIST, Kind.DEQUE: DEQUE, Kind.SET: SET}
-
-
-def held_by(value: Any) -> Held | None:
-    """Returns what a container holds now; None for other objects."""
-    holder = CONTAINERS.get(kind_of(type(value)))
-    if isinstance(value, OrderedDict):
-        holder = ORDERED
-    return None if holder is None else Held(value, holder, holder.read(value))
 
 
 class Held(NamedTuple):

@@ -51,6 +51,7 @@ _ITERATORS: tuple[type, ...] = (
     count,
 )
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# By their types: a weak proxy may stand for what is gone.
 _PLAIN = {int, float, complex, bool, str, bytes, type(None)}
 _MISSING = object()
 _STDLIB = os.path.dirname(os.__file__)
@@ -294,7 +295,7 @@ class _Found:
         if vars(function):
             self._waiting.append(vars(function))
         variables = function.__globals__
-        names = _names_in(function.__code__)
+        names = names_in(function.__code__)
         if is_library(function.__code__.co_filename):
             values = [variables.get(name) for name in names]
             self._waiting += [v for v in values if issubclass(type(v), _GENERATORS)]
@@ -424,12 +425,12 @@ def _methods(kind: type) -> list[Any]:
 
 
 @lru_cache(maxsize=4096)
-def _names_in(code: CodeType) -> tuple[str, ...]:
+def names_in(code: CodeType) -> tuple[str, ...]:
     """Returns the names that a function looks up, in functions and comprehensions within it too."""
     found = dict.fromkeys(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found.update(dict.fromkeys(_names_in(constant)))
+            found.update(dict.fromkeys(names_in(constant)))
     return tuple(found)
 
 

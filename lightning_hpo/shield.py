@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._lightning import classes
+from lightning_hpo.caches import Caches
 from lightning_hpo.contents import Reached, Walker
 from lightning_hpo.distributed import is_sharded, reshard
 from lightning_hpo.exchange import ModuleState, exchanged, remember, views_of
@@ -38,6 +39,7 @@ class Shield:
         self._module = module
         self._kinds = classes("LightningModule")
         self._walker = Walker(module)
+        self._caches = Caches(module)
         self._without_gradient: dict[int, Tensor] = {}
         self._with_own: Set[int] = set()
 
@@ -107,6 +109,7 @@ class Shield:
         try:
             with (
                 aside,
+                self._caches(),
                 forked_rng(self.device, rng),
                 self._with_gradients(self._leaves(reached), state),
                 exchanged(self._walker, reached, self._written(reached), state, swaps),

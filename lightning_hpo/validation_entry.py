@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +15,7 @@ from lightning_hpo._lightning import classes
 from lightning_hpo._trainer import overrides
 from lightning_hpo.distributed import is_sharded
 from lightning_hpo.held_out import HeldOutBatch
+from lightning_hpo.shield import Shadow
 
 _MODE, _END = "on_validation_model_eval", "on_validation_model_train"
 _STARTS = ("on_validation_start", "on_validation_epoch_start")
@@ -46,7 +47,7 @@ class ValidationEntry:
     @contextmanager
     def __call__(self, batch: HeldOutBatch) -> Iterator[None]:
         """Enters, and leaves."""
-        with self._wrappers_keep_their_mode():
+        with self._wrappers_keep_their_mode(), self._optimizers_keep_theirs():
             for _, call in self._calls(batch):
                 call()
             yield
@@ -63,6 +64,13 @@ class ValidationEntry:
             batch: A held-out batch.
             theta: The parameters that the optimizer moves.
         """
+        for optimizer in self._optimizers_with_modes():
+            warnings.warn(
+                f"OnlineHPOCallback: {type(optimizer).__name__} has eval() and train(), which "
+                "exchange the weights that it trains for others. Held-out batches are evaluated at "
+                "those that it trains",
+                stacklevel=2,
+            )
         if not self._hooks & {_MODE, *_STARTS, _BATCH} or is_sharded(theta):
             return
         before = [(p.data, p.detach().clone(), p.requires_grad) for p in theta]
@@ -70,7 +78,7 @@ class ValidationEntry:
             # Averages are the weights themselves at first; moved weights show what is written.
             for p in theta:
                 p.data.add_(1)
-            with self._wrappers_keep_their_mode():
+            with self._wrappers_keep_their_mode(), self._optimizers_keep_theirs():
                 for name, call in self._calls(batch):
                     fault = self._fault_of(call, before, theta)
                     if fault is not None and name in self._hooks:
@@ -124,6 +132,29 @@ class ValidationEntry:
             stacklevel=2,
         )
 
+    def _optimizers_with_modes(self) -> list[Any]:
+        """Returns the optimizers that put other weights in place for a validation."""
+        return [
+            optimizer
+            for optimizer in self._trainer.optimizers
+            if all(callable(getattr(optimizer, mode, None)) for mode in ("eval", "train"))
+        ]
+
+    @contextmanager
+    def _optimizers_keep_theirs(self) -> Iterator[None]:
+        """Lets hooks and the module's ``train`` call ``eval`` of an optimizer in vain.
+
+        What it does to the weights could be undone to rounding only.
+        """
+        optimizers = self._optimizers_with_modes()
+        if optimizers:
+            optimizers += getattr(self._trainer.strategy, "_lightning_optimizers", [])
+        with ExitStack() as stack:
+            for optimizer in optimizers:
+                for mode in ("eval", "train"):
+                    stack.callback(Shadow(optimizer, mode, _nothing).remove)
+            yield
+
     @contextmanager
     def _wrappers_keep_their_mode(self) -> Iterator[None]:
         """Puts back the mode of what the strategy wraps the module in, which its hooks may set."""
@@ -135,3 +166,7 @@ class ValidationEntry:
         finally:
             for m, mode in zip(outer, modes, strict=True):
                 m.training = mode
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of a method."""

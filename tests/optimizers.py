@@ -478,6 +478,66 @@ class CountsInIterator(Counting):
         self.taken = next(self.counter)
 
 
+# ------------------------------------------------------------------- counts before the closure
+
+
+class WarmsUp(optim.SGD):
+    """Sets its learning rate before it calls its closure, from a count in an attribute."""
+
+    def __init__(self, parameters, lr=0.05):
+        super().__init__(parameters, lr, momentum=0.9)
+        self.t = 0
+
+    def step(self, closure=None):
+        self.t += 1
+        for group in self.param_groups:
+            group["lr"] = 0.05 * min(1, self.t / 5)
+        return super().step(closure)
+
+
+class Noam(optim.Adam):
+    """Counts in a group, in a tensor and in an iterator of a list."""
+
+    def __init__(self, parameters, lr=0.05):
+        super().__init__(parameters, lr, eps=1e-4)
+        self.t, self.ks = torch.zeros(()), [itertools.count(1)]
+
+    def step(self, closure=None):
+        self.t += 1
+        count = self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+        assert count == self.t
+        for group in self.param_groups:
+            group["lr"] = 0.05 * min(count**-0.5, next(self.ks[0]) * 4**-1.5)
+        return super().step(closure)
+
+
+class WrapsAndCounts(optim.Optimizer):
+    """A schedule around another optimizer, from a count in its state."""
+
+    def __init__(self, parameters, lr=0.05):
+        self.inner = optim.SGD(list(parameters), lr, momentum=0.9)
+        super().__init__(self.inner.param_groups, {})
+
+    def step(self, closure=None):
+        self.state["n"] = self.state.get("n", 0) + 1
+        for group in self.inner.param_groups:
+            group["lr"] = 0.05 / self.state["n"] ** 0.5
+        return self.inner.step(closure)
+
+
+class DecaysBefore(Rule):
+    """Writes to its momentum before it calls its closure."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for state in self.state.values():
+            state["m"].mul_(0.9)
+        return super().step(closure)
+
+    def update(self, group, p, g):
+        p.sub_(group["lr"] * self.state[p].setdefault("m", torch.zeros_like(p)).add_(g))
+
+
 @dataclass(slots=True)
 class Slots:
     taken: int = 0
@@ -536,12 +596,14 @@ EXACT = [
     Lists, Nested, Objects, OnGroups, Buffers, DataDecay, DataSet, CountsInState, CountsInAttribute,
     Noisy, Madgrad, Lamb, Foreach, ThroughSuper, Lookahead, LookaheadOfState, RequiredClosure,
     CountsInArray, CountsInIterator, CountsInSlots, CountsInNamespace, Clips, ClipsEachForItself,
+    WarmsUp, Noam, WrapsAndCounts,
 ]  # fmt: skip
 """Followed exactly."""
 
 REFUSED = [
     (Sam, "evaluates its closure 2 times"),
     (Early, "moves the parameters before it evaluates its closure"),
+    (DecaysBefore, "writes to its state 'm' before it evaluates its closure"),
     (Polyak, "depends on the value of the loss"),
     (DAdaptAdam, "is not what tangents follow"),
     (ByItem, "the parameter after a step, as a function of the gradient, is not"),

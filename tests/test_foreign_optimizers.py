@@ -60,6 +60,20 @@ def test_what_cannot_be_followed_is_refused_before_anything_moves(kind, reason):
     assert torch.equal(weights(model), before)
 
 
+def test_what_the_training_step_sets_stays_beside_what_the_optimizer_counts():
+    """Before the closure the optimizer sets its learning rate, inside of it the step momentum."""
+
+    class Sets(maker(optimizers.WarmsUp)):
+        def training_step(self, batch, batch_idx):
+            self.trainer.optimizers[0].param_groups[0]["momentum"] = 0.9 - 0.05 * self.global_step
+            return super().training_step(batch, batch_idx)
+
+    expected = truth(Sets, steps=STEPS)
+    for estimator in ESTIMATORS.values():
+        callback = observe(estimator(), Sets(), steps=STEPS)
+        assert relative_error(last_hypergradient(callback), expected) < 1e-5
+
+
 @pytest.mark.parametrize("make", [T1T2, ClipR], ids=["T1T2", "ClipR"])
 def test_a_number_that_acts_later_is_found_later(make):
     """The trials at the third step reach the fifth."""

@@ -338,6 +338,17 @@ class Arriving(Mlp):
             self.net[0].requires_grad_(True)
 
 
+class Unfreezing(Arriving):
+    """The step itself lets it."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        pass
+
+    def training_step(self, batch, batch_idx):
+        self.net[0].requires_grad_(self.global_step >= 2)
+        return super().training_step(batch, batch_idx)
+
+
 class Teacher(Mlp):
     """A frozen copy of the network follows it, and the loss follows the copy."""
 
@@ -356,11 +367,12 @@ class Teacher(Mlp):
         self.teacher.weight.mul_(1.5).add_(0.1)
 
 
-@pytest.mark.parametrize("kind", [Arriving, Teacher])
+@pytest.mark.parametrize("kind", [Arriving, Unfreezing, Teacher])
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
-def test_a_window_sees_every_parameter_as_it_was(kind, mode):
+@pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
+def test_a_window_sees_every_parameter_as_it_was(kind, mode, derivatives):
     """Also those that had no gradient at that step."""
-    callback = OnlineHPOCallback(UnrollK(4, mode), optimizer=frozen)
+    callback = OnlineHPOCallback(UnrollK(4, mode), optimizer=frozen, derivatives=derivatives)
     fit(kind(), callback, steps=4)
     found = torch.stack(list(callback.history[-1].hypergradients.values()))
     epsilon = 1e-5

@@ -10,6 +10,7 @@ import itertools
 import math
 import multiprocessing
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -532,6 +533,32 @@ class Accumulating(Adversarial):
         for p in self.parameters():
             p.grad = None
         return x + 0.1 * x.grad, y
+
+
+@pytest.mark.parametrize("make", [*ESTIMATORS.values(), lambda: UnrollK(2, "forward")])
+@pytest.mark.parametrize("kind", [Adversarial, Accumulating])
+def test_a_step_that_loses_accumulated_gradients_is_warned_about(kind, make):
+    with pytest.warns(
+        UserWarning, match=r"earlier micro-batches are gone.*zero_grad.*grad in"
+    ) as w:
+        observe(make(), kind("momentum"), accumulate_grad_batches=3, max_epochs=4)
+    assert sum("micro-batches are gone" in str(each.message) for each in w) == 1
+
+
+class Scaling(Mlp):
+    """Has other gradients put in place after each backward pass, which stay."""
+
+    def on_after_backward(self):
+        for p in self.net.parameters():
+            p.grad = p.grad * 0.9
+
+
+@pytest.mark.parametrize("make", [*ESTIMATORS.values(), lambda: UnrollK(2, "forward")])
+@pytest.mark.parametrize("kind", [Mlp, AdversarialValidation, Scaling])
+def test_accumulated_gradients_that_stay_are_not_warned_about(kind, make):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*micro-batches are gone")
+        observe(make(), kind("momentum"), accumulate_grad_batches=3, every_n_steps=5, max_epochs=4)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

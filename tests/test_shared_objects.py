@@ -487,6 +487,21 @@ class After(Hooked):
         return self.disturb(batch)
 
 
+class Elsewhere(Logged):
+    """Draws from a generator of another file, and from a global one in a list."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        drawing.RNG.bit_generator.state = np.random.default_rng(7).bit_generator.state
+        GENERATORS[:] = [random.Random(1)]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] + 0.1 * drawing.draw() + 0.1 * GENERATORS[0].random(), batch[1]]
+
+
+GENERATORS = []
+
+
 class DataHooks(pl.LightningDataModule):
     def __init__(self):
         super().__init__()
@@ -505,7 +520,7 @@ class DataHooks(pl.LightningDataModule):
         return [batch[0] + noise + 0.01 * self.counts, batch[1]]
 
 
-@pytest.mark.parametrize("kind", [Before, Transfer, After, Logged])
+@pytest.mark.parametrize("kind", [Before, Transfer, After, Elsewhere, Logged])
 def test_transfer_hooks_leave_nothing(kind):
     def trained(estimator):
         torch.manual_seed(3)

@@ -1,6 +1,7 @@
 """validation_step is called within its contract, and leaves nothing."""
 
 import copy
+import math
 import os
 import warnings
 
@@ -316,3 +317,106 @@ def test_a_training_step_that_fetches_its_batch_is_refused():
         MisconfigurationException, match=r"FetchingToTrain\.training_step takes a dataloader_iter"
     ):
         observe(T1T2(), FetchingToTrain())
+
+
+# ------------------------------------------------------------------------- optimizers with modes
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Defazio et al. (2024), for SGD: it trains y, and a validation is to see x."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.05, "k": 0, "trains": True})
+
+    def train(self):
+        self.exchange(to_train=True, weight=0.1)
+
+    def eval(self):
+        self.exchange(to_train=False, weight=1 - 1 / 0.9)
+
+    @torch.no_grad()
+    def exchange(self, *, to_train, weight):
+        for group in self.param_groups:
+            if group["trains"] is not to_train:
+                for p in group["params"]:
+                    if p in self.state:
+                        p.lerp_(self.state[p]["z"], weight)
+                group["trains"] = to_train
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure()
+        for group in self.param_groups:
+            assert group["trains"]
+            group["k"] += 1
+            c = 1 / group["k"]
+            for p in group["params"]:
+                z = self.state[p].setdefault("z", p.clone())
+                p.lerp_(z, c).add_(p.grad, alpha=group["lr"] * (0.9 * (1 - c) - 1))
+                z.sub_(p.grad, alpha=group["lr"])
+        return loss
+
+
+class Free(Mlp):
+    def __init__(self):
+        super().__init__(granularity="model")
+        torch.manual_seed(3)
+
+    def configure_optimizers(self):
+        self.free = ScheduleFree(self.parameters())
+        return self.free
+
+
+class FreeInEpochHooks(Free):
+    def on_validation_epoch_start(self):
+        self.free.eval()
+
+    def on_validation_epoch_end(self):
+        self.free.train()
+
+
+class FreeInModeHooks(Free):
+    def on_validation_model_eval(self):
+        self.free.eval()
+        self.eval()
+
+    def on_validation_model_train(self):
+        self.free.train()
+        self.train()
+
+
+class FreeInTrain(Free):
+    def train(self, mode=True):
+        if hasattr(self, "free"):
+            self.free.train() if mode else self.free.eval()
+        return super().train(mode)
+
+    def on_validation_model_train(self):
+        self.train()
+
+
+class FreeByWrapper(Free):
+    def on_validation_start(self):
+        self.optimizers().eval()
+
+    def on_validation_end(self):
+        self.optimizers().train()
+
+
+@pytest.mark.parametrize("make", [T1T2, lambda: ClipR(math.inf), lambda: UnrollK(3)])
+@pytest.mark.parametrize("kind", [FreeInEpochHooks, FreeInModeHooks, FreeInTrain, FreeByWrapper])
+def test_an_optimizer_with_modes_keeps_its_own(kind, make):
+    """Its weights are not exchanged for a held-out batch; that is said at the start."""
+    plain = kind()
+    fit(plain, steps=10)
+    model = kind()
+    with pytest.warns(UserWarning, match="ScheduleFree has eval.* at those that it trains"):
+        observe(make(), model, steps=10)
+    assert torch.equal(weights(model), weights(plain))
+
+
+def test_the_weights_that_an_optimizer_with_modes_trains_are_followed():
+    expected = truth(FreeInEpochHooks, steps=4)  # no validation comes before the end
+    found = last_hypergradient(observe(ClipR(math.inf), FreeInEpochHooks(), steps=4))
+    assert relative_error(found, expected) < 1e-5

@@ -6,6 +6,7 @@ from lightning_hpo.dynamics.adam import AdamDynamics
 from lightning_hpo.dynamics.base import Dynamics, OptimizerStep
 from lightning_hpo.dynamics.blocks import jvp_lean_, multiply_by_slope_, vjp_lean_
 from lightning_hpo.dynamics.clipping import GradientClipping
+from lightning_hpo.dynamics.entry import Entry
 from lightning_hpo.dynamics.generic import GenericDynamics, is_elementwise
 from lightning_hpo.dynamics.options import OptimizerOptions, add_to_tangent_, pull_back
 from lightning_hpo.dynamics.sgd import SGDDynamics
@@ -32,6 +33,7 @@ __all__ = [
     "THETA",
     "AdamDynamics",
     "Dynamics",
+    "Entry",
     "GenericDynamics",
     "GradientClipping",
     "OptimizerOptions",

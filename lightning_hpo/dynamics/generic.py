@@ -20,6 +20,7 @@ from lightning_hpo._hooks import emptied
 from lightning_hpo.dynamics.base import Dynamics, OptimizerStep, is_function_of_theta
 from lightning_hpo.dynamics.containers import Ref, rebuilt
 from lightning_hpo.dynamics.differentiable import Differentiable
+from lightning_hpo.dynamics.entry import Entry
 from lightning_hpo.dynamics.state import THETA, State, entries
 from lightning_hpo.rng import RandomState, forked_rng
 
@@ -97,6 +98,26 @@ class GenericDynamics(Dynamics):
         if self.draws:
             step.rng = RandomState.capture(step.theta[0].device)
         return step
+
+    def enter(self) -> Entry:
+        """Looks at the optimizer when its step begins; see :class:`Entry`."""
+        return Entry(self._settings)
+
+    def _settings(self) -> OptimizerStep:
+        """Returns the options, the state and the attributes as they are; no copy of θ."""
+        optimizer, theta = self.optimizer, self.theta
+        refs = self._refs(optimizer, theta)
+        return OptimizerStep(
+            options=[
+                {name: v for name, v in group.items() if name != "params"}
+                for group in optimizer.param_groups
+            ],
+            groups=[],
+            theta=[],
+            gradients=[],
+            state=[_kept(optimizer.state.get(p, {}), refs) for p in theta],
+            own=self._own(optimizer, theta),
+        )
 
     def jvp_(self, step: OptimizerStep, tangent: State, gradient: list[Tensor]) -> None:
         """See :meth:`Dynamics.jvp_`; the m tangents run one after the other."""
@@ -376,9 +397,25 @@ class GenericDynamics(Dynamics):
         shadow.state, shadow.param_groups = state, groups
         _unhook(shadow, set())
 
+        def now() -> OptimizerStep:
+            theta = [params.get(i, p) for i, p in enumerate(step.theta)]
+            refs = self._refs(shadow, theta)
+            return replace(
+                step,
+                state=[
+                    _kept(shadow.state.get(p, {}), refs) if i in params else before
+                    for i, (p, before) in enumerate(zip(theta, step.state, strict=True))
+                ],
+                options=[
+                    {n: v for n, v in group.items() if n != "params"}
+                    for group in shadow.param_groups
+                ],
+                own=self._own(shadow, theta),
+            )
+
         def stub() -> Any:
             give_gradients()
-            return torch.zeros(()) if closure is None else closure(step)
+            return torch.zeros(()) if closure is None else closure(now())
 
         arguments = {"closure": stub} if self.is_foreign and self._takes_closure else {}
         draws = step.rng is not None and self.draws
@@ -386,20 +423,7 @@ class GenericDynamics(Dynamics):
         # Those on all optimizers are not for the steps of a copy, and of optimizers inside it.
         with fork, emptied(_GLOBAL_HOOKS):
             _unwrapped_step(kind)(shadow, **arguments)
-
-        theta = [params.get(i, p) for i, p in enumerate(step.theta)]
-        refs = self._refs(shadow, theta)
-        return replace(
-            step,
-            state=[
-                _kept(shadow.state.get(p, {}), refs) if i in params else before
-                for i, (p, before) in enumerate(zip(theta, step.state, strict=True))
-            ],
-            options=[
-                {n: v for n, v in group.items() if n != "params"} for group in shadow.param_groups
-            ],
-            own=self._own(shadow, theta),
-        )
+        return now()
 
     def _refs(self, optimizer: torch.optim.Optimizer, theta: list[Tensor]) -> dict[int, Any]:
         """Returns what is recorded elsewhere, by ``id``."""

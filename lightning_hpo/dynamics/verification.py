@@ -61,15 +61,31 @@ class Verification:
         step = self._dynamics.capture()
         step.gradients = [torch.full_like(p, 1e-3) for p in step.theta]
         moved: list[bool] = []
+        written: list[str] = []
 
         def evaluate(there: OptimizerStep) -> Tensor:
             pairs = zip(there.theta, step.theta, strict=True)
             moved.append(any(not torch.equal(a, b) for a, b in pairs))
             return torch.tensor(1.0)
 
+        def evaluate_again(there: OptimizerStep) -> Tensor:
+            now = self._dynamics._tensors(there)
+            # Single numbers are put back.
+            written.extend(
+                name
+                for (name, i), value in self._dynamics._tensors(after).items()
+                if name not in (THETA, GRADIENT)
+                and value.numel() > 1
+                and (name, i) in now
+                and not torch.equal(now[name, i], value)
+            )
+            return torch.tensor(1.0)
+
         with torch.no_grad(), forked_rng(step.theta[0].device), suppress(Exception):
             # What else is wrong is seen with a real gradient.
-            self._dynamics.advance(step, evaluate)
+            after = self._dynamics.advance(step, evaluate)
+            if moved == [False]:
+                self._dynamics.advance(after, evaluate_again)
         if len(moved) > 1:
             return (
                 f"it evaluates its closure {len(moved)} times in a step: it takes several "
@@ -77,6 +93,8 @@ class Verification:
             )
         if any(moved):
             return "it moves the parameters before it evaluates its closure"
+        if written:
+            return f"it writes to its state {written[0]!r} before it evaluates its closure"
         return None
 
     def before(self, step: OptimizerStep) -> str | None:

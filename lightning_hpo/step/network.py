@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,13 +51,15 @@ class Network:
         self._moment = moment
         self._names = [name for name in names if name in training.in_loss]
         self._at = at
-        theta = training.theta
-        if at is None:
-            self._active = [i for i, p in enumerate(theta) if p.requires_grad]
-        else:
-            self._active = [i for i, g in enumerate(at.gradients) if g is not None]
         self._stack = ExitStack()
         self._opened: tuple[Backend, Loss, list[Tensor], list[Tensor]] | None = None
+
+    @cached_property
+    def _active(self) -> list[int]:
+        """The positions of what is differentiated, as late as possible: a step may unfreeze it."""
+        if self._at is None:
+            return [i for i, p in enumerate(self._training.theta) if p.requires_grad]
+        return [i for i, g in enumerate(self._at.gradients) if g is not None]
 
     def __enter__(self) -> Network:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hpo._stopwatch import Stopwatch
 from lightning_hpo._tensors import widened
 from lightning_hpo.distributed import local
-from lightning_hpo.dynamics import GradientClipping, OptimizerStep
+from lightning_hpo.dynamics import Entry, GenericDynamics, GradientClipping, OptimizerStep
 from lightning_hpo.regularizers import PenaltyMixin
 from lightning_hpo.shield import Shadow
 from lightning_hpo.step.batches import Batches
@@ -77,7 +78,7 @@ class Recorder:
         self._stepped = False
         self._clock = clock
         self.check = ReplayCheck(training, partial(may_change_gradients, trainer, module, callback))
-        self.shifts = ShiftCheck(module)
+        self.shifts = ShiftCheck(module, training.dynamics.optimizer)
         self._trainer = trainer
         self._module = module
         self._training = training
@@ -91,6 +92,8 @@ class Recorder:
         self._clipped: tuple[GradientClipping, list[Tensor | None]] | None = None
         self._lr: Any = 0.0
         self._shadow: Shadow | None = None
+        self._grown: tuple[Tensor, Tensor] | None = None
+        self._is_told_of_lost = False
         self._depth = 0  # how many calls of the optimizer's step are under way
         self._handles: list[RemovableHandle | Shadow] = [
             *self._watch_steps(training.dynamics.optimizer),
@@ -175,6 +178,7 @@ class Recorder:
         self._due = step, compares
         if self._batches is None or batch_idx % accumulated == 0:
             self._batches = Batches(training)  # what is left of a step that overflowed goes
+        self._look_at_sum(may_go_on=accumulated > 1 and batch_idx % accumulated != 0)
         at_once = accumulated > 1 or self.check.forbids_delay or self._interferes()
         self.check.look_at_hooks()
         if compares and training.is_one_sided and not at_once and self.check.is_due(step):
@@ -196,6 +200,27 @@ class Recorder:
             self._batches.expect(moment, followed)
         elif followed:
             self._batches.multiply(moment, 1 / accumulated, followed)
+
+    def _look_at_sum(self, *, may_go_on: bool) -> None:
+        """Warns where a training step lets go of the gradients of the micro-batches before it.
+
+        Args:
+            may_go_on: Whether they are to accumulate further.
+        """
+        before, self._grown = self._grown, None
+        if before is not None and before[0].grad is not before[1] and not self._is_told_of_lost:
+            self._is_told_of_lost = True
+            warnings.warn(
+                "OnlineHPOCallback: gradients of earlier micro-batches are gone when those of the "
+                "next one come: does training_step call zero_grad()? The optimizer then gets only "
+                "what comes after it, while hypergradients sum over all micro-batches. Use "
+                "torch.autograd.grad in training_step, which leaves .grad alone",
+                stacklevel=2,
+            )
+        if may_go_on and self._trainer.world_size == 1 and not self.check.hooks_may_change():
+            grown = [p for p in self._training.theta if p.grad is not None]
+            p = min(grown, key=Tensor.numel, default=None)
+            self._grown = None if p is None or p.grad is None else (p, p.grad)
 
     # ------------------------------------------------------------------------------------ the step
 
@@ -240,13 +265,21 @@ class Recorder:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             with self._clock:
-                self._hand_out()
+                self._hand_out(None)
             return None
+        dynamics = self._training.dynamics
+        entry: Entry | None = None
+        if isinstance(dynamics, GenericDynamics) and dynamics.is_foreign:
+            entry = dynamics.enter()
+            if any(space.window != 1 for space, _ in self._observers):
+                self.shifts.look_at_state()
 
         def observed() -> Any:
+            if entry is not None:
+                entry.begin()
             result = closure()
             with self._clock:
-                self._hand_out()
+                self._hand_out(entry)
             return result
 
         if len(args) > 1:
@@ -254,16 +287,21 @@ class Recorder:
         return args, {**kwargs, "closure": observed}
 
     @torch.no_grad()
-    def _hand_out(self) -> None:
-        """Shows the step to its observers."""
+    def _hand_out(self, entry: Entry | None) -> None:
+        """Shows the step to its observers; it starts from what the optimizer held at its entry."""
         step, may_wait = self._due
+        self._look_at_sum(may_go_on=False)
         if any(space.window != 1 for space, _ in self._observers):
             self.shifts.look(may_wait=may_wait)
+            if entry is None:  # else the optimizer may have written to it already
+                self.shifts.look_at_state()
         with self._traces("step", step, may_wait=may_wait):
-            self._show()
+            self._show(entry)
 
-    def _show(self) -> None:
+    def _show(self, entry: Entry | None) -> None:
         point = self._training.dynamics.capture()
+        if entry is not None:
+            entry.return_(point)
         if not self._is_verified and isinstance(self._module, PenaltyMixin):
             self._module.check_penalties_applied()
         self._verifier.before(point, is_first=not self._is_verified)
@@ -285,6 +323,7 @@ class Recorder:
         if self._depth > 0:
             return
         self._stepped = True
+        self._grown = None
         self._verifier.after()
         lr = optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes to it in place

@@ -32,13 +32,14 @@ class ReplayCheck:
 
     Attributes:
         forbids_delay: Whether such a replay has been seen not to be that of the step.
+        hooks_may_change: Whether hooks may change gradients after the backward pass.
     """
 
     def __init__(self, training: TrainingMap, hooks_may_change: Callable[[], bool]) -> None:
         self.forbids_delay = False
         self._compared_at = 0  # the step at which they were compared last; 0: not yet
         self._training = training
-        self._hooks_may_change = hooks_may_change
+        self.hooks_may_change = hooks_may_change
         self._expected: list[Tensor] | None = None
         self._is_regular = False
         self._moment: Moment | None = None
@@ -52,7 +53,7 @@ class ReplayCheck:
 
     def look_at_hooks(self) -> None:
         """Gives up the step's own gradient where a hook has come since."""
-        if self._training.reuses_gradient and self._hooks_may_change():
+        if self._training.reuses_gradient and self.hooks_may_change():
             self._training.reuses_gradient = False
 
     def expect(self, gradients: list[Tensor | None] | None, *, is_regular: bool = False) -> None:
@@ -109,7 +110,7 @@ class ReplayCheck:
             error <= rounding
             and not self.forbids_delay
             and (is_first or training.reuses_gradient)
-            and not self._hooks_may_change()
+            and not self.hooks_may_change()
         )
         if error > 0.05:
             warnings.warn(

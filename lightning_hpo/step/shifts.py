@@ -25,13 +25,18 @@ class ShiftCheck:
     a decay, a slow copy) is a constant shift to them, and that is warned about once. Versions are
     compared at each step; they do not count what is written through ``.data``, and count what is
     put back later, so that values decide. Nothing is copied: values are compared by sums of bits.
+    Of the optimizer's state, in which nothing is put back, versions do.
 
     Args:
         module: The LightningModule.
+        optimizer: The optimizer.
     """
 
-    def __init__(self, module: pl.LightningModule) -> None:
+    def __init__(self, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         self._module = module
+        self._optimizer = optimizer
+        self._state: dict[tuple[int, str], tuple[int, int]] | None = None
+        self._is_told_of_state = False
         self._steps = 0
         self._until = _ROW  # values are compared until this step
         self._is_told = False
@@ -49,6 +54,8 @@ class ShiftCheck:
             is_last_batch: Whether an epoch ends here, after which much may happen once.
         """
         self.forget()
+        if not self._is_told_of_state:
+            self._state = self._state_now()
         if self._is_told:
             return
         self._steps += 1
@@ -62,6 +69,35 @@ class ShiftCheck:
     def forget(self) -> None:
         """Forgets θ, which is known to have been moved."""
         self._trained, self._has_sums = [], False
+        self._state = None
+
+    def look_at_state(self) -> None:
+        """Compares the optimizer's state now: tangents and adjoints take it as it was."""
+        before, self._state = self._state, None
+        if before is None or before == (now := self._state_now()):
+            return
+        self._is_told_of_state = True
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        names = {id(p): name for name, p in self._module.named_parameters()}
+        i, entry = keys[0]
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        warnings.warn(
+            "OnlineHPOCallback: something else than the optimizer changes its state between its "
+            f"steps: {entry!r} of {names.get(i, 'one')!r}{more}. Hypergradients of all estimators "
+            "but T1T2 take that as a constant, or do not see it, and can be off by any factor. Do "
+            "it in step() of a subclass of the optimizer, which is differentiated",
+            stacklevel=2,
+        )
+
+    def _state_now(self) -> dict[tuple[int, str], tuple[int, int]]:
+        """Returns which tensors the state consists of, and how often they have been written to."""
+        return {
+            (id(p), str(name)): (id(value), value._version)
+            for p, state in self._optimizer.state.items()
+            if isinstance(p, Tensor) and isinstance(state, dict)
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        }
 
     def look(self, *, may_wait: bool) -> None:
         """Compares θ now.

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
+import operator
+import os
 import queue
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
-from types import CellType, FunctionType, ModuleType, SimpleNamespace
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_hpo._kinds import Kind, classes_of, has_dict, kind_of
+from lightning_hpo._kinds import Kind, classes_of, kind_of
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.contents import Walker
 from lightning_hpo.distributed import is_sharded, reshard
-from lightning_hpo.holders import CONTAINERS, Held, held_by, read_cell, read_generator
+from lightning_hpo.holders import Held, read_generator
 from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.outside import Outside, Variable, entries_of
 from lightning_hpo.private_state import is_library
 from lightning_hpo.rng import RandomState
 from lightning_hpo.stores import is_writable
@@ -68,8 +72,8 @@ _REMEDIES = {
 # Elements of a tensor that are summed at a time: what is looked at is not copied as a whole.
 _CHUNK = 1 << 20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Of a variable outside of the module with more entries, only their number is compared.
-_ENTRIES = 10_000
+# What is written to these has left the training.
+_SHARED = (io.IOBase, queue.Queue, queue.SimpleQueue)
 _PLAIN = (int, float, complex, str, bytes, type, type(None))
 _NOTHING = object()
 
@@ -130,6 +134,15 @@ class TraceCheck:
                 f"outside of the module, and do not put them back: {', '.join(outside)}. If steps "
                 "depend on them, the training is another one than without the callback; keep them "
                 "as attributes of the module",
+                stacklevel=2,
+            )
+        shared = [name for name in changes.pop("shared", ()) if name not in self._told]
+        if shared:
+            self._told.update(shared)
+            warnings.warn(
+                "OnlineHPOCallback: replays of training_step or validation_step write, as the "
+                f"training does, to {', '.join(shared)}; files and queues are not put back. Write "
+                "to them in on_train_batch_end or on_validation_batch_end",
                 stacklevel=2,
             )
         for kind, names in changes.items():
@@ -194,7 +207,8 @@ class _Look:
                 found.pop(id(h.raw), None)  # it gets its value when the step's gradient is there
         self._values = list(found.values())
         self._shown = _shown(self._values)
-        self._outside = [] if shards else list(_outside(module))
+        self._variables = [] if shards else Outside(module).variables
+        self._outside = _outside(self._variables)
 
     def changes(self) -> dict[str, list[str]]:
         """Returns the names of what is another now, by what it belongs to."""
@@ -212,15 +226,28 @@ class _Look:
                 for path in self._changed_entries(held):
                     note(path)
         for value, then, now in zip(self._values, self._shown, _shown(self._values), strict=True):
-            if then != now:
-                note(self._path_of(value))
+            if then == now:
+                continue
+            path = self._path_of(value)
+            if not (issubclass(type(value), _SHARED) or _is_summary_writer(value)):
+                note(path)
+            elif now is None or then is None or now > then:  # a thread may take from a queue
+                found.setdefault("shared", []).append(repr(path.partition(".")[2] or path))
         for name, state in self._states().items():
             if state is not _get(self._root.optimizer, name):
                 note(f"optimizer[{name!r}]")
         for name, p in self._parameters.items():
             if name in self._root.gradients and p.grad is not self._root.gradients[name]:
                 note(f"gradients[{name!r}]")
-        outside = [each.name for each in self._outside if each.has_changed()]
+        outside = [
+            repr(variable.name)
+            for variable, then, now in zip(
+                self._variables, self._outside, _outside(self._variables), strict=True
+            )
+            if then[1:] != now[1:]
+            or len(then[0]) != len(now[0])
+            or not all(map(operator.is_, then[0], now[0]))
+        ]
         if outside:
             found["outside"] = list(dict.fromkeys(outside))
         differing = self._random.differences(RandomState.capture(self._device))
@@ -269,77 +296,15 @@ def _is_installed(cls: type) -> bool:
     return path is not None and is_library(path)
 
 
-class _Variable:
-    """A variable outside of the module that its methods name, and what it holds at a moment.
-
-    Args:
-        name: Its name.
-        read: Returns the object that it stands for.
-    """
-
-    def __init__(self, name: str, read: Callable[[], Any]) -> None:
-        self.name = repr(name)
-        self._read = read
-        self._value = value = read()
-        self._held: Held | None = None
-        if kind_of(type(value)) in CONTAINERS and len(value) <= _ENTRIES:
-            self._held = held_by(value)
-        self._attributes = self._look()
-
-    def has_changed(self) -> bool:
-        """Whether it stands for another object, or for one that holds something else."""
-        is_same = self._held is None or self._held.is_same()
-        return self._read() is not self._value or not is_same or self._look() != self._attributes
-
-    def _look(self) -> Any:
-        value = self._value
-        if kind_of(type(value)) is Kind.OBJECT and has_dict(type(value)):
-            return {name: id(item) for name, item in vars(value).items()}
-        return _shown([value])
-
-
-def _outside(module: nn.Module) -> Iterator[_Variable]:
-    """Yields the global variables that the methods of a module name, and those they close over.
-
-    Functions of the user's that are named count like methods.
-    """
-    waiting = [
-        getattr(member, "__func__", member)  # of a class or static method
-        for kind in {type(m) for m in module.modules()}
-        for base in classes_of(kind)
-        for member in vars(base).values()
-    ]
-    seen: set[int] = set()
-    while waiting:
-        function = waiting.pop()
-        if not isinstance(function, FunctionType) or id(function) in seen:
-            continue
-        seen.add(id(function))
-        if is_library(function.__code__.co_filename):
-            continue
-        named: list[tuple[str, Callable[[], Any]]] = [
-            (name, partial(function.__globals__.get, name))
-            for name in function.__code__.co_names
-            if name in function.__globals__
-        ]
-        for name, cell in zip(
-            function.__code__.co_freevars, function.__closure__ or (), strict=True
-        ):
-            named.append((name, partial(_content, cell)))
-        for name, read in named:
-            value = read()
-            if issubclass(type(value), FunctionType):
-                waiting.append(value)
-            elif not issubclass(type(value), (type, ModuleType, nn.Module)):
-                yield _Variable(name, read)
-
-
-def _content(cell: CellType) -> Any:
-    return next(iter(read_cell(cell)), None)
-
-
 def _get(mapping: Any, key: Any) -> Any:
     return dict.get(mapping, key, _NOTHING)
+
+
+def _outside(variables: Sequence[Variable]) -> list[tuple[list[Any], list[Any], list[int]]]:
+    """Returns what variables hold now: the very objects, and what is in those written to."""
+    looks = [entries_of(variable.read()) for variable in variables]
+    shown = iter(_shown([leaf for _, leaves, _ in looks for leaf in leaves]))
+    return [(entries, [next(shown) for _ in leaves], sizes) for entries, leaves, sizes in looks]
 
 
 def _shown(values: list[Any]) -> list[Any]:
@@ -355,6 +320,8 @@ def _shown(values: list[Any]) -> list[Any]:
             shown[i] = _sum_of_store(value)
         elif kind is Kind.GENERATOR:
             shown[i] = str(read_generator(value))
+        elif kind is Kind.ITERATOR:
+            shown[i] = _position(value)
         elif kind is Kind.ATOM:
             shown[i] = _shown_by_opaque(value)
     for group in sums.values():  # a device is waited for once
@@ -381,6 +348,16 @@ def sum_of_bits(value: Tensor) -> Tensor | None:
         return None
 
 
+def _position(value: Any) -> Any:
+    """Returns where an iterator is, if it shows that."""
+    return repr(value) if isinstance(value, itertools.count) else operator.length_hint(value, -1)
+
+
+def _is_summary_writer(value: Any) -> bool:
+    """Whether a value is one of TensorBoard, without importing that."""
+    return type(value).__name__ == "SummaryWriter"
+
+
 def _sum_of_store(value: Any) -> int | None:
     if isinstance(value, np.ndarray):
         if value.dtype.hasobject:
@@ -401,10 +378,14 @@ def _shown_by_opaque(value: Any) -> Any:
             return len(value), zlib.crc32(value)
         if issubclass(kind, io.IOBase):
             return None if value.closed else value.tell()
-        if issubclass(kind, queue.SimpleQueue):
+        if issubclass(kind, (queue.Queue, queue.SimpleQueue)):
             return value.qsize()
+        if _is_summary_writer(value):
+            value.flush()
+            return sum(entry.stat().st_size for entry in os.scandir(value.log_dir))
         if issubclass(kind, np.random.BitGenerator):
             return str(value.state)
-    except (OSError, ValueError, TypeError):  # a pipe, or one that is being read line by line
+    except (OSError, ValueError, TypeError, ReferenceError, AttributeError):
+        # A pipe, one that is being read line by line, or a proxy of what is gone.
         return None
     return None

@@ -35,7 +35,36 @@ class ByEndOfEpoch(Mlp):
         return float(self.trainer.is_last_batch)
 
 
-KINDS = [ByRate, ByScheduler, ByBatches, ByBatchOfEpoch, ByEndOfEpoch]
+class BySchedulersCount(Mlp):
+    def factor(self):
+        return 1 / (1 + self.lr_schedulers().last_epoch)
+
+
+class BySchedulersState(Mlp):
+    def factor(self):
+        return 1 / (1 + self.lr_schedulers().state_dict()["_step_count"])
+
+
+class ByEpochs(Mlp):
+    def factor(self):
+        return 0.2 * self.trainer.fit_loop.epoch_progress.current.processed
+
+
+class ByBatchesThatStepped(Mlp):
+    def factor(self):
+        return 0.1 * self.trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+class ByProcessed(Mlp):
+    def factor(self):
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return 0.1 * progress.current.processed + 0.05 * progress.total.completed
+
+
+KINDS = [
+    *(ByRate, ByScheduler, ByBatches, ByBatchOfEpoch, ByEndOfEpoch, BySchedulersCount),
+    *(BySchedulersState, ByEpochs, ByBatchesThatStepped, ByProcessed),
+]
 
 
 def make(kind):

@@ -1,5 +1,6 @@
 """What moves θ between the steps of the optimizer is noticed, and has a remedy."""
 
+import copy
 import math
 import warnings
 
@@ -171,3 +172,107 @@ def test_no_warning_where_theta_is_back_in_time(kind):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*something else than the optimizer")
         observe(ClipR(math.inf), kind(), steps=30)
+
+
+# ---------------------------------------------------------------------------- the optimizer's state
+
+OF_STATE = r"something else than the optimizer changes its state.*'exp_avg' of 'net\.0\.weight' and"
+
+
+class Pruned(Mlp):
+    """Adam's first moments shrink at the fourth step, as ReLoRA's do."""
+
+    def __init__(self):
+        super().__init__("adam", granularity="model", schedule=False)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_step == 4:
+            self.change(self.trainer.optimizers[0])
+
+    def change(self, optimizer):
+        for state in optimizer.state.values():
+            state["exp_avg"].mul_(0.1)
+
+
+class Replaced(Pruned):
+    def change(self, optimizer):
+        for state in optimizer.state.values():
+            state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+
+
+class Cleared(Pruned):
+    """Adam counts its steps there as well, and starts anew."""
+
+    def change(self, optimizer):
+        for state in optimizer.state.values():
+            del state["exp_avg"]
+        optimizer.state.clear()
+
+
+class Loaded(Pruned):
+    def change(self, optimizer):
+        optimizer.load_state_dict(self.fresh)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step == 3:
+            self.fresh = copy.deepcopy(self.trainer.optimizers[0].state_dict())
+
+
+class PrunedInTheStep(Pruned):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        pass
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        if self.global_step == 4:
+            self.change(optimizer)
+
+
+@pytest.mark.parametrize("estimator", FOLLOWS)
+@pytest.mark.parametrize("kind", [Pruned, Replaced, Cleared, Loaded, PrunedInTheStep])
+def test_a_change_of_the_state_is_warned_about(kind, estimator):
+    text = OF_STATE.replace("exp_avg", "step") if kind in (Cleared, Loaded) else OF_STATE
+    with pytest.warns(UserWarning, match=text) as caught:
+        observe(FOLLOWS[estimator](), kind())
+    assert len([w for w in caught if "something else" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("kind", [Pruned, Cleared])
+def test_one_step_ahead_the_state_does_not_count(kind):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*something else than the optimizer")
+        observe(T1T2(), kind())
+
+
+class Pruning(torch.optim.Adam):
+    """Counts before it calls the closure, in its state as well."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr, eps=1e-3)
+        self.count = 0
+
+    def step(self, closure=None):
+        self.count += 1
+        for state in self.state.values():
+            state["seen"] = state.get("seen", torch.zeros(())) + 1
+        loss = super().step(closure)
+        if self.count == 4:
+            for state in self.state.values():
+                state["exp_avg"].mul_(0.1)
+        return loss
+
+
+class RemediedState(Mlp):
+    def configure_optimizers(self):
+        return Pruning(self.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("estimator", FOLLOWS)
+def test_the_remedy_for_state_is_exact(estimator):
+    def make():
+        return RemediedState(granularity="model")
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*something else than the optimizer")
+        found = last_hypergradient(observe(FOLLOWS[estimator](), make()))
+    assert relative_error(found, truth(make)) < 1e-5

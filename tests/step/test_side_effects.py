@@ -154,15 +154,52 @@ class Objects(Mlp):
         return super().training_step(batch, batch_idx) * factor
 
 
+class OnOptimizer(Mlp):
+    """Keeps counts in attributes of the optimizer, and in its defaults."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.trainer.optimizers[0]
+        optimizer.count = getattr(optimizer, "count", 0) + 1
+        optimizer.defaults["scale"] = 0.9 * optimizer.defaults.get("scale", 1.0)
+        factor = optimizer.defaults["scale"] / optimizer.count
+        return super().training_step(batch, batch_idx) * factor
+
+
+class Scaled(torch.optim.SGD):
+    scale = 1.0
+
+    def step(self, closure=None):
+        loss = closure()
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.sub_(0.01 * self.scale * p.grad)
+        return loss
+
+
+class OfOptimizer(Mlp):
+    """Anneals an attribute that the optimizer's own step reads."""
+
+    def configure_optimizers(self):
+        self.own = Scaled(self.parameters(), lr=0.01)
+        return self.own
+
+    def training_step(self, batch, batch_idx):
+        self.own.scale *= 0.8
+        return super().training_step(batch, batch_idx)
+
+
 WRITING = [
-    Annealed,
-    AnnealedBackbone,
-    AnnealedLater,
-    OwnState,
-    Exchanges,
-    Registers,
-    RegistersUnsaved,
-    Objects,
+    *(
+        Annealed,
+        AnnealedBackbone,
+        AnnealedLater,
+        OwnState,
+        Exchanges,
+        Registers,
+        RegistersUnsaved,
+        Objects,
+    ),
+    *(OnOptimizer, OfOptimizer),
 ]
 
 

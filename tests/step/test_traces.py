@@ -1,21 +1,41 @@
 """What replays leave behind where nothing can put it back is found at the start, and named."""
 
+import csv
+import enum
 import importlib
 import io
+import itertools
+import math
 import mmap
 import queue
 import random
 import sys
+import tempfile
+import threading
 import warnings
 import weakref
 from types import SimpleNamespace
 
+import drawing
 import numpy as np
 import pytest
 import torch
-from cases import Mlp, fit, flat, frozen, observe, train_loader, valid_loader, weights
+from cases import (
+    Mlp,
+    fit,
+    flat,
+    frozen,
+    last_hypergradient,
+    observe,
+    relative_error,
+    train_loader,
+    truth,
+    valid_loader,
+    weights,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_hpo import T1T2, ClipR, OnlineHPOCallback, UnrollK, contents
 
@@ -53,22 +73,6 @@ class Bytes(Leaving):
 
     def change(self, batch, loss):
         self.kept["log"][self.kept["log"].find(b"\0")] = 120
-
-
-class Numbers(Leaving):
-    def make(self):
-        return [queue.SimpleQueue()]
-
-    def change(self, batch, loss):
-        self.kept[0].put(1.0)
-
-
-class Text(Leaving):
-    def make(self):
-        return {"log": io.StringIO()}
-
-    def change(self, batch, loss):
-        self.kept["log"].write("a step\n")
 
 
 class LargeArray(Leaving):
@@ -111,8 +115,7 @@ class Late(Leaving):
         weakref.finalize(loss, self.kept["log"].append, 1)
 
 
-MODULES = {kind.__name__: kind for kind in (Bytes, Numbers, Text, LargeArray, LargeTensor, Late)}
-NAMES = {"Numbers": r"'kept\[0\]'", "Late": r"\"kept\['log'\]\""}
+MODULES = {kind.__name__: kind for kind in (Bytes, LargeArray, LargeTensor, Late)}
 
 
 @EVERY_ESTIMATOR
@@ -121,8 +124,8 @@ def test_what_the_module_holds(name, make, monkeypatch):
     monkeypatch.setattr(contents, "_LOOKED_AT", 1_000_000)
     model = {**MODULES, "Computed": Computed}[name]()
     before = weights(model)
-    found = NAMES.get(name, r"\"kept\['log'\]\"")
-    with pytest.raises(MisconfigurationException, match=f"what the module holds: {found}. Keep"):
+    found = r"what the module holds: \"kept\['log'\]\"\. Keep"
+    with pytest.raises(MisconfigurationException, match=found):
         observe(make(), model)
     assert torch.equal(weights(model), before)
 
@@ -131,15 +134,151 @@ class Nameless(Leaving):
     """In a set, where it has no place of its own."""
 
     def make(self):
-        return {io.StringIO()}
+        return {np.random.PCG64(0)}
 
     def change(self, batch, loss):
-        next(iter(self.kept)).write("a step\n")
+        next(iter(self.kept)).advance(1)
 
 
 def test_what_has_no_name():
-    with pytest.raises(MisconfigurationException, match=r"what the module holds: 'a StringIO'"):
+    with pytest.raises(MisconfigurationException, match=r"what the module holds: 'a PCG64'"):
         observe(ClipR(), Nameless())
+
+
+class Numbers(Leaving):
+    def make(self):
+        return [queue.SimpleQueue()]
+
+    def change(self, batch, loss):
+        self.kept[0].put(1.0)
+
+
+class OwnQueue(queue.Queue):
+    """One of a class of the user's own."""
+
+
+class More(Numbers):
+    def make(self):
+        return [OwnQueue()]
+
+
+class Text(Leaving):
+    def make(self):
+        return [io.StringIO()]
+
+    def change(self, batch, loss):
+        self.kept[0].write("a step\n")
+
+
+class Table(Leaving):
+    """By way of a writer of rows, which has the file for itself."""
+
+    def make(self):
+        file = tempfile.TemporaryFile("w")  # noqa: SIM115
+        return [file.file if hasattr(file, "file") else file, csv.writer(file)]
+
+    def change(self, batch, loss):
+        self.kept[1].writerow([loss.item()])
+
+
+class Summary(Leaving):
+    """Its events are written by a thread."""
+
+    def make(self):
+        return [SummaryWriter(tempfile.mkdtemp())]
+
+    def change(self, batch, loss):
+        self.kept[0].add_scalar("loss", loss.item(), self.global_step)
+
+    def on_train_end(self):
+        self.kept[0].close()
+
+
+@EVERY_ESTIMATOR
+@pytest.mark.parametrize("kind", [Numbers, More, Text, Table, Summary])
+def test_files_and_queues_are_named_and_left(kind, make):
+    plain = kind()
+    fit(plain)
+    model = kind()
+    with pytest.warns(
+        UserWarning, match=r"write, as the.*to 'kept\[0\]'; files.*Write to"
+    ) as caught:
+        observe(make(), model)
+    assert sum("files and queues" in str(w.message) for w in caught) == 1
+    assert torch.equal(weights(model), weights(plain))
+
+
+PUT = []
+
+
+class Worker:
+    """Has a thread of its own, which takes from a queue and appends to a list."""
+
+    def __init__(self):
+        self.queue, self.got = queue.Queue(), []
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self):
+        while (item := self.queue.get()) is not None:
+            self.got.append(item)
+            self.queue.task_done()
+
+
+class Working(Leaving):
+    def make(self):
+        return Worker()
+
+    def change(self, batch, loss):
+        PUT.append(self.global_step)
+        self.kept.queue.put(self.global_step)
+        self.kept.queue.join()
+
+    def on_train_end(self):
+        self.kept.queue.put(None)
+        self.kept.thread.join()
+
+
+@EVERY_ESTIMATOR
+def test_what_a_thread_works_on_is_left_to_it(make):
+    """What it has been given is not taken from it."""
+    PUT.clear()
+    model = Working()
+    observe(make(), model)
+    assert model.kept.got == PUT
+
+
+class Gone:
+    pass
+
+
+PROXY = weakref.proxy(Gone())
+
+
+class Proxies(Leaving):
+    """Weak proxies whose object goes in the first step."""
+
+    def make(self):
+        gone = Gone()
+        self.proxy = weakref.proxy(gone)
+        return [gone, {"proxy": weakref.proxy(gone)}, weakref.proxy(gone)]
+
+    def change(self, batch, loss):
+        self.kept[0] = None
+        assert PROXY is not self.proxy
+
+
+@EVERY_ESTIMATOR
+@pytest.mark.parametrize("where", ["module", "data"])
+def test_weak_proxies_of_what_is_gone(where, make):
+    plain = Proxies()
+    fit(plain)
+    model = Proxies()
+    loader = train_loader()
+    if where == "data":
+        loader.dataset.proxy = weakref.proxy(Gone())
+    observe(make(), model, train=loader)
+    assert torch.equal(weights(model), weights(plain))
 
 
 BATCHES = []
@@ -207,9 +346,30 @@ class Scheduling(Leaving):
         self.lr_schedulers().step()
 
 
+class SchedulingInSequence(Scheduling):
+    """What the outer one holds is not put back."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        parts = [torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(2)]
+        whole = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [3])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": whole, "interval": "step"}}
+
+
 def test_learning_rate_schedulers():
-    with pytest.raises(MisconfigurationException, match=r"schedulers: '\[0\]\.\w+'.*Step them"):
-        observe(ClipR(), Scheduling())
+    with pytest.raises(MisconfigurationException, match=r"schedulers: '\[0\]\.\w+.*Step them"):
+        observe(ClipR(), SchedulingInSequence())
+
+
+@EVERY_ESTIMATOR
+def test_a_plain_scheduler_is_put_back(make):
+    plain = Scheduling()
+    fit(plain)
+    model = Scheduling()
+    observe(make(), model)
+    assert torch.equal(weights(model), weights(plain))
+    found = last_hypergradient(observe(ClipR(math.inf), Scheduling(granularity="model")))
+    assert relative_error(found, truth(lambda: Scheduling(granularity="model"))) < 1e-5
 
 
 class Doubling(Leaving):
@@ -465,6 +625,97 @@ class Attribute(Leaving):
         SETTINGS.calls += 1
 
 
+class Settings:
+    calls = 0
+    nested = SimpleNamespace(inner={"calls": 0})
+
+    @staticmethod
+    def call():
+        Settings.calls += 1
+
+    @classmethod
+    def call_too(cls):
+        cls.calls += 1
+
+
+class Slots:
+    __slots__ = ("calls",)
+
+
+class Mode(enum.Enum):
+    FIRST = 1
+
+
+class Size(int):
+    calls = 0
+
+
+class Own:
+    def __init__(self):
+        self.calls = [0]
+
+    def call(self):
+        HIDDEN["calls"] += 1
+
+
+SLOTS = Slots()
+SLOTS.calls = 0
+OWN = Own()
+HIDDEN = {"calls": 0}
+COMPILED = type("Compiled", (), {"__module__": "numpy.compiled"})()
+COMPILED.cache = {}
+COUNTER = [itertools.count()]
+TENSORS = {"a": (torch.zeros(2),)}
+TEACHER = torch.nn.Linear(2, 2).requires_grad_(False)
+
+
+def counts():
+    counts.calls = getattr(counts, "calls", 0) + 1
+
+
+def on_own(name):
+    """Of a kind that replays leave as it is, held by the module."""
+
+    def change(self, batch, loss):
+        self.kept.calls = getattr(self.kept, "calls", 0) + 1
+
+    kept = {"class": Settings, "module": drawing, "member": Mode.FIRST, "number": Size(3)}[name]
+    return type("OnOwn", (Leaving,), {"make": lambda self: kept, "change": change})
+
+
+def doing(act):
+    return type("Doing", (Leaving,), {"change": lambda self, batch, loss: act()})
+
+
+DEEPER = {
+    "Settings.calls": doing(lambda: setattr(Settings, "calls", Settings.calls + 1)),
+    "Settings.calls ": doing(lambda: Settings.call()),
+    "Settings.calls  ": doing(lambda: Settings.call_too()),
+    "Settings.nested": doing(lambda: Settings.nested.inner.update(calls=object())),
+    "SLOTS": doing(lambda: setattr(SLOTS, "calls", SLOTS.calls + 1)),
+    "OWN": doing(lambda: OWN.calls.append(1)),
+    "HIDDEN": doing(lambda: OWN.call()),
+    "COUNTER": doing(lambda: next(COUNTER[0])),
+    "TENSORS": doing(lambda: TENSORS["a"][0].add_(1.0)),
+    "TEACHER": doing(lambda: TEACHER.weight.add_(1.0)),
+    "counts": doing(lambda: counts()),
+    "RNG": doing(lambda: drawing.draw()),
+    "drawing.COUNT": doing(lambda: setattr(drawing, "COUNT", drawing.COUNT + 1)),
+    "kept.calls": on_own("class"),
+    "kept.calls ": on_own("module"),
+    "kept": on_own("member"),
+    "kept ": on_own("number"),
+}
+
+
+@pytest.mark.parametrize("name", DEEPER)
+def test_variables_of_other_kinds(name):
+    text = rf"outside of the module, and do not put them back: '{name.strip()}'\. If.*as attrib"
+    with pytest.warns(UserWarning, match=text) as caught:
+        observe(ClipR(), DEEPER[name]())
+    assert sum("outside of the module" in str(w.message) for w in caught) == 1
+
+
 def closing():
     seen = []
 
@@ -494,10 +745,34 @@ def test_variables_outside_of_the_module(name, make):
     assert sum("outside of the module" in str(w.message) for w in caught) == 1
 
 
-class Reading(Leaving):
-    """Reads them alone."""
+class SummarizesLater(Summary):
+    """Not in the step itself."""
 
     def change(self, batch, loss):
+        pass
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().change(batch, outputs["loss"])
+
+
+@EVERY_ESTIMATOR
+def test_files_that_steps_leave_alone(make):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*files and queues")
+        observe(make(), SummarizesLater())
+
+
+class Reading(Leaving):
+    """Reads them alone; one of a library keeps what it has compiled."""
+
+    def make(self):
+        return [Settings, drawing, Mode.FIRST]
+
+    def change(self, batch, loss):
+        COMPILED.cache[len(COMPILED.cache)] = loss
+        assert Settings.calls + SLOTS.calls + len(OWN.calls) + drawing.COUNT >= 0
+        assert TEACHER(TENSORS["a"][0]).isfinite().all()
+        assert len(COUNTER) == 1
         assert COUNT + len(SEEN) + len(CACHE) >= 0
         assert float(TENSOR.sum()) + SETTINGS.scale + VOCABULARY["a"] >= 0
         self.log("loss", loss)
