@@ -242,7 +242,8 @@ def settle(trainer: pl.Trainer, found: Sequence[tuple[str, Hyperparameter, Start
     Raises:
         MisconfigurationException: If a value does not fit the constraint.
     """
-    values = agreed(trainer, [start for *_, start in found])
+    known = [math.nan if start is None else start.value for *_, start in found]
+    values = agreed(trainer, known)
     said: dict[str, list[tuple[str, float]]] = {}
     for value, (name, h, start) in zip(values, found, strict=True):
         if math.isnan(value):
@@ -262,9 +263,8 @@ def settle(trainer: pl.Trainer, found: Sequence[tuple[str, Hyperparameter, Start
         rank_zero_info(f'{_names(pairs)}: init="auto" → {_range(pairs)} = {formula}')
 
 
-def agreed(trainer: pl.Trainer, starts: Sequence[Start | None]) -> list[float]:
-    """Returns the values of the first process; NaN where there is none."""
-    values = [math.nan if start is None else start.value for start in starts]
+def agreed(trainer: pl.Trainer, values: list[float]) -> list[float]:
+    """Returns the values of the first process."""
     if trainer.world_size > 1 and world_size() > 1:
         sent = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
         broadcast_([sent])

@@ -216,6 +216,8 @@ class Run:
         self._module = module
         self._resumed = resumed.state
         self._skips = compatibility.SkippedBatches()
+        # In the loss of a step whose gradient is there, they move when it is over.
+        self._waiting: list[Hyperparameter] = []
         self._start: Snapshot | None = None  # where the window began, if θ is to return there
         known = named_hyperparameters(module)
         self.hyperparameters = {name: h for name, h in known.items() if not h.frozen}
@@ -495,7 +497,9 @@ class Run:
         if self._drifts:
             in_loss = getattr(self._module, "loss_penalties", ())
             found = self._typical.look(self._trainer, [*self.training.penalties, *in_loss])
-            self._replace_guesses(found)
+            names = [name for name in self.training.in_loss if self.hyperparameters[name] in found]
+            self._waiting = [self.hyperparameters[name] for name in names]
+            self._replace_guesses(h for h in found if h not in self._waiting)
 
     @torch.no_grad()
     def _replace_guesses(self, hyperparameters: Iterable[Hyperparameter]) -> None:
@@ -514,9 +518,13 @@ class Run:
         if not self.recorder.take_step():
             return None
         self.steps += 1
-        if not (self.served and self._settings.should_update(self.steps)):
-            return None
-        return self._update()
+        update = None
+        if self.served and self._settings.should_update(self.steps):
+            update = self._update()
+        if self._waiting:
+            self._replace_guesses(self._waiting)
+            self._waiting = []
+        return update
 
     @torch.no_grad()
     def _update(self) -> Update | None:

@@ -46,6 +46,8 @@ LOGIT_STEP = 1.0
 LOOKS = 5
 # A start further off than this factor, of a strength or of odds, is taken to be a guess.
 FAR = 10.0
+# … and so is a penalty stronger than so many times the strength at which it begins to matter.
+STRONG = 3.0
 
 
 Assigned = Sequence[tuple[str, Estimator, list[str]]]
@@ -186,6 +188,7 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
         super().__init__()
         self._names = {h: name for name, h in hyperparameters.items()}
         self._looks_left = LOOKS
+        self._strengths: set[Hyperparameter] = set()
         for h in hyperparameters.values():
             if h.typical is not None:
                 self._put(h, h.typical)
@@ -204,11 +207,16 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
             return []
         self._looks_left -= 1
         starts = Starts(trainer, at_step=True)
+        found = {
+            h: h.typical for h in self._names if h.typical is not None and h not in self
+        }  # noise is measured by what it is added to
         known = [p for p in penalties if p.hyperparameter in self._names]
-        found = {p.hyperparameter: starts.penalty(p) for p in known}
+        strengths = {p.hyperparameter: starts.penalty(p) for p in known}
         for h, name in self._names.items():
             if name == "optimizer.weight_decay":
-                found[h] = starts.weight_decay(trainer.optimizers[0])
+                strengths[h] = starts.weight_decay(trainer.optimizers[0])
+        self._strengths |= strengths.keys()
+        found |= {h: math.nan if s is None else s.value for h, s in strengths.items()}
         for h, value in zip(found, agreed(trainer, list(found.values())), strict=True):
             if not math.isnan(value):
                 self._put(h, value)
@@ -217,10 +225,11 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
         return [h for h in found if h in self]
 
     def replace_guesses(self, hyperparameters: Iterable[Hyperparameter]) -> list[str]:
-        """Lets those start at their typical values that start more than ten times away from there.
+        """Lets those start at their typical values that start far away from there.
 
-        Ten times a strength, or the odds of a probability. Such a start is taken to be a guess: too
-        strong a one does damage early, of which a training does not recover.
+        More than ten times a strength, or the odds of a probability, away; or more than three times
+        the strength at which a penalty begins to matter: too strong a one does damage early, of
+        which a training does not recover. Such a start is taken to be a guess.
 
         Returns:
             The names of those that have moved.
@@ -230,7 +239,9 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
             typical = self.get(h)
             if typical is None or not h.is_resolved:
                 continue
-            low, high = _neighborhood(h.constraint, typical)
+            low, high = _neighborhood(
+                h.constraint, typical, STRONG if h in self._strengths else FAR
+            )
             is_far = (h.raw < low) | (h.raw > high)
             if bool(is_far.any()):
                 before = h.value
@@ -239,8 +250,8 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
         if moved:
             listed = _listed([f"{name} {change}" for name, change in moved.items()])
             rank_zero_info(
-                f"OnlineHPOCallback: {listed}: the start is more than ten times away from what is "
-                "typical, and taken to be a guess. Pass an optimizer= to start there all the same"
+                f"OnlineHPOCallback: {listed}: the start is far from what is typical, and taken to "
+                "be a guess. Pass an optimizer= to start there all the same"
             )
         return list(moved)
 
@@ -256,18 +267,21 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
         self._looks_left = 0
 
 
-def _neighborhood(constraint: Constraint, typical: Tensor) -> tuple[Tensor, Tensor]:
+def _neighborhood(constraint: Constraint, typical: Tensor, above: float) -> tuple[Tensor, Tensor]:
     """Returns the smallest and the largest raw λ that is no mere guess.
 
-    A factor of ten away: of the value where it is on a log scale, else of the odds between bounds.
+    A tenth of the value and ``above`` times it; of the odds where it lies between two bounds.
     """
-    distance = math.log(FAR)
+    down, up = math.log(FAR), math.log(above)
     if isinstance(constraint, (Positive, UnitInterval)):
-        return typical - distance, typical + distance
-    if isinstance(constraint, Interval) and math.isfinite(constraint.low + constraint.high):
+        return typical - down, typical + up
+    if isinstance(constraint, Interval) and math.isfinite(constraint.low):
+        size = typical - constraint.low
+        if math.isinf(constraint.high):
+            return constraint.low + size / FAR, constraint.low + size * above
         width = constraint.high - constraint.low
-        odds = ((typical - constraint.low) / width).logit()
-        low, high = ((odds + d).sigmoid() * width + constraint.low for d in (-distance, distance))
+        odds = (size / width).logit()
+        low, high = ((odds + d).sigmoid() * width + constraint.low for d in (-down, up))
         return low, high
     return torch.full_like(typical, -math.inf), torch.full_like(typical, math.inf)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
 from lightning_hpo.regularizers._mixin import RegularizerMixin
 from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
+
+# In units of the root mean square of what it is added to.
+TYPICAL = 0.3
 
 
 class GaussianNoise(nn.Module):
@@ -33,12 +37,19 @@ class GaussianNoise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a tensor of the shape of ``x``; ``x`` itself in evaluation mode."""
-        return add_noise(x, self.sigma()) if self.training else x
+        return add_noise(x, self.sigma) if self.training else x
 
 
-def add_noise(x: Tensor, sigma: Tensor) -> Tensor:
-    """Returns x + σ ε, with ε drawn like ``x``."""
-    return x + sigma.to(x.dtype) * torch.randn_like(x)
+def add_noise(x: Tensor, sigma: Hyperparameter) -> Tensor:
+    """Returns x + σ ε, with ε drawn like ``x``.
+
+    The first input says which σ is typical.
+    """
+    if sigma.typical is None and not torch.compiler.is_compiling():
+        size = float(x.detach().float().square().mean().sqrt())
+        sigma.typical = TYPICAL * size if 0 < size < math.inf else None
+    value: Tensor = sigma()
+    return x + value.to(x.dtype) * torch.randn_like(x)
 
 
 class GaussianNoiseMixin(RegularizerMixin):
@@ -121,5 +132,5 @@ class _NoiseHook:
             return None
         for i, value in enumerate(args):
             if isinstance(value, Tensor) and value.is_floating_point():
-                return (*args[:i], add_noise(value, self.sigma()), *args[i + 1 :])
+                return (*args[:i], add_noise(value, self.sigma), *args[i + 1 :])
         return None
