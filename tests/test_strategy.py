@@ -16,11 +16,13 @@ from lightning_hpo import (
     ClipR,
     DropoutMixin,
     ExampleWeightMixin,
+    GaussianNoiseMixin,
     Hyperparameter,
     Interval,
     LabelSmoothing,
     OnlineHPOCallback,
     Positive,
+    Unconstrained,
     UnitInterval,
     UnrollK,
     keep_probability,
@@ -91,7 +93,8 @@ class Long(pl.Callback):
 def run(callback, model=None, **options):
     model = Mlp(granularity="model") if model is None else model
     options = {"max_epochs": 1000, "steps": 3000, **options}
-    trainer = fit(model, [callback, Long()], min_steps=1, **options)
+    callbacks = callback if isinstance(callback, list) else [callback]
+    trainer = fit(model, [*callbacks, Long()], min_steps=1, **options)
     return model, trainer
 
 
@@ -253,7 +256,11 @@ def test_a_start_that_is_a_guess_begins_where_it_matters():
         (Interval(0, 1), 0.1, 0.012, False),
         (Interval(0, 1), 0.1, 0.01, True),
         (Interval(0, 1), 0.1, 0.6, True),
-        (Interval(0), 0.1, 100.0, False),  # nothing says on which scale
+        (Interval(0), 0.1, 0.011, False),
+        (Interval(0), 0.1, 0.009, True),
+        (Interval(0), 0.1, 1.1, True),
+        (Interval(2.0), 2.1, 2.011, False),
+        (Unconstrained(), 0.1, 100.0, False),  # nothing says on which scale
         (Positive(), None, 100.0, False),
     ],
 )
@@ -262,6 +269,41 @@ def test_a_start_too_far_from_a_typical_value_is_a_guess(constraint, typical, st
     moved = TypicalValues({"x": h}).replace_guesses([h])
     assert moved == (["x"] if is_guess else [])
     assert float(h.value) == pytest.approx(typical if is_guess else start)
+
+
+@pytest.mark.parametrize(("factor", "is_guess"), [(0.11, False), (2.9, False), (3.1, True)])
+def test_a_penalty_much_too_strong_is_a_guess_earlier(factor, is_guess):
+    auto, given = Mlp(granularity="model", init="auto"), Mlp(granularity="model")
+    run(OnlineHPOCallback(lr=1e-9), auto)
+    given.l2.value = factor * auto.l2.value
+    run(OnlineHPOCallback(lr=1e-9), given)
+    expected = auto.l2.value * (1 if is_guess else factor)
+    torch.testing.assert_close(given.l2.value, expected, rtol=1e-6, atol=0)
+
+
+class Noisy(GaussianNoiseMixin, Mlp):
+    def __init__(self, sigma):
+        super().__init__("adam", granularity="model")
+        self.register_noise(sigma)
+
+    def loss(self, batch):
+        x, y = batch
+        return super().loss((5.0 * x, y))
+
+
+@pytest.mark.parametrize(("sigma", "is_guess"), [(1e-3, True), (0.5, False), (100.0, True)])
+def test_noise_is_measured_by_what_it_is_added_to(sigma, is_guess):
+    """It is known after the first step, whose gradient is that of the start."""
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_start(self, trainer, model, batch, index):
+            seen.append((float(model.noise.value), 5.0 * batch[0]))
+
+    run([OnlineHPOCallback(lr=1e-9), Spy()], Noisy(sigma))
+    assert seen[0][0] == pytest.approx(sigma)
+    typical = 0.3 * float(seen[0][1].square().mean().sqrt())
+    assert seen[1][0] == pytest.approx(typical if is_guess else sigma, rel=1e-6)
 
 
 def test_a_guess_is_replaced_before_the_first_step_and_said(monkeypatch):

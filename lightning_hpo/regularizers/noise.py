@@ -23,6 +23,8 @@ class GaussianNoise(nn.Module):
     Source: Luketina et al. (2016), §2.2 and §3; Fioravanti, §II-B, eq. 6. σ acts differentiably, so
     that every backend gives its exact mixed derivative for the draws at hand.
 
+    Typical is 0.3 times the root mean square of the first input (:class:`Hyperparameter`).
+
     Args:
         init: Initial standard deviation σ, in the units of the input.
         constraint: Default: ``Interval(0, inf)``.
