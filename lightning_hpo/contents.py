@@ -56,6 +56,8 @@ _COPIED_DATA = 10_000
 
 # What holds more entries, all in all, is looked through now and then only: see Walker.
 _LARGE = 1_000
+# Where examples come from, as paths begin.
+DATA = ("trainer.train_dataloader", "trainer.val_dataloaders", "trainer.datamodule")
 
 # Up to this many entries are looked at one by one.
 _FEW = 32
@@ -269,6 +271,7 @@ class Walker:
             elif (
                 weight.get(key, 0) > _LARGE
                 and (key in reached.held or key in reached.tuples)
+                and not (key in reached.held and reached.held[key].holder is TRAINER)
                 and key not in live
                 and key not in below
                 and key not in self._moving
@@ -282,7 +285,8 @@ class Walker:
             return
         for key in before.keys() & owners.keys() & (below | (large & changed - grown)):
             entries = len(owners[key]) if key in large else weight[key] - 1
-            self._warn(owners[key], f"{entries} entries")
+            if not (self.path_of(owners[key]) or "").startswith(DATA):  # loaders change these
+                self._warn(owners[key], f"{entries} entries")
 
     def _warn(self, value: Any, size: str) -> None:
         warnings.warn(

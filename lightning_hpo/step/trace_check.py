@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_hpo._kinds import Kind, classes_of, kind_of
 from lightning_hpo._lightning import MisconfigurationException
-from lightning_hpo.contents import Walker
+from lightning_hpo.contents import DATA, Walker
 from lightning_hpo.distributed import is_sharded, reshard
 from lightning_hpo.holders import Held, read_generator
 from lightning_hpo.hyperparameters import Hyperparameter
@@ -148,6 +148,10 @@ class TraceCheck:
         for kind, names in changes.items():
             new = [name for name in names if name not in self._told]
             self._told.update(new)
+            of_data = [name for name in new if name[1:].startswith(DATA)]  # in quotes
+            if of_data:
+                self._warn_of_data(of_data)
+                new = [name for name in new if name not in of_data]
             if new:
                 what, remedy = _REMEDIES[kind]
                 sentences.append(f"{what}: {', '.join(new)}. {remedy}")
@@ -161,6 +165,21 @@ class TraceCheck:
         if refuses:
             raise MisconfigurationException(message)
         warnings.warn(message, stacklevel=2)
+
+    def _warn_of_data(self, names: list[str]) -> None:
+        """Warns once: examples that are kept once they have been made are of no harm."""
+        if "data" in self._told:
+            return
+        self._told.add("data")
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            "OnlineHPOCallback: held-out batches or replays change what datasets hold, of which "
+            f"there is too much to be put back: {', '.join(names[:3])}{more}. That is well where "
+            "examples are only kept for later; if they depend on it, as on a position or a random "
+            "state, the training is another one than without the callback: give the held-out data "
+            "a dataset of their own",
+            stacklevel=2,
+        )
 
 
 class _Look:

@@ -783,3 +783,41 @@ def test_variables_that_are_read(make):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*outside of the module")
         observe(make(), Reading())
+
+
+class Example:
+    """Keeps what has been made of it."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.made = x, y, {}
+
+
+class Examples(torch.utils.data.Dataset):
+    """So many objects that they are not copied for the held-out batches."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.examples = [Example(torch.randn(4, generator=generator), i % 3) for i in range(1000)]
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        example = self.examples[index]
+        example.made.setdefault("x", 2 * example.x)
+        return example.made["x"], example.y
+
+
+@EVERY_ESTIMATOR
+def test_examples_that_are_kept_are_named_and_no_reason_to_refuse(make):
+    def train(callback):
+        model = Mlp(granularity="model")
+        loaders = [torch.utils.data.DataLoader(Examples(), 4) for _ in range(2)]
+        fit(model, callback, train=loaders[0], valid=loaders[1])
+        return weights(model)
+
+    plain = train(None)
+    with pytest.warns(UserWarning, match="examples are only kept for later") as caught:
+        tuned = train(OnlineHPOCallback(make(), optimizer=frozen))
+    assert torch.equal(plain, tuned)
+    assert sum("what datasets hold" in str(w.message) for w in caught) == 1
