@@ -1,8 +1,9 @@
 """One training instead of a grid search: a network finds its own L2 strength while it learns.
 
 A small network learns handwritten digits from few examples, so that it overfits unless the L2
-strength λ is right. λ starts far too small. The script trains once with ``OnlineHPOCallback`` and
-once for each λ of a grid (the bad start is one of them), and compares.
+strength λ is right. λ starts far too small: the callback takes that for a guess, begins where λ
+begins to matter, and goes on from there by hypergradients. The script trains once with
+``OnlineHPOCallback`` and once for each λ of a grid (the bad start is one of them), and compares.
 
     python examples/quickstart.py                    # scikit-learn's digits, nothing to download
     python examples/quickstart.py --data-dir DATA    # MNIST below DATA
@@ -22,7 +23,7 @@ from statistics import median
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -35,7 +36,6 @@ from torch.utils.data import (
     SequentialSampler,
     TensorDataset,
 )
-from tqdm import tqdm
 
 from lightning_hpo import L2Mixin, OnlineHPOCallback
 
@@ -142,13 +142,6 @@ class Result:
     curve: list[float]
 
 
-class OneBar(TQDMProgressBar):
-    """Lightning's progress bar, without a second one for each validation."""
-
-    def init_validation_tqdm(self) -> tqdm:
-        return tqdm(disable=True)
-
-
 def train(data: Data, l2: float, callbacks: list[Callback], seed: int) -> Result:
     """Trains from a start of λ; without an ``OnlineHPOCallback`` λ stays there."""
     lightning.seed_everything(seed, verbose=False)
@@ -162,7 +155,7 @@ def train(data: Data, l2: float, callbacks: list[Callback], seed: int) -> Result
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=bool(callbacks),
+        enable_progress_bar=False,
     )
     # All steps are one epoch: with so few examples a pass over them would last only two steps.
     draws = RandomSampler(data.train, replacement=True, num_samples=50 * STEPS)
@@ -312,7 +305,7 @@ def main() -> None:
     )
     print(f"\nOne training with OnlineHPOCallback(), from λ = {START:.0e}")
     callback = OnlineHPOCallback()
-    tuned = train(data, START, [callback, OneBar(refresh_rate=CHECK_EVERY)], arguments.seed)
+    tuned = train(data, START, [callback], arguments.seed)
 
     print(f"\nThe same training with each of {len(GRID)} fixed λ")
     grid = []

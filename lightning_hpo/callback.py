@@ -27,7 +27,6 @@ from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.monitoring import (
     History,
     HistoryRecord,
-    as_numbers,
     log_interval,
     log_record,
     make_record,
@@ -300,7 +299,7 @@ class OnlineHPOCallback(pl.Callback):
         is_regular = type(self).should_update is OnlineHPOCallback.should_update
         diagnosis = Diagnosis(
             subjects={
-                name: Subject.of(name, h.constraint, as_numbers(h.value), estimators.get(name))
+                name: Subject.of(name, h.constraint, run.initial[name], estimators.get(name))
                 for name, h in run.hyperparameters.items()
             },
             clock=run.clock,
@@ -427,6 +426,9 @@ class OnlineHPOCallback(pl.Callback):
             update.outcome,
             update.loss,
         )
+        if not self.history:
+            for name, subject in self._diagnosis.subjects.items():
+                subject.initial = run.initial[name]  # also of those that were not resolved yet
         previous = self.history[-1].step if self.history else run.first_step
         self.history.append(record)
         self._diagnosis.look_at_update(

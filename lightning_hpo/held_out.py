@@ -100,9 +100,10 @@ class HeldOut:
             step, "dataloader_iter", explicit=True
         )
         self._shield = Shield(trainer, module)
-        # Of the module itself the shield takes care.
+        # Of the rest of the module the shield takes care.
         hooks = [getattr(type(module), hook, None) for hook in _TRANSFER_HOOKS]
-        self._private = PrivateState(getattr(trainer, "datamodule", None), *hooks)
+        self._drawing = PrivateState(*hooks, random_only=True)
+        self._datamodule = PrivateState(getattr(trainer, "datamodule", None))
         self._epoch = trainer.current_epoch
         self._requested: Any = None
         self._source = self._find()
@@ -247,7 +248,8 @@ class HeldOut:
         with (
             self._shield() if of_module else nullcontext(),
             seeded_rng(self._shield.device, self._seed, k) as seed,
-            self._private(seed),
+            self._drawing(seed),
+            self._datamodule(seed),
         ):
             yield
 

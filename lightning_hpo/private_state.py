@@ -71,10 +71,13 @@ class PrivateState:
 
     Args:
         roots: The objects that make the batches.
+        random_only: Whether only generators of random numbers are private, and what else the
+            objects change is changed for all.
     """
 
-    def __init__(self, *roots: Any) -> None:
+    def __init__(self, *roots: Any, random_only: bool = False) -> None:
         self._roots = roots
+        self._random_only = random_only
         self._changes: dict[tuple[int, Any], tuple[_Slot, Any]] = {}
         self._warned: set[str] = set()
 
@@ -86,6 +89,8 @@ class PrivateState:
             seed: Seeds the generators.
         """
         found = _Found(self._roots)
+        if self._random_only:
+            found.slots, found.iterators = [], []
         if not found.is_complete:
             self._warn(
                 f"reach more than {_OBJECTS} objects by way of "

@@ -30,6 +30,7 @@ from lightning_hpo.estimators import Estimate, Estimator
 from lightning_hpo.held_out import HeldOut
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter, Positive, named_hyperparameters
+from lightning_hpo.monitoring import as_numbers
 from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
 from lightning_hpo.regularizers import Penalty, PenaltyMixin
 from lightning_hpo.rng import ResumedRandomState
@@ -185,6 +186,7 @@ class Run:
         hyperparameters: All λ that are tuned, by name.
         strategy: What acts in this training, given or chosen.
         assigned: The patterns and estimators that serve any, each with its names.
+        initial: The values with which they began, as in the history; NaN before they are known.
         held_out: The held-out data.
         clock: See above; whoever calls the methods of a run measures them.
         served: The estimators at work; empty until the first batch that has a loss.
@@ -280,6 +282,8 @@ class Run:
         self._hyper_optimizer = HyperOptimizer(
             self.hyperparameters, settings.optimizer or self._default_optimizer
         )
+        self.initial = {name: as_numbers(h.value) for name, h in self.hyperparameters.items()}
+        self._unresolved = self.hyperparameters.keys() - self.resolved.keys()
         if self._drifts and not resumed.state:
             self._replace_guesses(list(self._typical))
         verifier = _Verifier(self.training.dynamics, module)
@@ -495,14 +499,15 @@ class Run:
         self.recorder.check.compare(self.steps + 1)
         self._resolve_options(at_step=True)
         if self._drifts:
-            in_loss = getattr(self._module, "loss_penalties", ())
-            found = self._typical.look(self._trainer, [*self.training.penalties, *in_loss])
+            found = self._typical.look(self._trainer, self.training.penalties)
             names = [name for name in self.training.in_loss if self.hyperparameters[name] in found]
             self._waiting = [self.hyperparameters[name] for name in names]
             self._replace_guesses(h for h in found if h not in self._waiting)
 
     @torch.no_grad()
     def _replace_guesses(self, hyperparameters: Iterable[Hyperparameter]) -> None:
+        if self.first_step > 0:
+            return  # the module has been trained before
         moved = self._typical.replace_guesses(hyperparameters)
         if self.training.options is not None:
             self.training.options.renew_(n for n in moved if n.startswith("optimizer."))
@@ -518,12 +523,17 @@ class Run:
         if not self.recorder.take_step():
             return None
         self.steps += 1
+        for name in self._unresolved & self.resolved.keys():
+            self.initial[name] = as_numbers(self.hyperparameters[name].value)
+            self._unresolved.remove(name)
         update = None
         if self.served and self._settings.should_update(self.steps):
             update = self._update()
         if self._waiting:
             self._replace_guesses(self._waiting)
             self._waiting = []
+        if update is not None:
+            self._typical.settle()
         return update
 
     @torch.no_grad()
@@ -628,7 +638,8 @@ class Run:
         self.steps = state["steps"]
         self.held_out.skip_to(state["consumed"])
         if not differences.keys() & {"hyperparameters", "optimizer"}:
-            self._typical.load_state_dict(state.get("typical", {}))
+            if "typical" in state:
+                self._typical.load_state_dict(state["typical"])
             self._hyper_optimizer.load_state_dict(state["optimizer"]["state"])
         if not differences.keys() & {"hyperparameters", "estimator"}:
             for each, saved in zip(served, state["estimators"], strict=True):

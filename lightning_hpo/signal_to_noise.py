@@ -36,13 +36,14 @@ class SignalToNoise(torch.optim.Optimizer):
 
         m ← β₁ m + (1 − β₁) h,   v ← β₂ v + (1 − β₂) h²,   q = m̂ / √v̂
         raw λ ← raw λ − η_k u sign(q) (|q| − c) / (1 − c)                  where |q| > c
-        raw λ ← raw λ − η_k ½ clip((raw λ − raw λ₀) / 2, −u, u)            elsewhere
-        η_k = lr · 24 / n · ½ (1 + cos(π k / n)),   β = (0.9, 0.97),   c = 0.15
+        raw λ ← raw λ − η_k 0.2 clip((raw λ − raw λ₀) / 2, −u, u)          elsewhere
+        η_k = lr · min(24 / n, ¼) · ½ (1 + cos(π k / n)),   β = (0.9, 0.97),   c = 0.15
 
     m̂ and v̂ are corrected for their start, as in Adam; the first three hypergradients say nothing
-    about their noise, and count as none. u is the unit of raw λ (:meth:`Constraint.unit`): a factor
-    e of a strength, half a logit of a probability. In the first quarter of the n updates λ can
-    travel six units, in all of them twelve.
+    about their noise, and those of the first tenth of all updates come too early: they count as
+    q = 0. So do, element by element, hypergradients of 0. u is the unit of raw λ
+    (:meth:`Constraint.unit`): a factor e of a strength, half a logit of a probability. From about
+    100 updates on λ can travel ten units in all; with 30, three.
 
     q does not depend on the scale of h, which is different by orders of magnitude between kinds of
     λ, and between values of a strength; noise alone, of which |q| is 0.2 on the average, moves it

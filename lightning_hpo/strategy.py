@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -44,6 +45,8 @@ MEMORY = 1 / 3
 LOGIT_STEP = 1.0
 # A step whose gradient is not finite does not say where a penalty begins to matter.
 LOOKS = 5
+# Noise in units of the root mean square of what it is added to.
+TYPICAL_NOISE = 0.3
 # A start further off than this factor, of a strength or of odds, is taken to be a guess.
 FAR = 10.0
 # … and so is a penalty stronger than so many times the strength at which it begins to matter.
@@ -190,6 +193,7 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
         self._looks_left = LOOKS
         self._strengths: set[Hyperparameter] = set()
         for h in hyperparameters.values():
+            vars(h).pop("input_size", None)  # of a training before this one
             if h.typical is not None:
                 self._put(h, h.typical)
 
@@ -198,7 +202,7 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
             self[h] = h.constraint.inverse(torch.full_like(h.raw, value))
 
     def look(self, trainer: pl.Trainer, penalties: Sequence[Penalty]) -> list[Hyperparameter]:
-        """Finds those that need a gradient, which is complete now and without penalties.
+        """Finds those that need a gradient, which is complete now and without these penalties.
 
         Returns:
             Those that have been found.
@@ -207,29 +211,32 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
             return []
         self._looks_left -= 1
         starts = Starts(trainer, at_step=True)
-        found = {
-            h: h.typical for h in self._names if h.typical is not None and h not in self
-        }  # noise is measured by what it is added to
         known = [p for p in penalties if p.hyperparameter in self._names]
         strengths = {p.hyperparameter: starts.penalty(p) for p in known}
         for h, name in self._names.items():
             if name == "optimizer.weight_decay":
                 strengths[h] = starts.weight_decay(trainer.optimizers[0])
         self._strengths |= strengths.keys()
-        found |= {h: math.nan if s is None else s.value for h, s in strengths.items()}
-        for h, value in zip(found, agreed(trainer, list(found.values())), strict=True):
-            if not math.isnan(value):
+        values = {h: math.nan if s is None else s.value for h, s in strengths.items()}
+        for h in self._names:
+            if h.typical is None and "input_size" in vars(h):
+                values[h] = TYPICAL_NOISE * vars(h)["input_size"]
+        found = []
+        for h, value in zip(values, agreed(trainer, list(values.values())), strict=True):
+            if 0 < value < math.inf:
                 self._put(h, value)
-        if all(h in self for h in found):
+                found.append(h)
+        if len(found) == len(values):
             self._looks_left = 0
-        return [h for h in found if h in self]
+        return found
 
     def replace_guesses(self, hyperparameters: Iterable[Hyperparameter]) -> list[str]:
         """Lets those start at their typical values that start far away from there.
 
         More than ten times a strength, or the odds of a probability, away; or more than three times
         the strength at which a penalty begins to matter: too strong a one does damage early, of
-        which a training does not recover. Such a start is taken to be a guess.
+        which a training does not recover. Such a start is taken to be a guess. What was assigned,
+        loaded or tuned is none.
 
         Returns:
             The names of those that have moved.
@@ -237,14 +244,14 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
         moved = {}
         for h in hyperparameters:
             typical = self.get(h)
-            if typical is None or not h.is_resolved:
+            if typical is None or not (h.is_resolved and h.is_initial):
                 continue
             low, high = _neighborhood(
                 h.constraint, typical, STRONG if h in self._strengths else FAR
             )
             is_far = (h.raw < low) | (h.raw > high)
             if bool(is_far.any()):
-                before = h.value
+                before = h.value.clone()
                 h.raw.copy_(torch.where(is_far, typical, h.raw))
                 moved[self._names[h]] = f"{_mean(before):.3g} → {_mean(h.value):.3g}"
         if moved:
@@ -255,16 +262,26 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
             )
         return list(moved)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the raw values, by name."""
-        return {self._names[h]: raw for h, raw in self.items()}
+    def settle(self) -> None:
+        """Notes that λ are no longer what they were made with."""
+        for h in self._names:
+            h.is_initial = False
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the raw values, by name, and what is still to be found."""
+        return {
+            "raws": {self._names[h]: raw for h, raw in self.items()},
+            "initial": [name for h, name in self._names.items() if h.is_initial],
+            "looks": self._looks_left,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores them."""
         for h, name in self._names.items():
-            if name in state:
-                self[h] = state[name].to(h.raw.device)
-        self._looks_left = 0
+            if name in state["raws"]:
+                self[h] = state["raws"][name].to(h.raw.device)
+            h.is_initial = name in state["initial"]
+        self._looks_left = state["looks"]
 
 
 def _neighborhood(constraint: Constraint, typical: Tensor, above: float) -> tuple[Tensor, Tensor]:
@@ -275,14 +292,16 @@ def _neighborhood(constraint: Constraint, typical: Tensor, above: float) -> tupl
     down, up = math.log(FAR), math.log(above)
     if isinstance(constraint, (Positive, UnitInterval)):
         return typical - down, typical + up
-    if isinstance(constraint, Interval) and math.isfinite(constraint.low):
-        size = typical - constraint.low
+    size = typical - constraint.low if isinstance(constraint, Interval) else typical
+    inside = bool((size > 0).all())
+    if isinstance(constraint, Interval) and math.isfinite(constraint.low) and inside:
         if math.isinf(constraint.high):
             return constraint.low + size / FAR, constraint.low + size * above
         width = constraint.high - constraint.low
-        odds = (size / width).logit()
-        low, high = ((odds + d).sigmoid() * width + constraint.low for d in (-down, up))
-        return low, high
+        if bool((size < width).all()):
+            odds = (size / width).logit()
+            low, high = ((odds + d).sigmoid() * width + constraint.low for d in (-down, up))
+            return low, high
     return torch.full_like(typical, -math.inf), torch.full_like(typical, math.inf)
 
 

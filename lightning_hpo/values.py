@@ -81,6 +81,7 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
     for name, raw in raws.items():
         known[name].raw.copy_(known[name].constraint.project(raw.to(known[name].raw)))
         known[name].frozen = True
+        known[name].is_initial = False
     if options:
         if not record_of(module).fixed_options:
             make = module.configure_optimizers

@@ -25,6 +25,7 @@ from lightning_hpo import (
     Unconstrained,
     UnitInterval,
     UnrollK,
+    freeze,
     keep_probability,
     named_hyperparameters,
 )
@@ -219,7 +220,7 @@ def test_masks_are_differenced_widely_and_nothing_else_is(estimator, width):
 
 
 def typical_of(callback, model):
-    raws = callback._phase.state["typical"]
+    raws = callback._phase.state["typical"]["raws"]
     known = named_hyperparameters(model)
     return {n: float(known[n].constraint(raw)) for n, raw in raws.items() if n in known}
 
@@ -276,6 +277,7 @@ def test_a_penalty_much_too_strong_is_a_guess_earlier(factor, is_guess):
     auto, given = Mlp(granularity="model", init="auto"), Mlp(granularity="model")
     run(OnlineHPOCallback(lr=1e-9), auto)
     given.l2.value = factor * auto.l2.value
+    given.l2.is_initial = True  # as if it had been made so
     run(OnlineHPOCallback(lr=1e-9), given)
     expected = auto.l2.value * (1 if is_guess else factor)
     torch.testing.assert_close(given.l2.value, expected, rtol=1e-6, atol=0)
@@ -314,12 +316,101 @@ def test_a_guess_is_replaced_before_the_first_step_and_said(monkeypatch):
         torch.manual_seed(0)
         model = Many(init=init)
         model.keep.value = 0.99
+        model.keep.is_initial = True  # as if it had been made so
         torch.manual_seed(0)
         run(OnlineHPOCallback(), model)
         starts[init] = weights(model)
     assert torch.equal(starts[1e-9], starts["auto"])
     assert any("keep 0.99 → 0.8" in line for line in said)
     assert any("l2 1e-09 → " in line for line in said)
+
+
+def assigned(model, path):
+    model.l2.value = 1e-9
+
+
+def loaded(model, path):
+    torch.save(Mlp(granularity="model", init=1e-9).state_dict(), path)
+    model.load_state_dict(torch.load(path))
+
+
+def found(model, path):
+    freeze(model, {"l2": 1e-9})
+    model.l2.frozen = False
+
+
+def tuned(model, path):
+    callback = OnlineHPOCallback(optimizer=lambda raw: torch.optim.SGD(raw, lr=0.0))
+    run(callback, model)
+    model.l2.raw.fill_(math.log(1e-9))
+
+
+@pytest.mark.parametrize("change", [assigned, loaded, found, tuned])
+def test_what_was_not_made_so_is_no_guess(change, tmp_path):
+    model = Mlp(granularity="model", init=1e-5)
+    change(model, tmp_path / "state.pt")
+    run(OnlineHPOCallback(lr=1e-9), model)
+    assert float(model.l2.value) == pytest.approx(1e-9, rel=1e-6)
+
+
+class Late(Mlp):
+    """A layer gets its first gradient at the fourth step."""
+
+    def __init__(self):
+        super().__init__("adam", granularity="layer", init=1e-9)
+        self.extra = nn.Linear(4, 3)
+        self.register_l2(1e-9, "late", parameters=["extra.weight"])
+
+    def loss(self, batch):
+        x, y = batch
+        factor = float(not self.training or self.global_step >= 3)
+        return nn.functional.cross_entropy(self.net(x) + factor * self.extra(x), y)
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_what_is_found_late_is_found_by_a_resumed_training_too(tmp_path):
+    def train(*others, path=None):
+        torch.manual_seed(0)
+        model, callback = Late(), OnlineHPOCallback()
+        loader = StatefulDataLoader()
+        fit(model, [callback, *others], steps=40, train=loader, max_epochs=20, ckpt_path=path)
+        return state(model, callback)
+
+    whole = train(StopAt(2, tmp_path / "x.ckpt"))
+    resumed = train(path=tmp_path / "x.ckpt")
+    assert whole[1][-1]["late"] > 2e-9  # it was found: there it drifts to
+    assert torch.equal(whole[0], resumed[0])
+    assert whole[1] == resumed[1]
+
+
+class StatefulDataLoader:
+    """Goes on within an epoch."""
+
+    def __init__(self):
+        self.batches, self.position = list(train_loader()), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+        self.position = 0
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
 
 
 def test_weight_decay_has_a_typical_value():

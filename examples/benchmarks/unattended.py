@@ -226,6 +226,7 @@ def prepare(job: Job) -> Problem:
     freeze(problem.module, expand(problem.module, own))
     for h in named_hyperparameters(problem.module).values():
         h.frozen = job.cell.configuration not in CONFIGURATIONS
+        h.is_initial = True  # as if it had been made so
     return problem
 
 

@@ -22,7 +22,8 @@ class Hyperparameter(nn.Module):
     ``raw`` is a persistent *buffer*: it is saved in checkpoints and moves with the module, but
     ``module.parameters()`` does not list it, so the model's optimizer never sees it.
 
-    With ``frozen`` set to True the callback leaves it alone.
+    With ``frozen`` set to True the callback leaves it alone. ``is_initial`` says whether the value
+    is the one that it was made with: it was not assigned, loaded or tuned since.
 
     Args:
         init: Initial value, in the scale of the value (not raw). A float or a tensor of any shape.
@@ -36,12 +37,13 @@ class Hyperparameter(nn.Module):
 
     Raises:
         TypeError: If ``init`` is not a number or a floating-point tensor, ``constraint`` is not a
-            :class:`Constraint` instance, or ``difference_step`` is not a number.
+            :class:`Constraint` instance, or ``difference_step`` or ``typical`` is not a number.
         ValueError: If ``init`` is not finite, is empty, or lies outside the constraint, or
-            ``difference_step`` is not positive and finite.
+            ``difference_step`` is not positive and finite, or ``typical`` not finite.
     """
 
     raw: Tensor
+    is_initial = True
     _is_resolved = True
 
     def __init__(
@@ -77,6 +79,8 @@ class Hyperparameter(nn.Module):
                 lambda x: 0 < x < math.inf,
                 difference_step=difference_step,
             )
+        if typical is not None:
+            check_number("Hyperparameter", "a finite number", math.isfinite, typical=typical)
         self.constraint = constraint
         self.difference_step = difference_step
         self.typical = typical
@@ -113,7 +117,7 @@ class Hyperparameter(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Loads ``raw``, which may have been saved before it was resolved."""
         super()._load_from_state_dict(*args, **kwargs)
-        self._is_resolved = False
+        self._is_resolved = self.is_initial = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Hyperparameter:
         """Moves with the module, but keeps ``raw`` in float32 or better.
@@ -165,6 +169,7 @@ class Hyperparameter(nn.Module):
         with torch.no_grad():
             self.raw.copy_(raw)
         self._is_resolved = True
+        self.is_initial = False
 
     def extra_repr(self) -> str:
         """Shows the value, the constraint, and whether it is frozen."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,6 @@ from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
 from lightning_hpo.regularizers._mixin import RegularizerMixin
 from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
 
-# In units of the root mean square of what it is added to.
-TYPICAL = 0.3
-
 
 class GaussianNoise(nn.Module):
     r"""Adds noise in training: x + σ ε with ε ~ N(0, 1), one draw per element.
@@ -23,7 +19,8 @@ class GaussianNoise(nn.Module):
     Source: Luketina et al. (2016), §2.2 and §3; Fioravanti, §II-B, eq. 6. σ acts differentiably, so
     that every backend gives its exact mixed derivative for the draws at hand.
 
-    Typical is 0.3 times the root mean square of the first input (:class:`Hyperparameter`).
+    Typical is 0.3 times the root mean square of the first input of a training
+    (:class:`Hyperparameter`).
 
     Args:
         init: Initial standard deviation σ, in the units of the input.
@@ -45,11 +42,10 @@ class GaussianNoise(nn.Module):
 def add_noise(x: Tensor, sigma: Hyperparameter) -> Tensor:
     """Returns x + σ ε, with ε drawn like ``x``.
 
-    The first input says which σ is typical.
+    The first input of a training says which σ is typical.
     """
-    if sigma.typical is None and not torch.compiler.is_compiling():
-        size = float(x.detach().float().square().mean().sqrt())
-        sigma.typical = TYPICAL * size if 0 < size < math.inf else None
+    if "input_size" not in vars(sigma) and not torch.compiler.is_compiling():
+        vars(sigma)["input_size"] = float(x.detach().float().square().mean().sqrt())
     value: Tensor = sigma()
     return x + value.to(x.dtype) * torch.randn_like(x)
 
