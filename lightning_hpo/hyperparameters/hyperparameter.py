@@ -43,7 +43,6 @@ class Hyperparameter(nn.Module):
     """
 
     raw: Tensor
-    is_initial = True
     _is_resolved = True
 
     def __init__(
@@ -85,6 +84,7 @@ class Hyperparameter(nn.Module):
         self.difference_step = difference_step
         self.typical = typical
         self.frozen = False
+        self.is_initial = True
         try:
             raw = constraint.inverse(value)
         except ValueError as error:

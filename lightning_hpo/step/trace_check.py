@@ -76,6 +76,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHARED = (io.IOBase, queue.Queue, queue.SimpleQueue)
 _PLAIN = (int, float, complex, str, bytes, type, type(None))
 _NOTHING = object()
+# Attributes that the package itself keeps, and changes where a strength gets its value.
+_OWN = ("_hpo_record", "_is_resolved", "is_initial")
 
 
 class TraceCheck:
@@ -295,7 +297,7 @@ class _Look:
         is_attributes = path.endswith(".__dict__")
         path = path.removesuffix(".__dict__")
         for key in {**then, **now}:
-            if _get(then, key) is not _get(now, key) and key not in ("_hpo_record", "_is_resolved"):
+            if _get(then, key) is not _get(now, key) and key not in _OWN:
                 label = getattr(key, "__name__", key)  # of a slot
                 yield f"{path}.{label}" if is_attributes else f"{path}[{label!r}]"
 
