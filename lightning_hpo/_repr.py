@@ -1,8 +1,9 @@
-"""How objects show the arguments that they were made with."""
+"""How things are shown: objects by the arguments that they were made with, and a few of many."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -20,3 +21,9 @@ def shown(owner: Any, names: tuple[str, ...] | None = None) -> str:
         for name in parameters
         if name in kept and (names is None or name in names)
     )
+
+
+def listed(parts: Sequence[str], most: int) -> str:
+    """Returns the first of some names, and how many more there are."""
+    more = len(parts) - most
+    return ", ".join(parts[:most]) + (f" and {more} more" if more > 0 else "")

@@ -297,6 +297,7 @@ class OnlineHPOCallback(pl.Callback):
         """Notes how the training starts, and warns of what can be seen already."""
         estimators = {name: each for _, each, names in run.assigned for name in names}
         is_regular = type(self).should_update is OnlineHPOCallback.should_update
+        every = run.strategy.every_n_steps
         diagnosis = Diagnosis(
             subjects={
                 name: Subject.of(name, h.constraint, run.initial[name], estimators.get(name))
@@ -305,12 +306,9 @@ class OnlineHPOCallback(pl.Callback):
             clock=run.clock,
             is_told=trainer.is_global_zero,
             steps=state.get("steps", 0),
-            every=run.strategy.every_n_steps,
+            every=every,
             warmup=self.warmup_steps,
-            first_due=(self.warmup_steps // run.strategy.every_n_steps + 1)
-            * run.strategy.every_n_steps
-            if is_regular
-            else None,
+            first_due=(self.warmup_steps // every + 1) * every if is_regular else None,
         )
         diagnosis.load_state_dict(state.get("diagnosis", {}))
         diagnosis.look_at_data(flattened(trainer.train_dataloader), run.held_out.loaders)

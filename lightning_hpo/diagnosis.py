@@ -6,11 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_hpo._repr import listed
 from lightning_hpo._stopwatch import Stopwatch
 from lightning_hpo._tensors import widened
 from lightning_hpo.distributed import local, norm_over_shards
@@ -280,7 +282,7 @@ class Diagnosis:
         if found:
             self.warn(
                 "bound",
-                f"λ sits at a bound: {_listed([f'{n} at its {s}' for n, s in found.items()])}. "
+                f"λ sits at a bound: {_some([f'{n} at its {s}' for n, s in found.items()])}. "
                 "The optimum may lie beyond it: give its Hyperparameter a wider constraint=. If "
                 "the bound means that it is switched off, leave it out. If it was driven there "
                 "against what you expect, forget old tangents (decay= of ClipR below 1), or take a "
@@ -294,7 +296,7 @@ class Diagnosis:
             parts = [f"{name} in {share:.0%}" for name, share in found.items()]
             self.warn(
                 "radius",
-                f"the tangent sits at the radius of ClipR: {_listed(parts)} of the updates. Its "
+                f"the tangent sits at the radius of ClipR: {_some(parts)} of the updates. Its "
                 "direction may be long out of date. Pass a larger radius=, or a decay= below 1, "
                 "such as 0.99, which forgets old steps before they fill the ball",
             )
@@ -337,7 +339,7 @@ class Diagnosis:
         if parts:
             self.warn(
                 "effect",
-                f"λ has no measurable effect on the held-out loss: {_listed(parts)}. A whole unit "
+                f"λ has no measurable effect on the held-out loss: {_some(parts)}. A whole unit "
                 f"of raw λ (a factor e of a strength) changes it by less than {MEASURABLE:g} of "
                 "itself, so λ moves at random. Start it where it acts, or leave it alone "
                 "(frozen=True)",
@@ -554,9 +556,7 @@ def _short(value: Any) -> str:
     return f"{numbers.mean():.3g} ({numbers.min():.3g} … {numbers.max():.3g})"
 
 
-def _listed(parts: Sequence[str]) -> str:
-    more = len(parts) - _NAMES
-    return ", ".join(parts[:_NAMES]) + (f" and {more} more" if more > 0 else "")
+_some = partial(listed, most=_NAMES)
 
 
 def _trend(x: Tensor, y: Tensor) -> float:

@@ -13,6 +13,9 @@ from lightning_hpo.hyperparameters import Hyperparameter
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
+DEFAULT_RATE = 0.01
+
+
 def default_optimizer(raw: list[Tensor], lr: float = 1.0) -> torch.optim.Optimizer:
     """Adam on the raw values with learning rate 0.01, times ``lr``.
 
@@ -20,7 +23,7 @@ def default_optimizer(raw: list[Tensor], lr: float = 1.0) -> torch.optim.Optimiz
     Steps do not depend on the scale of the hypergradient, which with respect to log λ is
     proportional to λ: plain SGD stalls for a tiny λ and overshoots for a large one.
     """
-    return torch.optim.Adam(raw, lr=0.01 * lr)
+    return torch.optim.Adam(raw, lr=DEFAULT_RATE * lr)
 
 
 class HyperOptimizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache, partial
+from functools import _lru_cache_wrapper, cached_property, lru_cache, partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ _NO_STEP = {
     *("hpo_dataloader", "test_step", "predict_step", "on_fit_start", "on_fit_end"),
     *("on_save_checkpoint", "on_load_checkpoint", "load_from_checkpoint"),
 }
-_CODE = (FunctionType, MethodType, *METHODS, cached_property, partial)
+_CODE = (FunctionType, MethodType, *METHODS, cached_property, partial, _lru_cache_wrapper)
 _CONTAINERS = {Kind.DICT, Kind.LIST, Kind.DEQUE, Kind.TUPLE, Kind.SET}
 # How far a variable is looked into, and up to how many entries.
 _DEPTH = 4
@@ -76,7 +76,7 @@ class Outside:
         """Looks at an attribute of the module, of a kind that replays do not put back."""
         if issubclass(type(value), (type, ModuleType)):
             self._space(name, value, None)
-        elif issubclass(type(value), _CODE) or _is_cache(value):
+        elif issubclass(type(value), _CODE):
             self._waiting.append(value)
         elif _has_attributes(value):
             self._variable(id(value), name, partial(vars, value))
@@ -86,7 +86,7 @@ class Outside:
             return
         self._seen[id(value)] = value
         kind = type(value)
-        if _is_cache(value):
+        if issubclass(kind, _lru_cache_wrapper):
             self.caches.append(value)
             self._waiting.append(value.__wrapped__)
         elif issubclass(kind, property):
@@ -119,7 +119,7 @@ class Outside:
         kind = type(value)
         if issubclass(kind, (type, ModuleType)):
             self._space(name, value, names)
-        elif issubclass(kind, _CODE) or _is_cache(value):
+        elif issubclass(kind, _CODE):
             self._waiting.append(value)
         elif _has_attributes(value):
             self._variable(id(value), name, partial(vars, value))
@@ -162,13 +162,8 @@ def _methods(kind: type) -> Iterator[Any]:
     """Yields the methods of a class that steps may call."""
     for base in classes_of(kind):
         for name, member in vars(base).items():
-            if name not in _NO_STEP and (issubclass(type(member), _CODE) or _is_cache(member)):
+            if name not in _NO_STEP and issubclass(type(member), _CODE):
                 yield member
-
-
-def _is_cache(value: Any) -> bool:
-    kind = type(value)
-    return kind.__name__ == "_lru_cache_wrapper" and kind.__module__ == "functools"
 
 
 def _has_attributes(value: Any) -> bool:

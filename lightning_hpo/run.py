@@ -284,7 +284,7 @@ class Run:
         )
         self.initial = {name: as_numbers(h.value) for name, h in self.hyperparameters.items()}
         self._unresolved = self.hyperparameters.keys() - self.resolved.keys()
-        if self._drifts and not resumed.state:
+        if self.strategy.drifts and not resumed.state:
             self._replace_guesses(list(self._typical))
         verifier = _Verifier(self.training.dynamics, module)
         self._traces = TraceCheck(trainer, module)
@@ -407,6 +407,7 @@ class Run:
                 check_forward(training, moment, uses_hessian=uses_hessian)
         if self._trainer.accumulate_grad_batches == 1:
             self.recorder.check.expect(gradients)
+        self.recorder.shifts.follows_state = any(each.estimator.window != 1 for each in served)
         self.served = served
 
     def _validate(
@@ -498,11 +499,11 @@ class Run:
         """Compares the gradient with that of a replay, where that is due; penalties come later."""
         self.recorder.check.compare(self.steps + 1)
         self._resolve_options(at_step=True)
-        if self._drifts:
+        if self.strategy.drifts and not self._typical.is_complete:
             found = self._typical.look(self._trainer, self.training.penalties)
-            names = [name for name in self.training.in_loss if self.hyperparameters[name] in found]
-            self._waiting = [self.hyperparameters[name] for name in names]
-            self._replace_guesses(h for h in found if h not in self._waiting)
+            in_loss = {self.hyperparameters[name] for name in self.training.in_loss}
+            self._waiting = [h for h in found if h in in_loss]
+            self._replace_guesses(h for h in found if h not in in_loss)
 
     @torch.no_grad()
     def _replace_guesses(self, hyperparameters: Iterable[Hyperparameter]) -> None:
@@ -511,12 +512,6 @@ class Run:
         moved = self._typical.replace_guesses(hyperparameters)
         if self.training.options is not None:
             self.training.options.renew_(n for n in moved if n.startswith("optimizer."))
-
-    @property
-    def _drifts(self) -> bool:
-        """Whether typical values matter."""
-        settings = self._settings
-        return self.strategy.is_chosen and settings.optimizer is None and settings.lr > 0
 
     def after_batch(self) -> Update | None:
         """Updates λ where the optimizer has stepped and an update is due."""

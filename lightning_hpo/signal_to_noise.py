@@ -19,7 +19,8 @@ BETAS = (0.9, 0.97)
 UNKNOWN = 3
 # Early in a training nothing has overfitted yet, and less regularization always looks better.
 WARM_UP = 0.1
-# In the first quarter of all updates λ may travel so many units (factors e, of a strength).
+# At its first rate λ would travel so many units (factors e, of a strength) in a quarter of all
+# updates …
 TRAVEL = 6.0
 # … but in one update not more than so many: a tangent answers late.
 FASTEST = 0.25

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,9 +14,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_hpo._repr import listed
 from lightning_hpo._trainer import length
 from lightning_hpo.auto import Starts, agreed
 from lightning_hpo.estimators import T1T2, ClipR, Estimator
+from lightning_hpo.hyper_optimizer import DEFAULT_RATE
 from lightning_hpo.hyperparameters import (
     Constraint,
     Hyperparameter,
@@ -52,7 +55,6 @@ FAR = 10.0
 # … and so is a penalty stronger than so many times the strength at which it begins to matter.
 STRONG = 3.0
 
-
 Assigned = Sequence[tuple[str, Estimator, list[str]]]
 """Estimators, each with a name and the hyperparameters that it serves."""
 
@@ -78,15 +80,20 @@ class Strategy:
     is_chosen: bool
 
     @property
+    def drifts(self) -> bool:
+        """Whether λ drifts to typical values, and far starts are replaced by them."""
+        return self.is_chosen and bool(self.lr)
+
+    @property
     def updates(self) -> int:
         """The number of updates in the training."""
         return max(1, self.steps // self.every_n_steps)
 
     def __str__(self) -> str:
-        parts = [f"{estimator!r} for {_listed(names)}" for _, estimator, names in self.assigned]
+        parts = [f"{estimator!r} for {_some(names)}" for _, estimator, names in self.assigned]
         parts.append(f"λ every {_count(self.every_n_steps, 'step')}")
         if self.lr is not None and not self.is_chosen:
-            parts.append(f"by Adam({0.01 * self.lr:g})")
+            parts.append(f"by Adam({DEFAULT_RATE * self.lr:g})")
         elif self.lr is not None:
             factor = "" if self.lr == 1 else f" × {self.lr:g}"
             parts.append(f"by its signal-to-noise ratio{factor}, at a rate that falls")
@@ -201,14 +208,17 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
         with suppress(ValueError):  # its constraint says otherwise
             self[h] = h.constraint.inverse(torch.full_like(h.raw, value))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether no look is left to be taken."""
+        return self._looks_left == 0
+
     def look(self, trainer: pl.Trainer, penalties: Sequence[Penalty]) -> list[Hyperparameter]:
         """Finds those that need a gradient, which is complete now and without these penalties.
 
         Returns:
             Those that have been found.
         """
-        if self._looks_left == 0:
-            return []
         self._looks_left -= 1
         starts = Starts(trainer, at_step=True)
         known = [p for p in penalties if p.hyperparameter in self._names]
@@ -251,14 +261,14 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
             )
             is_far = (h.raw < low) | (h.raw > high)
             if bool(is_far.any()):
-                before = h.value.clone()
+                before = float(h.value.mean())
                 h.raw.copy_(torch.where(is_far, typical, h.raw))
-                moved[self._names[h]] = f"{_mean(before):.3g} → {_mean(h.value):.3g}"
+                moved[self._names[h]] = f"{before:.3g} → {float(h.value.mean()):.3g}"
         if moved:
-            listed = _listed([f"{name} {change}" for name, change in moved.items()])
+            changes = _some([f"{name} {change}" for name, change in moved.items()])
             rank_zero_info(
-                f"OnlineHPOCallback: {listed}: the start is far from what is typical, and taken to "
-                "be a guess. Pass an optimizer= to start there all the same"
+                f"OnlineHPOCallback: {changes}: the start is far from what is typical, and taken "
+                "to be a guess. Pass an optimizer= to start there all the same"
             )
         return list(moved)
 
@@ -305,12 +315,7 @@ def _neighborhood(constraint: Constraint, typical: Tensor, above: float) -> tupl
     return torch.full_like(typical, -math.inf), torch.full_like(typical, math.inf)
 
 
-def _mean(value: Tensor) -> float:
-    return float(value.mean())
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+_some = partial(listed, most=4)
 
 
 def _count(n: int, noun: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -272,6 +272,46 @@ class Recorder:
 
     def __setattr__(self, name: str, value: Any) -> None:
         _RECORDS[id(self)][name] = value
+
+
+class Stateful:
+    """A loader that goes on within an epoch."""
+
+    def __init__(self) -> None:
+        self.batches = list(train_loader())
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.position < len(self.batches):
+            self.position += 1
+            is_last = self.position == len(self.batches)
+            batch = self.batches[self.position - 1]
+            if is_last:
+                self.position = 0
+            yield batch
+            if is_last:
+                return
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class StopAfter(pl.Callback):
+    """Writes a checkpoint after a batch, and stops there."""
+
+    def __init__(self, step: int, path: Any) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
 
 
 def make_trainer(steps: int = STEPS, **options: Any) -> pl.Trainer:

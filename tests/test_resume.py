@@ -16,6 +16,8 @@ from cases import (
     VALID,
     FineTuned,
     Mlp,
+    Stateful,
+    StopAfter,
     fit,
     make_trainer,
     train_loader,
@@ -80,46 +82,6 @@ class Random(GaussianNoiseMixin, DropoutMixin, Mlp):
 
     def on_load_checkpoint(self, checkpoint):
         self.count = checkpoint["count"]
-
-
-class Stateful:
-    """A loader that goes on within an epoch."""
-
-    def __init__(self):
-        self.batches = list(train_loader())
-        self.position = 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        while self.position < len(self.batches):
-            self.position += 1
-            is_last = self.position == len(self.batches)
-            batch = self.batches[self.position - 1]
-            if is_last:
-                self.position = 0
-            yield batch
-            if is_last:
-                return
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.position = state["position"]
-
-
-class StopAfter(pl.Callback):
-    """Writes a checkpoint after a batch, and stops there."""
-
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-            trainer.should_stop = True
 
 
 def train(make, epochs=4, path=None, *, model=None, callback=None, others=(), **options):

@@ -5,7 +5,18 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import EachRank, Mlp, fit, make_trainer, train_loader, valid_loader, weights
+from cases import (
+    EachRank,
+    Mlp,
+    Stateful,
+    StopAfter,
+    fit,
+    make_trainer,
+    train_loader,
+    valid_loader,
+    weights,
+)
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -367,50 +378,21 @@ class Late(Mlp):
         return nn.functional.cross_entropy(self.net(x) + factor * self.extra(x), y)
 
 
-class StopAt(pl.Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
 def test_what_is_found_late_is_found_by_a_resumed_training_too(tmp_path):
     def train(*others, path=None):
         torch.manual_seed(0)
         model, callback = Late(), OnlineHPOCallback()
-        loader = StatefulDataLoader()
-        fit(model, [callback, *others], steps=40, train=loader, max_epochs=20, ckpt_path=path)
+        options = {"steps": 40, "max_epochs": 20, "ckpt_path": path}
+        fit(model, [callback, *others], train=Stateful(), **options)
         return state(model, callback)
 
-    whole = train(StopAt(2, tmp_path / "x.ckpt"))
-    resumed = train(path=tmp_path / "x.ckpt")
+    stop = StopAfter(2, tmp_path / "x.ckpt")
+    whole = train()
+    train(stop)
+    resumed = train(path=stop.path)
     assert whole[1][-1]["late"] > 2e-9  # it was found: there it drifts to
     assert torch.equal(whole[0], resumed[0])
     assert whole[1] == resumed[1]
-
-
-class StatefulDataLoader:
-    """Goes on within an epoch."""
-
-    def __init__(self):
-        self.batches, self.position = list(train_loader()), 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        while self.position < len(self.batches):
-            self.position += 1
-            yield self.batches[self.position - 1]
-        self.position = 0
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.position = state["position"]
 
 
 def test_weight_decay_has_a_typical_value():
@@ -450,30 +432,17 @@ def state(model, callback):
     return torch.cat([*raws, weights(model)]), [r.values for r in callback.history]
 
 
-class StopAfterEpoch(pl.Callback):
-    """Writes a checkpoint after the validation of an epoch, and stops there."""
-
-    def __init__(self, epoch, path):
-        self.epoch, self.path = epoch, path
-
-    def on_train_epoch_end(self, trainer, *args):
-        if trainer.current_epoch == self.epoch:
-            trainer.save_checkpoint(self.path)
-            trainer.should_stop = True
-
-
 @pytest.mark.parametrize("make", [lambda: Many(init=1e-9), Weighted], ids=["far", "weighted"])
 def test_a_resumed_training_equals_one_that_never_stopped(make, tmp_path):
     def train(*others, seed, path=None):
         torch.manual_seed(seed)
         model, callback = make(), OnlineHPOCallback(every_n_steps=3)
-        fit(model, [callback, *others], steps=-1, max_epochs=12, ckpt_path=path)
+        options = {"steps": -1, "max_epochs": 12, "ckpt_path": path}
+        fit(model, [callback, *others], enable_checkpointing=bool(others), **options)
         return state(model, callback)
 
-    whole = train(seed=0)
-    stop = StopAfterEpoch(6, tmp_path / "x.ckpt")
-    train(stop, seed=0)
-    resumed = train(seed=1, path=stop.path)
+    whole = train(ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}"), seed=0)
+    resumed = train(seed=1, path=tmp_path / "epoch=6.ckpt")
     assert len(resumed[1]) == 20
     assert torch.equal(whole[0], resumed[0])
     assert whole[1] == resumed[1]

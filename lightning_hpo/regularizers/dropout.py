@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from lightning_hpo._repr import listed
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.regularizers._mixin import RegularizerMixin
 from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
@@ -78,7 +80,7 @@ class DropoutMixin(RegularizerMixin):
         off = [path for path, keep in keeps.items() if keep == 1.0]
         if off and init is None:
             raise ValueError(
-                f"register_dropout: {_listed(off)} have a rate of 0, from which a keep probability "
+                f"register_dropout: {_some(off)} have a rate of 0, from which a keep probability "
                 "cannot start; pass init=, a keep probability below 1"
             )
         if tied and len(set(keeps.values())) > 1:
@@ -159,11 +161,11 @@ def _found(root: nn.Module, has_init: bool) -> dict[str, _Site]:
     if not acting and not (sites and has_init):
         if sites:
             raise ValueError(
-                f"register_dropout: the dropout of {type(root).__name__} ({_listed([*sites])}) "
+                f"register_dropout: the dropout of {type(root).__name__} ({_some([*sites])}) "
                 "has a rate of 0, from which it does not move. Pass init=, the keep probability "
                 "to start with, or give the layers a rate"
             )
-        rest = _listed(others)
+        rest = _some(others)
         hint = f"; it has {rest}: to tune these, name them in at=" if rest else ""
         raise ValueError(
             f"register_dropout: {type(root).__name__} has no nn.Dropout, and no nn.LSTM, nn.GRU or "
@@ -172,9 +174,9 @@ def _found(root: nn.Module, has_init: bool) -> dict[str, _Site]:
     off = [path for path in sites if path not in acting] if acting else []
     parts = []
     if off:
-        parts.append(f"{_listed(off)} with a rate of 0")
+        parts.append(f"{_some(off)} with a rate of 0")
     if others:
-        parts.append(f"{_listed(others)}, which may drop out too")
+        parts.append(f"{_some(others)}, which may drop out too")
     if parts:
         warnings.warn(
             f"register_dropout leaves out {'; and '.join(parts)}. To tune them, name them in at=",
@@ -245,7 +247,4 @@ def _named(root: nn.Module, at: Sequence[str]) -> dict[str, _Site]:
     return found
 
 
-def _listed(paths: Sequence[str]) -> str:
-    """Shows a few names."""
-    shown = ", ".join(paths[:4])
-    return shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more"
+_some = partial(listed, most=4)

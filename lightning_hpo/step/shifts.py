@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_hpo._repr import listed
 from lightning_hpo._tensors import is_on_host
 from lightning_hpo.distributed import local
 from lightning_hpo.step.trace_check import sum_of_bits
@@ -30,6 +31,9 @@ class ShiftCheck:
     Args:
         module: The LightningModule.
         optimizer: The optimizer.
+
+    Attributes:
+        follows_state: Whether the optimizer's state is compared: T1T2 alone does not depend on it.
     """
 
     def __init__(self, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
@@ -37,6 +41,7 @@ class ShiftCheck:
         self._optimizer = optimizer
         self._state: dict[tuple[int, str], tuple[int, int]] | None = None
         self._is_told_of_state = False
+        self.follows_state = False
         self._steps = 0
         self._until = _ROW  # values are compared until this step
         self._is_told = False
@@ -54,7 +59,7 @@ class ShiftCheck:
             is_last_batch: Whether an epoch ends here, after which much may happen once.
         """
         self.forget()
-        if not self._is_told_of_state:
+        if self.follows_state and not self._is_told_of_state:
             self._state = self._state_now()
         if self._is_told:
             return
@@ -79,11 +84,10 @@ class ShiftCheck:
         self._is_told_of_state = True
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         names = {id(p): name for name, p in self._module.named_parameters()}
-        i, entry = keys[0]
-        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        changed = [f"{entry!r} of {names.get(i, 'one')!r}" for i, entry in keys]
         warnings.warn(
             "OnlineHPOCallback: something else than the optimizer changes its state between its "
-            f"steps: {entry!r} of {names.get(i, 'one')!r}{more}. Hypergradients of all estimators "
+            f"steps: {listed(changed, 1)}. Hypergradients of all estimators "
             "but T1T2 take that as a constant, or do not see it, and can be off by any factor. Do "
             "it in step() of a subclass of the optimizer, which is differentiated",
             stacklevel=2,
@@ -127,13 +131,12 @@ class ShiftCheck:
         self._is_told = True
         known = {id(p): name for name, p in self._module.named_parameters()}
         names = [known.get(id(p), "one") for p, flag in zip(trained, flags, strict=True) if flag]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warnings.warn(
             "OnlineHPOCallback: something else than the optimizer moves the trained parameters "
-            f"{', '.join(map(repr, names[:3]))}{more} between its steps (a hook, a callback, or "
-            "optimizer_step after its super()). Hypergradients take that as a constant shift: they "
-            "are right for added noise, and wrong for clamping, normalizing, decaying or averaging "
-            "the weights. Do that in step() of a subclass of the optimizer, which is "
+            f"{listed([repr(name) for name in names], 3)} between its steps (a hook, a callback, "
+            "or optimizer_step after its super()). Hypergradients take that as a constant shift: "
+            "they are right for added noise, and wrong for clamping, normalizing, decaying or "
+            "averaging the weights. Do that in step() of a subclass of the optimizer, which is "
             "differentiated",
             stacklevel=2,
         )

@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_hpo._kinds import Kind, classes_of, kind_of
 from lightning_hpo._lightning import MisconfigurationException
+from lightning_hpo._repr import listed
 from lightning_hpo.contents import DATA, Walker
 from lightning_hpo.distributed import is_sharded, reshard
 from lightning_hpo.holders import Held, read_generator
@@ -128,9 +129,7 @@ class TraceCheck:
 
     def _report(self, changes: dict[str, list[str]], *, refuses: bool) -> None:
         sentences = []
-        outside = [name for name in changes.pop("outside", ()) if name not in self._told]
-        if outside:
-            self._told.update(outside)
+        if outside := self._untold(changes.pop("outside", [])):
             warnings.warn(
                 "OnlineHPOCallback: replays of training_step or validation_step change variables "
                 f"outside of the module, and do not put them back: {', '.join(outside)}. If steps "
@@ -138,9 +137,7 @@ class TraceCheck:
                 "as attributes of the module",
                 stacklevel=2,
             )
-        shared = [name for name in changes.pop("shared", ()) if name not in self._told]
-        if shared:
-            self._told.update(shared)
+        if shared := self._untold(changes.pop("shared", [])):
             warnings.warn(
                 "OnlineHPOCallback: replays of training_step or validation_step write, as the "
                 f"training does, to {', '.join(shared)}; files and queues are not put back. Write "
@@ -148,8 +145,7 @@ class TraceCheck:
                 stacklevel=2,
             )
         for kind, names in changes.items():
-            new = [name for name in names if name not in self._told]
-            self._told.update(new)
+            new = self._untold(names)
             of_data = [name for name in new if name[1:].startswith(DATA)]  # in quotes
             if of_data:
                 self._warn_of_data(of_data)
@@ -168,15 +164,19 @@ class TraceCheck:
             raise MisconfigurationException(message)
         warnings.warn(message, stacklevel=2)
 
+    def _untold(self, names: list[str]) -> list[str]:
+        """Returns those that have not been told of; they are now."""
+        new = [name for name in names if name not in self._told]
+        self._told.update(new)
+        return new
+
     def _warn_of_data(self, names: list[str]) -> None:
         """Warns once: examples that are kept once they have been made are of no harm."""
-        if "data" in self._told:
+        if not self._untold(["data"]):
             return
-        self._told.add("data")
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warnings.warn(
             "OnlineHPOCallback: held-out batches or replays change what datasets hold, of which "
-            f"there is too much to be put back: {', '.join(names[:3])}{more}. That is well where "
+            f"there is too much to be put back: {listed(names, 3)}. That is well where "
             "examples are only kept for later; if they depend on it, as on a position or a random "
             "state, the training is another one than without the callback: give the held-out data "
             "a dataset of their own",
