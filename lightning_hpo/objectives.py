@@ -7,14 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric, MetricCollection
@@ -527,7 +527,7 @@ class ValidationObjective:
             return check_loss(self._loss_function(module, batch), "the loss function")
         step = module.validation_step
         origin = f"{type(module).__name__}.validation_step"
-        if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+        if any(p.name == "dataloader_iter" for p in _parameters(step)):
             item = batch, held_out.batch_idx, held_out.dataloader_idx or 0
             try:
                 output: Any = step(iter([item]))
@@ -576,8 +576,9 @@ def _validation_arguments(
     A step that insists on a dataloader_idx gets one, though there be only one loader.
     """
     index = held_out.dataloader_idx
-    needed = inspect.signature(step).parameters.get("dataloader_idx")
-    if index is None and needed is not None and needed.default is needed.empty:
+    if index is None and any(
+        p.name == "dataloader_idx" and p.default is p.empty for p in _parameters(step)
+    ):
         index = 0
     given = (batch, held_out.batch_idx) if index is None else (batch, held_out.batch_idx, index)
     return _step_arguments(step, *given)
@@ -585,8 +586,22 @@ def _validation_arguments(
 
 def _step_arguments(step: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
     """Returns as many of (batch, batch_idx, dataloader_idx) as a step takes."""
-    parameters = inspect.signature(step).parameters.values()
+    parameters = _parameters(step)
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return arguments
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return arguments[: len(positional)]
+
+
+def _parameters(step: Callable[..., Any]) -> Sequence[inspect.Parameter]:
+    """Returns what a step takes; of a method, read once, as that takes as long as small layers."""
+    if not isinstance(step, MethodType):
+        return list(inspect.signature(step).parameters.values())
+    parameters = _parameters_of(step.__func__)
+    is_variadic = parameters[0].kind is inspect.Parameter.VAR_POSITIONAL  # *args takes self as well
+    return parameters if is_variadic else parameters[1:]
+
+
+@lru_cache(maxsize=64)
+def _parameters_of(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
+    return tuple(inspect.signature(function).parameters.values())

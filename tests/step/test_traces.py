@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_hpo import T1T2, ClipR, OnlineHPOCallback, UnrollK, contents
+from lightning_hpo.step.trace_check import sum_of_bits
 
 ESTIMATORS = {"T1T2": T1T2, "ClipR": ClipR, "reverse": lambda: UnrollK(2, "reverse")}
 EVERY_ESTIMATOR = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
@@ -821,3 +822,44 @@ def test_examples_that_are_kept_are_named_and_no_reason_to_refuse(make):
         tuned = train(OnlineHPOCallback(make(), optimizer=frozen))
     assert torch.equal(plain, tuned)
     assert sum("what datasets hold" in str(w.message) for w in caught) == 1
+
+
+SUMMED = {
+    "scalar": torch.tensor(0.5),
+    "empty": torch.empty(0),
+    "rows": torch.randn(70, 64),
+    "an odd size": torch.randn(1025, 3),
+    "transposed": torch.randn(40, 90).t(),
+    "a part of another, between long words": torch.randn(3001)[1:],
+    "half": torch.randn(5001).half(),
+    "bfloat16": torch.randn(5001).bfloat16(),
+    "double": torch.randn(3000, dtype=torch.float64),
+    "complex": torch.randn(2500, dtype=torch.complex64),
+    "flags": torch.rand(4099) < 0.5,
+}
+
+
+@pytest.mark.parametrize("value", SUMMED.values(), ids=SUMMED)
+def test_a_sum_of_bits_changes_with_any_element_and_any_exchange(value):
+    before = sum_of_bits(value)
+    assert before.dtype == torch.int64
+    assert sum_of_bits(value.clone()) == before
+    places = range(0, value.numel(), max(1, value.numel() // 40))
+    for i in places:
+        changed = value.clone().contiguous()
+        flat = changed.view(-1)
+        flat[i] = ~flat[i] if flat.dtype == torch.bool else -flat[i]
+        assert sum_of_bits(changed) != before
+    for i in (1, 2, 512, 1023, 1024, 2048):
+        exchanged = value.clone().contiguous()
+        flat = exchanged.view(-1)
+        if len(flat) > i and flat[0] != flat[i]:
+            flat[0], flat[i] = flat[i].clone(), flat[0].clone()
+            assert sum_of_bits(exchanged) != before
+
+
+@pytest.mark.parametrize(
+    "value", [torch.eye(3).to_sparse(), torch.randn(3, device="meta")], ids=["sparse", "meta"]
+)
+def test_there_is_no_sum_of_bits_that_are_not_there(value):
+    assert sum_of_bits(value) is None
