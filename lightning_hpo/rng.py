@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,23 @@ _WORDS = 624
 
 
 def _memory_of_numpy() -> int | None:
-    """Returns where NumPy's generator has its words; None for one of another kind."""
+    """Returns where NumPy's generator has its words; None for one of another kind or layout."""
     generator = np.random.mtrand._rand._bit_generator
-    return generator.ctypes.state_address if isinstance(generator, np.random.MT19937) else None
+    if not isinstance(generator, np.random.MT19937):
+        return None
+    address: int = generator.ctypes.state_address
+    return address if _is_laid_out_so(address) else None
+
+
+@cache
+def _is_laid_out_so(address: int) -> bool:
+    """Whether the memory of NumPy's generator holds what NumPy says that it does."""
+    _, words, position, *_ = np.random.get_state()  # noqa: NPY002
+    return ctypes.string_at(address, 4 * _WORDS + 4) == _as_memory(words, position)
+
+
+def _as_memory(words: Any, position: int) -> bytes:
+    return words.tobytes() + position.to_bytes(4, sys.byteorder)
 
 
 def _take_kept_normal(address: int) -> float | None:
@@ -127,7 +142,7 @@ def _write_numpy(state: Any) -> None:
         return
     _take_kept_normal(address)
     _, words, position, *_ = state
-    memory = words.tobytes() + position.to_bytes(4, sys.byteorder)
+    memory = _as_memory(words, position)
     ctypes.memmove(address, memory, len(memory))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_hpo import rng
 from lightning_hpo.rng import RandomState, forked_rng
 
 CPU = torch.device("cpu")
@@ -77,3 +78,16 @@ def test_a_generator_of_another_kind():
         assert np.random.rand() == drawn
     finally:
         np.random.set_bit_generator(before)
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["as known", "of another layout"])
+def test_numpy_of_another_layout_is_asked_itself(is_known, monkeypatch):
+    if not is_known:
+        monkeypatch.setattr(rng, "_as_memory", lambda words, position: b"something else")
+    rng._is_laid_out_so.cache_clear()
+    assert (rng._memory_of_numpy() is None) is not is_known
+    before = np.random.get_state()[1].tolist()
+    with forked_rng(CPU):
+        np.random.rand(700)
+    assert np.random.get_state()[1].tolist() == before
+    rng._is_laid_out_so.cache_clear()
