@@ -105,7 +105,8 @@ def _is_laid_out_so(address: int) -> bool:
 
 
 def _as_memory(words: Any, position: int) -> bytes:
-    return words.tobytes() + position.to_bytes(4, sys.byteorder)
+    memory: bytes = words.tobytes() + position.to_bytes(4, sys.byteorder)
+    return memory
 
 
 def _take_kept_normal(address: int) -> float | None:
