@@ -100,7 +100,8 @@ def _memory_of_numpy() -> int | None:
 @cache
 def _is_laid_out_so(address: int) -> bool:
     """Whether the memory of NumPy's generator holds what NumPy says that it does."""
-    _, words, position, *_ = np.random.get_state()  # noqa: NPY002
+    state: Any = np.random.get_state()  # noqa: NPY002
+    _, words, position, *_ = state
     return ctypes.string_at(address, 4 * _WORDS + 4) == _as_memory(words, position)
 
 
