@@ -19,21 +19,19 @@ from lightning_hpo.auto import settle as settle_starts
 from lightning_hpo.averages import Averages
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.dynamics import (
-    Dynamics,
-    GenericDynamics,
     OptimizerOptions,
-    OptimizerStep,
-    Verification,
     make_dynamics,
 )
-from lightning_hpo.estimators import Estimate, Estimator
+from lightning_hpo.estimators import Estimator
 from lightning_hpo.held_out import HeldOut
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
 from lightning_hpo.hyperparameters import Hyperparameter, Positive, named_hyperparameters
 from lightning_hpo.monitoring import as_numbers
 from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
+from lightning_hpo.optimizer_verifier import OptimizerVerifier
 from lightning_hpo.regularizers import Penalty, PenaltyMixin
 from lightning_hpo.rng import ResumedRandomState
+from lightning_hpo.served import Served
 from lightning_hpo.signal_to_noise import SignalToNoise
 from lightning_hpo.step import (
     Recorder,
@@ -98,56 +96,6 @@ class Finished:
     def state_dict(self) -> dict[str, Any]:
         """Returns the state at the end."""
         return self.state
-
-
-@dataclass
-class Served:
-    """An estimator at work, and what it serves.
-
-    Attributes:
-        pattern: The pattern of names that it was given for.
-        estimator: A copy of the user's.
-        space: θ, and the λ that it serves.
-    """
-
-    pattern: str
-    estimator: Estimator
-    space: Space
-
-    def observes(self, step: int, should_update: Callable[[int], bool]) -> bool:
-        """Whether it needs to see a step, counted from 1."""
-        window = self.estimator.window
-        if window is None:
-            return step % self.estimator.stride == 0
-        return any(should_update(step + i) for i in range(window))
-
-    def estimate(self, validation: ValidationGradient) -> Estimate | None:
-        """Returns the estimate, if its parts are what they must be.
-
-        Raises:
-            TypeError: If it is no :class:`Estimate`.
-            ValueError: If it has other shapes than raw λ.
-        """
-        name = type(self.estimator).__name__
-        estimate = self.estimator.hypergradient(validation)
-        if estimate is None:
-            return None
-        if not isinstance(estimate, Estimate):
-            raise TypeError(
-                f"{name}.hypergradient returned a {type(estimate).__name__}, expected an Estimate "
-                "or None"
-            )
-        expected = [tuple(raw.shape) for raw in self.space.raws]
-        for part in (estimate.gradients, estimate.norms):
-            found = expected if part is None else [tuple(t.shape) for t in part]
-            if found != expected:
-                raise ValueError(
-                    f"{name}.hypergradient returned tensors of the shapes {found}, expected "
-                    f"{expected}: one per hyperparameter of {list(self.space.hyperparameters)}, "
-                    "shaped like its raw tensor; space.split() makes them from one number per "
-                    "scalar"
-                )
-        return estimate
 
 
 @dataclass
@@ -286,7 +234,7 @@ class Run:
         self._unresolved = self.hyperparameters.keys() - self.resolved.keys()
         if self.strategy.drifts and not resumed.state:
             self._replace_guesses(list(self._typical))
-        verifier = _Verifier(self.training.dynamics, module)
+        verifier = OptimizerVerifier(self.training.dynamics, module)
         self._traces = TraceCheck(trainer, module)
         self.recorder = Recorder(
             trainer, module, callback, self.training, verifier, self._traces, clock
@@ -653,34 +601,3 @@ class Run:
     def close(self) -> None:
         """Takes all hooks away; the run can then be let go of as a whole."""
         self.recorder.close()
-
-
-class _Verifier:
-    """Refuses an optimizer whose step has no derivative: before it moves θ, where that is seen."""
-
-    def __init__(self, dynamics: Dynamics, module: pl.LightningModule) -> None:
-        self._dynamics = dynamics
-        self._module = module
-        self._verification: Verification | None = None
-        if isinstance(dynamics, GenericDynamics) and dynamics.is_foreign:
-            self._verification = Verification(dynamics)
-            reason = self._verification.closure()
-            compatibility.refuse(compatibility.unfollowed(dynamics.optimizer, reason))
-
-    def before(self, step: OptimizerStep, *, is_first: bool) -> None:
-        """Looks at a step that is about to happen."""
-        # More may have joined the training since its start.
-        trained = (p for p in self._dynamics.theta if p.requires_grad)
-        findings = compatibility.check_complex(trained, self._module)
-        if self._verification is not None and not findings:
-            reason = self._verification.before(step)
-            findings = compatibility.unfollowed(self._dynamics.optimizer, reason)
-        if is_first and not findings:
-            findings = compatibility.check_elementwise(self._dynamics, step)
-        compatibility.refuse(findings)
-
-    def after(self) -> None:
-        """Looks at a step that has happened."""
-        if self._verification is not None:
-            reason = self._verification.after()
-            compatibility.refuse(compatibility.unfollowed(self._dynamics.optimizer, reason))
