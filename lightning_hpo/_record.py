@@ -26,6 +26,8 @@ class ModuleRecord:
             :class:`~lightning_hpo.regularizers.Penalty`.
         penalties_in_gradient: Those that are added to the gradient.
         penalties_applied: Whether that has happened in the step under way.
+        found_dry: The penalties whose strengths ``fast_dev_run`` has resolved; they are for a dry
+            run only.
         constants_agreed: Whether all processes have the same constants of penalties.
         without_penalty: Whether ``penalty()`` returns 0: within a validation loss.
         example_weights: The name of the submodule with the weights of the examples.
@@ -38,6 +40,7 @@ class ModuleRecord:
     penalties_in_loss: tuple[Any, ...] = ()
     penalties_in_gradient: tuple[Any, ...] = ()
     penalties_applied: bool = False
+    found_dry: tuple[Any, ...] = ()
     constants_agreed: bool = True
     without_penalty: bool = False
     example_weights: str | None = None

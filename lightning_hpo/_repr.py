@@ -27,3 +27,8 @@ def listed(parts: Sequence[str], most: int) -> str:
     """Returns the first of some names, and how many more there are."""
     more = len(parts) - most
     return ", ".join(parts[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def counted(n: int, noun: str) -> str:
+    """Returns a number with its noun, as in ``'1 step'`` and ``'10 000 steps'``."""
+    return f"{n:,} {noun}{'s' if n != 1 else ''}".replace(",", " ")

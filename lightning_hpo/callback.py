@@ -160,7 +160,6 @@ class OnlineHPOCallback(pl.Callback):
             )
         if estimators is not None and every_n_steps is not None:
             compatibility.check_windows(estimators.values(), every_n_steps)
-        self.strategy: Strategy | None = None
         self.lr = lr
         self.every_n_steps = self._given_interval = every_n_steps
         self.warmup_steps = warmup_steps
@@ -199,6 +198,11 @@ class OnlineHPOCallback(pl.Callback):
         ``pickle``, in another process, keeps its own, in ``trainer.callbacks`` there.
         """
         return self._results.here.history
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """What acts in the last training, given or chosen; None before the first."""
+        return self._results.here.strategy
 
     @property
     def skipped(self) -> int:
@@ -282,14 +286,15 @@ class OnlineHPOCallback(pl.Callback):
         with clock:
             with together():
                 self._phase = Run(self._settings(), trainer, pl_module, self, waiting, clock)
-            self.strategy = self._phase.strategy
-            self.every_n_steps = self.strategy.every_n_steps
-            if self.strategy.is_chosen:
-                rank_zero_info(f"OnlineHPOCallback: {self.strategy}")
+            strategy = self._phase.strategy
+            self.every_n_steps = strategy.every_n_steps
+            if strategy.is_chosen:
+                rank_zero_info(f"OnlineHPOCallback: {strategy}")
             records = waiting.state.get("history", ())
             skipped = waiting.state.get("skipped", 0)
             diagnosis = self._begin_diagnosis(trainer, self._phase, waiting.state)
-            self._results.begin((HistoryRecord(**record) for record in records), skipped, diagnosis)
+            history = (HistoryRecord(**record) for record in records)
+            self._results.begin(history, skipped, diagnosis, strategy)
 
     def _begin_diagnosis(
         self, trainer: pl.Trainer, run: Run, state: Mapping[str, Any]
@@ -425,8 +430,7 @@ class OnlineHPOCallback(pl.Callback):
             update.loss,
         )
         if not self.history:
-            for name, subject in self._diagnosis.subjects.items():
-                subject.initial = run.initial[name]  # also of those that were not resolved yet
+            self._diagnosis.note_starts(run.initial)
         previous = self.history[-1].step if self.history else run.first_step
         self.history.append(record)
         self._diagnosis.look_at_update(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hpo._repr import listed
+from lightning_hpo._repr import counted, listed
 from lightning_hpo._stopwatch import Stopwatch
 from lightning_hpo._tensors import widened
 from lightning_hpo.distributed import local, norm_over_shards
@@ -32,8 +32,8 @@ MANY = 20
 # That of a dead network is the noise of what is left of it: less than this part of L_V.
 INSIGNIFICANT = 1e-3
 # The gradient does not reach half of θ if that gets less than this part of it: of a network that
-# learns it gets about 0.7, of one that too much L2 or dead units have killed 0.01 or less.
-REACHED = 0.03
+# learns it gets about 0.7, of one that too much L2 or dead units have killed 0.01 to 0.11.
+REACHED = 0.15
 # A training has learned something if it has lowered L_V by more than this part.
 LEARNED = 0.1
 # Of one training: so many values of the validation loss, at least, in the half that is looked at.
@@ -171,6 +171,12 @@ class Diagnosis:
 
     # ------------------------------------------------------------------------------ while it trains
 
+    def note_starts(self, initial: Mapping[str, Any]) -> None:
+        """Notes the starts that were not known when the training began."""
+        for name, subject in self.subjects.items():
+            if subject.initial != subject.initial:  # NaN
+                subject.initial = initial[name]
+
     def look_at_update(
         self,
         history: History,
@@ -245,8 +251,15 @@ class Diagnosis:
         if len(history) == skipped:
             self._tell_no_update(history)
             return
-        if self.dead > 1:
+        if self.dead > 1 and len(history) >= FEW_UPDATES:
             self._tell_dead(history)
+        elif skipped > len(history) / 2:
+            self.warn(
+                "skipped",
+                f"{skipped} of the {len(history)} updates were skipped, since their hypergradients "
+                "were not finite. Look at the training loss and at validation_step for what makes "
+                "L_V or its gradient NaN or infinite, and at λ for what makes it overflow",
+            )
         tables = history.tables()
         self._tell_bounds(tables)
         if len(history) < FEW_UPDATES:
@@ -365,7 +378,8 @@ class Diagnosis:
 
     def summary(self, history: History, skipped: int) -> str:
         """Returns a few lines about the training, for people."""
-        head = f"OnlineHPOCallback: {len(history)} updates of λ in {self.steps} steps"
+        updates, steps = counted(len(history), "update"), counted(self.steps, "step")
+        head = f"OnlineHPOCallback: {updates} of λ in {steps}"
         lines = []
         if len(history) > 0:
             tables = history.tables()

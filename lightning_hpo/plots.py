@@ -35,6 +35,11 @@ def plot(
     unknown = [name for name in names if name not in known]
     if unknown:
         raise KeyError(f"OnlineHPOCallback.plot(): got {unknown}, expected some of {sorted(known)}")
+    if not names:
+        raise ValueError(
+            f"OnlineHPOCallback.plot(): got no names, expected some of {sorted(known)}, or None "
+            "for the first few"
+        )
     columns = history.columns()
     steps = columns["step"]
     figure, axes = plt.subplots(

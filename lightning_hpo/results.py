@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_hpo.diagnosis import Diagnosis
 from lightning_hpo.monitoring import History, HistoryRecord
+from lightning_hpo.strategy import Strategy
 
 
 @dataclass
@@ -19,11 +20,13 @@ class Result:
         history: One record per update.
         skipped: How many updates were skipped.
         diagnosis: What else has been seen; None before a training.
+        strategy: What has acted; None before a training.
     """
 
     history: History = field(default_factory=History)
     skipped: int = 0
     diagnosis: Diagnosis | None = None
+    strategy: Strategy | None = None
 
 
 class Results:
@@ -37,9 +40,15 @@ class Results:
         self._latest: list[Result] = [Result()]
         self._own: Result | None = None
 
-    def begin(self, records: Iterable[HistoryRecord], skipped: int, diagnosis: Diagnosis) -> None:
+    def begin(
+        self,
+        records: Iterable[HistoryRecord],
+        skipped: int,
+        diagnosis: Diagnosis,
+        strategy: Strategy,
+    ) -> None:
         """Starts anew, for a training of this callback."""
-        self._own = self._latest[0] = Result(History(records), skipped, diagnosis)
+        self._own = self._latest[0] = Result(History(records), skipped, diagnosis, strategy)
 
     @property
     def here(self) -> Result:

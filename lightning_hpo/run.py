@@ -203,6 +203,7 @@ class Run:
             trainer,
             self.hyperparameters,
             self.first_step,
+            chosen_for=resumed.state.get("chosen_for"),
             assigned=assigned,
             outside_loss=[*(options.hyperparameters if options else {}), *self._named(penalties)],
             every_n_steps=settings.every_n_steps,
@@ -230,6 +231,8 @@ class Run:
         self._hyper_optimizer = HyperOptimizer(
             self.hyperparameters, settings.optimizer or self._default_optimizer
         )
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._kept = [h.kept() for h in self.hyperparameters.values()] if dry else []
         self.initial = {name: as_numbers(h.value) for name, h in self.hyperparameters.items()}
         self._unresolved = self.hyperparameters.keys() - self.resolved.keys()
         if self.strategy.drifts and not resumed.state:
@@ -455,8 +458,8 @@ class Run:
 
     @torch.no_grad()
     def _replace_guesses(self, hyperparameters: Iterable[Hyperparameter]) -> None:
-        if self.first_step > 0:
-            return  # the module has been trained before
+        if self.first_step > 0 or not self.strategy.replaces_guesses:
+            return  # the module has been trained before, or will hardly be
         moved = self._typical.replace_guesses(hyperparameters)
         if self.training.options is not None:
             self.training.options.renew_(n for n in moved if n.startswith("optimizer."))
@@ -542,6 +545,7 @@ class Run:
             "format": FORMAT,
             "steps": self.steps,
             "first_step": self.first_step,
+            "chosen_for": self.strategy.chosen_for,
             "consumed": self.held_out.consumed,
             "hyperparameters": {n: list(h.raw.shape) for n, h in self.hyperparameters.items()},
             "optimizer": {
@@ -599,5 +603,10 @@ class Run:
                     h.raw.copy_(raw)
 
     def close(self) -> None:
-        """Takes all hooks away; the run can then be let go of as a whole."""
+        """Takes all hooks away; the run can then be let go of as a whole.
+
+        What a dry run has found and tuned in its few steps is not for a training.
+        """
         self.recorder.close()
+        for put_back in self._kept:
+            put_back()

@@ -94,19 +94,19 @@ class SignalToNoise(torch.optim.Optimizer):
         raw, state = h.raw, self.state[h.raw]
         typical = self._typical.get(h)
         if not state:
-            for name in ("count", "mean", "square"):
+            for name in ("count", "mean", "size"):
                 state[name] = torch.zeros_like(raw)
             state["first"] = raw.clone()
         # The weight of an example that was not in the batch is none the wiser.
         seen = (gradient != 0).to(raw.dtype)
         count = state["count"].add_(seen)
-        mean, square = (
-            state[name].lerp_(value, (1 - beta) * seen) / (1 - beta**count)
-            for name, value, beta in zip(
-                ("mean", "square"), (gradient, gradient.square()), BETAS, strict=True
-            )
-        )
-        q = (mean / square.sqrt()).nan_to_num(0.0)
+        mean = state["mean"].lerp_(gradient, (1 - BETAS[0]) * seen) / (1 - BETAS[0] ** count)
+        # By a hypotenuse: the square of a small hypergradient is 0 in float32.
+        kept, new = math.sqrt(BETAS[1]), math.sqrt(1 - BETAS[1])
+        size = torch.hypot(kept * state["size"], new * gradient)
+        size = state["size"].copy_(torch.where(seen > 0, size, state["size"]))
+        q = mean / (size / (1 - BETAS[1] ** count).sqrt())
+        q = q.nan_to_num(0.0, 0.0, 0.0)
         q = q * 0 if is_early else torch.where(count > UNKNOWN, q, 0.0)
         move = q.sign() * (q.abs() - THRESHOLD).clamp(min=0) / (1 - THRESHOLD)
         unit = h.constraint.unit(raw, state["first"])

@@ -191,6 +191,17 @@ def test_only_skipped_updates(factor):
     assert ("skipped updates: 100%" in callback.summary()) == (factor != 1.0)
 
 
+@pytest.mark.parametrize(("after", "warns"), [(5, True), (15, False)])
+def test_most_updates_skipped(after, warns):
+    def loss(module, batch):
+        return module.loss(batch) * (math.nan if module.global_step > after else 1.0)
+
+    texts, callback = said(model(), T1T2(), steps=20, validation_loss=loss)
+    assert callback.skipped == 20 - after
+    found = [text for text in texts if "of the 20 updates were skipped" in text]
+    assert len(found) == warns
+
+
 # ---------------------------------------------------------------------------------------- same data
 
 DATA = TensorDataset(*TRAIN)
@@ -365,6 +376,15 @@ def test_a_network_that_too_much_l2_has_killed(estimator, init, warns):
         step = int(re.search(r"up to step (\d+)", found[0])[1])
         assert FEW_UPDATES <= step < callback.history[-1].step  # while there is time to stop
         assert "weaker regularization (now l2 = 1)" in found[0]
+
+
+@pytest.mark.parametrize(("strength", "warns"), [(5.0, True), (0.01, False)])
+def test_a_shallow_network_that_too_much_l2_has_killed(strength, warns):
+    torch.manual_seed(0)
+    module = model(activation=torch.nn.ReLU, init=strength)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+    texts, _ = said(module, ClipR(), optimizer=frozen, steps=100)
+    assert any("the network is dead" in text for text in texts) == warns
 
 
 @pytest.mark.parametrize(("bias", "warns"), [(-100.0, True), (0.0, False)])

@@ -83,11 +83,22 @@ def test_it_moves_as_its_equations_say(mean, spread, typical):
 def test_the_scale_of_hypergradients_does_not_matter():
     gradients = 0.5 + torch.randn(UPDATES)
     found = []
-    for scale in (1e-12, 1.0, 1e12):
+    for scale in (1e-150, 1e-12, 1.0, 1e12):
         h = Hyperparameter(1e-2, Positive())
         found.append(move(make(h), h, scale * gradients))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=0)
-    torch.testing.assert_close(found[2], found[1], rtol=1e-10, atol=0)
+    for each in found:
+        torch.testing.assert_close(each, found[2], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+def test_squares_that_float32_does_not_hold(scale):
+    gradients = (0.5 + torch.randn(UPDATES)).float()
+    found = []
+    for factor in (1.0, scale):
+        h = Hyperparameter(torch.tensor(1e-2, dtype=torch.float32), Positive())
+        found.append(move(make(h), h, factor * gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
+    assert float(found[1][-1] - found[1][0]) < -1.0
 
 
 def test_a_signal_travels_and_noise_does_not():

@@ -1,5 +1,6 @@
 """What the callback chooses where it is told nothing, and that what is given wins."""
 
+import copy
 import math
 
 import lightning.pytorch as pl
@@ -336,6 +337,89 @@ def test_a_guess_is_replaced_before_the_first_step_and_said(monkeypatch):
     assert any("l2 1e-09 → " in line for line in said)
 
 
+@pytest.mark.parametrize(("steps", "is_replaced"), [(299, False), (300, True)])
+def test_in_a_short_training_a_start_is_none(steps, is_replaced):
+    model = Mlp(granularity="model", init=1e-9)
+    run(OnlineHPOCallback(lr=1e-9), model, steps=steps)
+    assert (float(model.l2.value) > 1e-6) == is_replaced
+
+
+@pytest.mark.parametrize("is_tuned", [True, False], ids=["tuned", "plain"])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize("init", [1e-9, "auto"])
+def test_a_dry_run_leaves_lambda_alone(init, optimizer, is_tuned):
+    def train(dry):
+        torch.manual_seed(0)
+        model = Mlp(optimizer, granularity="model", init=init)
+        start = copy.deepcopy(model.state_dict())
+        if dry:
+            fit(model, [OnlineHPOCallback()] if is_tuned else [], fast_dev_run=3)
+            assert is_tuned or init == "auto" or float(model.l2.value) == pytest.approx(init)
+            assert model.l2.is_initial
+            assert model.l2.is_resolved == (init != "auto")
+            model.load_state_dict(start)
+        torch.manual_seed(0)
+        run([OnlineHPOCallback()] if is_tuned else [], model)
+        return state_of(model)
+
+    once, twice = train(False), train(True)
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+class SaveEarly(pl.Callback):
+    """Writes a checkpoint early, and goes on."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_a_longer_training_goes_on_with_the_estimators_that_were_chosen(tmp_path):
+    path = tmp_path / "early.ckpt"
+    model, callback = Mlp(granularity="model"), OnlineHPOCallback()
+    fit(model, [callback, StopAfter(30, path)], steps=60)
+    assert isinstance(callback.strategy.assigned[0][1], T1T2)
+    _, trainer = run(longer := OnlineHPOCallback(), Mlp(granularity="model"), ckpt_path=path)
+    assert trainer.global_step == 40
+    assert isinstance(longer.strategy.assigned[0][1], T1T2)
+    assert longer.every_n_steps == callback.every_n_steps
+    assert longer.strategy.steps == 3000
+    assert [r.step for r in longer.history[:30]] == [r.step for r in callback.history]
+    assert len(longer.history) == 40
+
+
+def test_a_start_is_shown_by_a_training_that_was_resumed_before_the_first_update(tmp_path):
+    path, tables = tmp_path / "early.ckpt", []
+    for resumed in (None, path):
+        callback = OnlineHPOCallback()
+        callbacks = [callback] if resumed else [callback, SaveEarly(path)]
+        run(callbacks, Mlp(granularity="model", init=1e-9), ckpt_path=resumed)
+        tables.append(callback.summary().splitlines()[1])
+    assert tables[0] == tables[1]
+    assert "l2  1e-09 → " in tables[0]
+
+
+def test_a_search_that_puts_everything_back_leaves_guesses(tmp_path):
+    model = Mlp(granularity="model", init=1e-9)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    model.load_state_dict(torch.load(tmp_path / "state.pt"))
+    run(OnlineHPOCallback(lr=1e-9), model)
+    assert float(model.l2.value) > 1e-6
+
+
+def test_what_copies_trained_with_is_shown():
+    callback = OnlineHPOCallback()
+    run(copied := copy.deepcopy(callback))
+    assert callback.strategy is copied.strategy is not None
+
+
 def assigned(model, path):
     model.l2.value = 1e-9
 
@@ -378,7 +462,9 @@ class Late(Mlp):
         return nn.functional.cross_entropy(self.net(x) + factor * self.extra(x), y)
 
 
-def test_what_is_found_late_is_found_by_a_resumed_training_too(tmp_path):
+def test_what_is_found_late_is_found_by_a_resumed_training_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(strategy_module, "LONG_ENOUGH", 1)
+
     def train(*others, path=None):
         torch.manual_seed(0)
         model, callback = Late(), OnlineHPOCallback()
@@ -433,7 +519,9 @@ def state(model, callback):
 
 
 @pytest.mark.parametrize("make", [lambda: Many(init=1e-9), Weighted], ids=["far", "weighted"])
-def test_a_resumed_training_equals_one_that_never_stopped(make, tmp_path):
+def test_a_resumed_training_equals_one_that_never_stopped(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(strategy_module, "LONG_ENOUGH", 1)
+
     def train(*others, seed, path=None):
         torch.manual_seed(seed)
         model, callback = make(), OnlineHPOCallback(every_n_steps=3)
@@ -459,7 +547,8 @@ def test_two_ranks_equal_one_process(optimizer):
         model = Sharded(optimizer, init=1e-9)
         callback = OnlineHPOCallback(every_n_steps=2)
         strategy = "ddp_fork" if devices > 1 else "auto"
-        make_trainer(60, callbacks=callback, devices=devices, strategy=strategy).fit(model)
+        options = {"callbacks": [callback, Long()], "devices": devices, "strategy": strategy}
+        make_trainer(3000, max_epochs=1000, min_steps=1, **options).fit(model)
         raws = torch.stack([h.raw for h in named_hyperparameters(model).values()])
         return raws, weights(model)
 

@@ -114,10 +114,28 @@ class Hyperparameter(nn.Module):
             self._is_resolved = not bool(self.raw.isnan().any())
         return self._is_resolved
 
+    def kept(self) -> Callable[[], None]:
+        """Returns what puts it back to where it is now."""
+        raw, is_resolved, is_initial = self.raw.clone(), self._is_resolved, self.is_initial
+
+        def put_back() -> None:
+            self.raw.copy_(raw)
+            self._is_resolved, self.is_initial = is_resolved, is_initial
+
+        return put_back
+
+    def forget(self) -> None:
+        """Lets it wait for a training again, as :meth:`unresolved` makes it."""
+        self.raw.fill_(math.nan)
+        self._is_resolved, self.is_initial = False, True
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Loads ``raw``, which may have been saved before it was resolved."""
+        before = self.raw.clone()
         super()._load_from_state_dict(*args, **kwargs)
-        self._is_resolved = self.is_initial = False
+        # What is put back as it was, as searches before a training do, is what it was made with.
+        self.is_initial = self.is_initial and torch.equal(before, self.raw)
+        self._is_resolved = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Hyperparameter:
         """Moves with the module, but keeps ``raw`` in float32 or better.

@@ -548,6 +548,13 @@ class PenaltyMixin(RegularizerMixin):
         super().on_train_start()  # type: ignore[misc]
         self.resolve_strengths()
 
+    def on_train_end(self) -> None:
+        """Forgets what ``fast_dev_run`` has resolved; an override calls ``super()``."""
+        super().on_train_end()  # type: ignore[misc]
+        for penalty in record_of(self).found_dry:
+            penalty.hyperparameter.forget()
+        update_record(self, found_dry=())
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps the optimizer, then checks that the penalties took part in the step.
 
@@ -594,6 +601,9 @@ class PenaltyMixin(RegularizerMixin):
         waiting = [p for p in penalties if not p.hyperparameter.is_resolved]
         if waiting:
             resolve_penalties(self, waiting, at_step=at_step)
+            trainer: Any = self.trainer
+            if trainer.fast_dev_run:
+                update_record(self, found_dry=(*record_of(self).found_dry, *waiting))
 
     def check_penalties_applied(self) -> None:
         """Refuses a step in which :meth:`on_before_optimizer_step` of this mixin did not run.

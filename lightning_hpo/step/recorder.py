@@ -323,6 +323,10 @@ class Recorder:
         if self._depth > 0:
             return
         self._stepped = True
+        with self._clock:
+            self._look_after(optimizer)
+
+    def _look_after(self, optimizer: torch.optim.Optimizer) -> None:
         self._grown = None
         self._verifier.after()
         lr = optimizer.param_groups[0]["lr"]
