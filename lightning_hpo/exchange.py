@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -100,6 +101,7 @@ class ModuleState:
         values: What these held, and the arrays, generators and iterators.
         gradients: Gradients of leaves that no optimizer moves.
         others: The arrays, generators and iterators.
+        context: Variables of the context (``contextvars``).
     """
 
     held: dict[int, Held] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class ModuleState:
     values: dict[int, Any] = field(default_factory=dict)
     gradients: dict[int, Tensor | None] = field(default_factory=dict)
     others: dict[int, Any] = field(default_factory=dict)
+    context: Context | None = None
 
 
 def remember(
@@ -141,6 +144,7 @@ def remember(
         tensors=dict(tensors),
         values=values,
         others={**reached.arrays, **reached.generators, **reached.iterators},
+        context=copy_context(),
     )
 
 
@@ -212,7 +216,8 @@ def exchanged(
     before |= {key: read_store(array) for key, array in arrays.items()}
     before |= {key: read_generator(value) for key, value in generators.items()}
     sources = {key: state.values.get(key, before[key]) for key in every}
-    substitutes = {**swaps, **_stand_ins(walker, reached, state)}
+    refused: list[MisconfigurationException] = []
+    substitutes = {**swaps, **_stand_ins(walker, reached, state, refused)}
     versions = [
         (t, t._version)
         for key, t in reached.watched.items()
@@ -229,7 +234,8 @@ def exchanged(
             if key in state.values:
                 write_generator(generator, state.values[key])
         _fill(reached, state, substitutes)
-        yield
+        with _raising(refused):
+            yield
         if walker.must_judge(reached):  # what an earlier content was put into is put back
             unchanged = walker.judge(reached, before) - state.held.keys()
     finally:
@@ -306,16 +312,40 @@ def _fill(reached: Reached, state: ModuleState, substitutes: dict[int, Any]) -> 
             filled.clear()
 
 
-def _stand_ins(walker: Walker, reached: Reached, state: ModuleState) -> dict[int, Any]:
+@contextmanager
+def _raising(refused: list[MisconfigurationException]) -> Iterator[None]:
+    """Raises what has been raised inside, also where the step takes it for an iterator's end."""
+    try:
+        yield
+    except Exception as error:
+        if refused and error is not refused[0]:
+            raise refused[0] from error
+        raise
+    if refused:
+        raise refused[0]
+
+
+def refusal(walker: Walker, iterator: Any) -> MisconfigurationException:
+    """Returns the error for an iterator that a step advances and that cannot be put back."""
+    return MisconfigurationException(
+        f"training_step or validation_step advances {walker.name_of(iterator)}, a "
+        f"{type(iterator).__name__}, which a replay cannot put back. Draw from it in "
+        "on_train_batch_start and keep what was drawn as an attribute, or put a class with "
+        "__next__ in its place that counts its position in an attribute"
+    )
+
+
+def _stand_ins(
+    walker: Walker,
+    reached: Reached,
+    state: ModuleState,
+    refused: list[MisconfigurationException],
+) -> dict[int, Any]:
     """Returns what takes the place of iterators: copies, or what refuses to be advanced."""
 
     def refuse(iterator: Any) -> None:
-        raise MisconfigurationException(
-            f"training_step or validation_step advances {walker.name_of(iterator)}, a "
-            f"{type(iterator).__name__}, which a replay cannot put back. Draw from it in "
-            "on_train_batch_start and keep what was drawn as an attribute, or put a class with "
-            "__next__ in its place that counts its position in an attribute"
-        )
+        refused.append(refusal(walker, iterator))
+        raise refused[-1]
 
     found = {}
     memo: dict[int, Any] = {}

@@ -352,6 +352,7 @@ class Run:
             self._resumed = {}
         self._resolve_options()
         if any(each.space.replays for each in served):
+            self.recorder.watch_iterators()
             training.derivatives = settle(training, moment, gradients)
             with together():
                 uses_hessian = any(each.estimator.uses_hessian for each in served)

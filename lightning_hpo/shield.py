@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor
 from lightning_hpo._lightning import classes
 from lightning_hpo.caches import Caches
 from lightning_hpo.contents import Reached, Walker
+from lightning_hpo.context_variables import context_put_back
 from lightning_hpo.distributed import is_sharded, reshard
-from lightning_hpo.exchange import ModuleState, exchanged, remember, views_of
+from lightning_hpo.exchange import ModuleState, exchanged, refusal, remember, views_of
+from lightning_hpo.holders import copy_iterator
 from lightning_hpo.muted_logger import MutedLogger
 from lightning_hpo.rng import RandomState, forked_rng
 
@@ -72,6 +74,28 @@ class Shield:
         }
         return state
 
+    def iterators(self) -> dict[int, Any]:
+        """Returns the iterators that the module reaches and that cannot be copied, by ``id``."""
+        reached = self._walker.walk()
+        return {
+            key: value
+            for key, value in reached.iterators.items()
+            if key not in reached.data and copy_iterator(value, {}) is None
+        }
+
+    def refuse_new(self, before: Mapping[int, Any]) -> None:
+        """Refuses a step that has made an iterator and keeps it: a later replay would advance it.
+
+        Args:
+            before: What :meth:`iterators` returned before the step.
+
+        Raises:
+            MisconfigurationException: If there is such an iterator.
+        """
+        for key, value in self.iterators().items():
+            if key not in before:
+                raise refusal(self._walker, value)
+
     @contextmanager
     def __call__(
         self,
@@ -110,6 +134,7 @@ class Shield:
             with (
                 aside,
                 self._caches(),
+                context_put_back(None if state is None else state.context),
                 forked_rng(self.device, rng),
                 self._with_gradients(self._leaves(reached), state),
                 exchanged(self._walker, reached, self._written(reached), state, swaps),

@@ -294,6 +294,10 @@ MISUSES = {
         tune(SparseEmbedding),
         r"parameter has a sparse gradient, expected dense ones; use nn.Embedding\(sparse=False\)",
     ),
+    "sparse-gradient-without-the-callback": (
+        lambda watch: fit(watch(SparseEmbedding())),
+        r"SparseEmbedding: a penalty acts on 'embedding.weight', which gets a sparse gradient.*Use",
+    ),
     # The held-out data and their loss.
     "no-held-out-data": (tune_without_held_out_data, r"no held-out.*Pass dataloader="),
     "empty-held-out-data": (

@@ -2,6 +2,7 @@
 
 import array
 import collections
+import contextvars
 import copy
 import ctypes
 import dataclasses
@@ -287,6 +288,34 @@ def test_state_of_every_kind(name):
     assert_exact(kind)
 
 
+# ------------------------------------------------------------------------------- context variables
+
+COUNT = contextvars.ContextVar("COUNT", default=0)
+SCALE = contextvars.ContextVar("SCALE")
+
+
+class Context(Mlp):
+    """Counts its steps in a variable of the context, and scales the loss by another."""
+
+    def on_fit_start(self):
+        super().on_fit_start()
+        COUNT.set(0)
+
+    def training_step(self, batch, batch_idx):
+        COUNT.set(COUNT.get() + 1)
+        SCALE.set(1.0 + 0.1 * COUNT.get())
+        return super().training_step(batch, batch_idx) * SCALE.get()
+
+
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_context_variables(make):
+    assert_undisturbed(Context, make)
+    assert COUNT.get() == STEPS
+    assert_exact(Context)
+    late, at_once = (observe(UnrollK(4, mode), Context()) for mode in ("reverse", "forward"))
+    assert relative_error(last_hypergradient(late), last_hypergradient(at_once)) < 1e-5
+
+
 # --------------------------------------------------------------------------------------- iterators
 
 
@@ -320,6 +349,67 @@ def test_an_iterator_that_cannot_be_put_back_is_refused_by_name(make, where):
         observe(T1T2(), model)
     assert torch.equal(weights(model), before)
     assert float(next(model.source["numbers"])) == 1  # nothing has been drawn
+
+
+class Endless(Mlp):
+    """Draws further batches from a loader in the step, and begins it again at its end."""
+
+    def __init__(self, errors):
+        super().__init__()
+        self.errors = errors
+        self.more = torch.utils.data.DataLoader(range(1, 6), shuffle=True)
+        self.source = None
+
+    def training_step(self, batch, batch_idx):
+        try:
+            more = next(self.source)
+        except self.errors:
+            self.source = iter(self.more)
+            more = next(self.source)
+        return super().training_step(batch, batch_idx) * (1 + 0.1 * float(more))
+
+
+@pytest.mark.parametrize("errors", [(StopIteration, TypeError), Exception, BaseException])
+@pytest.mark.parametrize("make", [ClipR, lambda: UnrollK(2, "reverse"), lambda: UnrollK(2)])
+def test_an_iterator_that_the_step_makes_is_refused_before_anything_moves(errors, make):
+    model = Endless(errors)
+    before = weights(model)
+    with pytest.raises(Exception, match=r"advances 'source', a _SingleProcessDataLoaderIter"):
+        observe(make(), model)
+    assert torch.equal(weights(model), before)
+
+
+def test_one_step_ahead_an_iterator_that_the_step_makes_is_none_of_ours():
+    found = []
+    for callback in ([], OnlineHPOCallback(T1T2(), optimizer=frozen)):
+        torch.manual_seed(5)
+        model = Endless((StopIteration, TypeError))
+        fit(model, callback)
+        found.append(weights(model))
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("errors", [StopIteration, Exception, BaseException])
+@pytest.mark.parametrize("where", ["training_step", "validation_step"])
+def test_a_refusal_cannot_be_caught_by_the_step(errors, where):
+    class Drawing(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.source = iter(torch.utils.data.DataLoader(range(1, 99)))
+
+        def draw(self, batch, batch_idx):
+            try:
+                number = float(next(self.source))
+            except errors:
+                number = 1.0
+            return self.loss(batch) / number
+
+    setattr(Drawing, where, Drawing.draw)
+    model = Drawing()
+    before = weights(model)
+    with pytest.raises(Exception, match=r"advances 'source'.*on_train_batch_start"):
+        observe(T1T2(), model)
+    assert torch.equal(weights(model), before)
 
 
 # -------------------------------------------------------------------------------- large containers

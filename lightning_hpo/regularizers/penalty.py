@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from lightning_hpo._lightning import MisconfigurationException, is_lightning_module
 from lightning_hpo._record import record_of, update_record
+from lightning_hpo._repr import listed
 from lightning_hpo._tensors import add_scaled_, rows
 from lightning_hpo.auto import resolve_penalties
 from lightning_hpo.distributed import broadcast_, local, world_size
@@ -531,12 +532,24 @@ class PenaltyMixin(RegularizerMixin):
                 if penalty.has_constants:
                     refuse_sharded(weights)
                 acting = [(k, w, w.grad) for k, w in enumerate(weights) if w.grad is not None]
+                self._refuse_sparse([w for _, w, g in acting if g.layout != torch.strided])
                 penalty.add_gradient_(
                     [k for k, _, _ in acting],
                     [local(g) for _, _, g in acting],
                     [local(w.detach()) for _, w, _ in acting],
                 )
         update_record(self, penalties_applied=True)
+
+    def _refuse_sparse(self, weights: Sequence[Tensor]) -> None:
+        if not weights:
+            return
+        names = {id(p): name for name, p in self.named_parameters()}
+        found = [repr(names.get(id(w), "one")) for w in weights]
+        raise MisconfigurationException(
+            f"{type(self).__name__}: a penalty acts on {listed(found, 3)}, which gets a sparse "
+            "gradient; that of a penalty is dense. Use nn.Embedding(sparse=False), or leave it "
+            "out: register the penalty with parameters= for the others"
+        )
 
     def on_fit_start(self) -> None:
         """Lets all processes have the same constants; an override calls ``super()``."""

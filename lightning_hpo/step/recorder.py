@@ -93,6 +93,7 @@ class Recorder:
         self._lr: Any = 0.0
         self._shadow: Shadow | None = None
         self._grown: tuple[Tensor, Tensor] | None = None
+        self._iterators: dict[int, Any] | None = None
         self._is_told_of_lost = False
         self._depth = 0  # how many calls of the optimizer's step are under way
         self._handles: list[RemovableHandle | Shadow] = [
@@ -104,6 +105,10 @@ class Recorder:
     def lr(self) -> float:
         """The learning rate of the last step, of the first parameter group."""
         return float(self._lr)
+
+    def watch_iterators(self) -> None:
+        """Looks after the coming step whether it has made an iterator, before θ moves."""
+        self._iterators = self._training.objective.shield.iterators()
 
     def take_step(self) -> bool:
         """Tells once whether the optimizer has stepped, at the end of a micro-batch.
@@ -290,6 +295,9 @@ class Recorder:
     def _hand_out(self, entry: Entry | None) -> None:
         """Shows the step to its observers; it starts from what the optimizer held at its entry."""
         step, may_wait = self._due
+        before, self._iterators = self._iterators, None
+        if before is not None:
+            self._training.objective.shield.refuse_new(before)
         self._look_at_sum(may_go_on=False)
         if any(space.window != 1 for space, _ in self._observers):
             self.shifts.look(may_wait=may_wait)
