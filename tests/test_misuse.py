@@ -181,6 +181,12 @@ class SparseEmbedding(Mlp):
         return super().loss(batch) + self.embedding(batch[1]).square().mean()
 
 
+class PenalizedEmbedding(SparseEmbedding):
+    def __init__(self):
+        super().__init__()
+        self.register_l2(1e-3, "more", parameters=["embedding.weight"])
+
+
 class EmptyDataset(TensorDataset):
     def __init__(self):
         super().__init__(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
@@ -295,8 +301,8 @@ MISUSES = {
         r"parameter has a sparse gradient, expected dense ones; use nn.Embedding\(sparse=False\)",
     ),
     "sparse-gradient-without-the-callback": (
-        lambda watch: fit(watch(SparseEmbedding())),
-        r"SparseEmbedding: a penalty acts on 'embedding.weight', which gets a sparse gradient.*Use",
+        lambda watch: fit(watch(PenalizedEmbedding())),
+        r"PenalizedEmbedding: a penalty acts on 'embedding.weight', which gets a sparse gradient.*Use",
     ),
     # The held-out data and their loss.
     "no-held-out-data": (tune_without_held_out_data, r"no held-out.*Pass dataloader="),
