@@ -7,6 +7,7 @@ import random
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Set
+from functools import lru_cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -113,6 +114,35 @@ def _write_cell(cell: Any, content: list[Any]) -> None:
 def read_class(cls: type) -> dict[str, Any]:
     """Returns the attributes of a class itself, methods included."""
     return {name: value for name, value in vars(cls).items() if not name.startswith("__")}
+
+
+@lru_cache(maxsize=4096)
+def functions_with_state(cls: type) -> tuple[FunctionType, ...]:
+    """Returns the methods of a class itself that hold something that a call may change.
+
+    That is in closures, as those of decorators, in default values of arguments, and in attributes.
+    """
+    members: list[Any] = []
+    for member in vars(cls).values():
+        if issubclass(type(member), property):
+            members += [member.fget, member.fset]
+        elif issubclass(type(member), (staticmethod, classmethod)):
+            members.append(member.__func__)
+        else:
+            members.append(member)
+    return tuple(
+        f
+        for f in members
+        if type(f) is FunctionType
+        and (
+            f.__dict__
+            or set(f.__code__.co_freevars) - {"__class__"}
+            or any(
+                kind_of(type(value)) is not Kind.ATOM
+                for value in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values())
+            )
+        )
+    )
 
 
 def _write_class(cls: type, content: dict[str, Any]) -> None:

@@ -102,6 +102,9 @@ class Outside:
         if vars(function):
             self._variable(id(function), function.__name__, partial(vars, function))
         names = names_in(function.__code__)
+        for name in _arguments_with_defaults(function):
+            read = partial(_default, function, name)
+            self._named_by(id(function), f"{function.__name__}({name}=…)", read, names)
         for name in names:
             if name in function.__globals__:
                 read = partial(function.__globals__.get, name)
@@ -156,6 +159,21 @@ class Outside:
         if key not in self._named:
             self._named.add(key)
             self.variables.append(Variable(name, read))
+
+
+def _arguments_with_defaults(function: FunctionType) -> list[str]:
+    code, defaults = function.__code__, function.__defaults__ or ()
+    positional = code.co_varnames[: code.co_argcount]
+    return [*positional[len(positional) - len(defaults) :], *(function.__kwdefaults__ or ())]
+
+
+def _default(function: FunctionType, name: str) -> Any:
+    """Returns the default value of an argument; a later one is another variable."""
+    if name in (function.__kwdefaults__ or ()):
+        return (function.__kwdefaults__ or {})[name]
+    code, defaults = function.__code__, function.__defaults__ or ()
+    index = code.co_varnames.index(name) - code.co_argcount + len(defaults)
+    return defaults[index] if 0 <= index < len(defaults) else None
 
 
 def _methods(kind: type) -> Iterator[Any]:

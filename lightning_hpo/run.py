@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -48,7 +48,7 @@ from lightning_hpo.step import (
     settle_statistics,
     warn_of_other_paths,
 )
-from lightning_hpo.strategy import LOGIT_STEP, TypicalValues, choose
+from lightning_hpo.strategy import LOGIT_STEP, LOOKS, TypicalValues, choose
 from lightning_hpo.values import fixed_options, remember_options
 
 # What state_dict() returns changes with it; the number is part of a checkpoint.
@@ -362,6 +362,32 @@ class Run:
         self.recorder.shifts.follows_state = any(each.estimator.window != 1 for each in served)
         self.served = served
 
+    def _look_at_inputs(self, batch: Any, batch_idx: int) -> None:
+        """Replaces guesses of noise before the training adds any: too much kills at once.
+
+        What one layer is given depends on the noise of those before it, so it looks again.
+        """
+        if not self.strategy.replaces_guesses or self._resumed:
+            return
+        strengths = {penalty.hyperparameter for penalty in self.training.penalties}
+        unknown = [
+            h for h in self.hyperparameters.values() if h.typical is None and h not in strengths
+        ]
+        objective = self.training.objective
+        raws = [h.raw for h in self.hyperparameters.values()]
+        known = {h: name for name, h in self.hyperparameters.items()}
+        replaced: set[Hyperparameter] = set()
+        for _ in range(LOOKS if unknown else 0):
+            moment = objective.moment(batch, batch_idx)
+            with objective.evaluations(moment, []) as evaluate:
+                evaluate([], raws)
+                sizes = {h: vars(h)["input_size"] for h in unknown if "input_size" in vars(h)}
+            found = self._typical.look_at_inputs(self._trainer, sizes)
+            moved = self._replace_guesses(found, replaced)
+            if not moved:
+                return
+            replaced.update(h for h in found if known[h] in moved)
+
     def _validate(
         self, theta: Sequence[Tensor], statistics: Sequence[Tensor] = ()
     ) -> list[Tensor | None]:
@@ -428,6 +454,9 @@ class Run:
     def _see(self, batch: Any, batch_idx: int) -> None:
         step = self.steps + 1
         compares = self._settings.should_update(step)
+        if not self.served:
+            with self.clock, nullcontext() if self.training.sharded else together():
+                self._look_at_inputs(batch, batch_idx)
         with self.clock, self._traces("batch", step, batch, may_wait=compares):
             self._look_at(batch, batch_idx, compares=compares)
 
@@ -458,12 +487,15 @@ class Run:
             self._replace_guesses(h for h in found if h not in in_loss)
 
     @torch.no_grad()
-    def _replace_guesses(self, hyperparameters: Iterable[Hyperparameter]) -> None:
+    def _replace_guesses(
+        self, hyperparameters: Iterable[Hyperparameter], replaced: Set[Hyperparameter] = frozenset()
+    ) -> list[str]:
         if self.first_step > 0 or not self.strategy.replaces_guesses:
-            return  # the module has been trained before, or will hardly be
-        moved = self._typical.replace_guesses(hyperparameters)
+            return []  # the module has been trained before, or will hardly be
+        moved = self._typical.replace_guesses(hyperparameters, replaced)
         if self.training.options is not None:
             self.training.options.renew_(n for n in moved if n.startswith("optimizer."))
+        return moved
 
     def after_batch(self) -> Update | None:
         """Updates λ where the optimizer has stepped and an update is due."""

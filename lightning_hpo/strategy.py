@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +52,8 @@ LOOKS = 5
 TYPICAL_NOISE = 0.3
 # A start further off than this factor, of a strength or of odds, is taken to be a guess.
 FAR = 10.0
+# What it is replaced by is found anew until it changes by less than this part of it.
+SETTLED = 0.01
 # … if the training has so many steps: in a shorter one nothing overfits, and what is typical of
 # whole trainings is too strong (of 100 steps by 3 %, of 30 by 25 % of the loss on an MLP).
 LONG_ENOUGH = 300
@@ -244,22 +246,49 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
         for h in self._names:
             if h.typical is None and "input_size" in vars(h):
                 values[h] = TYPICAL_NOISE * vars(h)["input_size"]
+        found = self._put_agreed(trainer, values)
+        if len(found) == len(values):
+            self._looks_left = 0
+        return found
+
+    def look_at_inputs(
+        self, trainer: pl.Trainer, sizes: Mapping[Hyperparameter, float]
+    ) -> list[Hyperparameter]:
+        """Finds those of noise, of which it is known what they are added to.
+
+        Args:
+            trainer: The trainer.
+            sizes: The root mean squares of these inputs.
+
+        Returns:
+            Those that have been found.
+        """
+        sizes = {h: sizes.get(h, math.nan) for h in self._names if h.typical is None}
+        return self._put_agreed(trainer, {h: TYPICAL_NOISE * size for h, size in sizes.items()})
+
+    def _put_agreed(
+        self, trainer: pl.Trainer, values: Mapping[Hyperparameter, float]
+    ) -> list[Hyperparameter]:
         found = []
         for h, value in zip(values, agreed(trainer, list(values.values())), strict=True):
             if 0 < value < math.inf:
                 self._put(h, value)
                 found.append(h)
-        if len(found) == len(values):
-            self._looks_left = 0
         return found
 
-    def replace_guesses(self, hyperparameters: Iterable[Hyperparameter]) -> list[str]:
+    def replace_guesses(
+        self, hyperparameters: Iterable[Hyperparameter], replaced: Set[Hyperparameter] = frozenset()
+    ) -> list[str]:
         """Lets those start at their typical values that start far away from there.
 
         More than ten times a strength, or the odds of a probability, away; or more than three times
         the strength at which a penalty begins to matter: too strong a one does damage early, of
         which a training does not recover. Such a start is taken to be a guess. What was assigned,
         loaded or tuned is none.
+
+        Args:
+            hyperparameters: Which to look at.
+            replaced: Those that have been replaced already, and follow a value that has changed.
 
         Returns:
             The names of those that have moved.
@@ -273,6 +302,8 @@ class TypicalValues(dict[Hyperparameter, Tensor]):
                 h.constraint, typical, STRONG if h in self._strengths else FAR
             )
             is_far = (h.raw < low) | (h.raw > high)
+            if h in replaced:
+                is_far |= ~h.raw.isclose(typical, rtol=SETTLED, atol=0.0)
             if bool(is_far.any()):
                 before = float(h.value.mean())
                 h.raw.copy_(torch.where(is_far, typical, h.raw))

@@ -592,7 +592,33 @@ class Views(Rule):
         p.sub_(group["lr"] * self.parts[p].add_(g))
 
 
+class SkipsSpikes(Rule):
+    """Compares the loss with bounds; follows its own."""
+
+    bound = 1.2
+
+    def step(self, closure):
+        loss = closure()
+        if 1e-8 < float(loss) < self.bound:
+            super().step(lambda: loss)
+        return loss
+
+    def update(self, group, p, g):
+        p.sub_(group["lr"] * g)
+
+
+class SlowsDown(SkipsSpikes):
+    bound = float("inf")
+
+    def step(self, closure):
+        loss = closure()
+        for group in self.param_groups:
+            group["lr"] = 0.3 if float(loss) > 0.9 else 0.1
+        return super().step(lambda: loss)
+
+
 EXACT = [
+    SkipsSpikes, SlowsDown,
     Lists, Nested, Objects, OnGroups, Buffers, DataDecay, DataSet, CountsInState, CountsInAttribute,
     Noisy, Madgrad, Lamb, Foreach, ThroughSuper, Lookahead, LookaheadOfState, RequiredClosure,
     CountsInArray, CountsInIterator, CountsInSlots, CountsInNamespace, Clips, ClipsEachForItself,

@@ -302,7 +302,7 @@ MISUSES = {
     ),
     "sparse-gradient-without-the-callback": (
         lambda watch: fit(watch(PenalizedEmbedding())),
-        r"PenalizedEmbedding: a penalty acts on 'embedding.weight', which gets a sparse gradient.*Use",
+        r"PenalizedEmbedding: a penalty acts on 'embedding.weight', which gets a sparse.*Use nn\.E",
     ),
     # The held-out data and their loss.
     "no-held-out-data": (tune_without_held_out_data, r"no held-out.*Pass dataloader="),

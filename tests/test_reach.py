@@ -288,6 +288,106 @@ def test_state_of_every_kind(name):
     assert_exact(kind)
 
 
+# ------------------------------------------------------------------------------ methods with state
+
+
+def counted(step):
+    count = 0
+
+    def counting(self, batch, batch_idx):
+        nonlocal count
+        count += 1
+        return step(self, batch, batch_idx) * (1 + 0.1 * count)
+
+    return counting
+
+
+def in_a_decorator():
+    class Decorated(Mlp):
+        training_step = counted(Mlp.training_step)
+
+    return Decorated()
+
+
+def in_a_default():
+    class Default(Mlp):
+        def training_step(self, batch, batch_idx, calls=[0]):  # noqa: B006
+            calls[0] += 1
+            return super().training_step(batch, batch_idx) * (1 + 0.1 * calls[0])
+
+    return Default()
+
+
+def in_a_default_by_name():
+    class Default(Mlp):
+        @staticmethod
+        def factor(*, memo={"calls": 0}):  # noqa: B006
+            memo["calls"] += 1
+            return 1 + 0.1 * memo["calls"]
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * self.factor()
+
+    return Default()
+
+
+def in_a_generator_by_default():
+    class Default(Mlp):
+        def factor(self, generator=torch.Generator().manual_seed(3)):  # noqa: B008
+            return 1 + 0.1 * float(torch.rand((), generator=generator))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * self.factor()
+
+    generator = Default.factor.__defaults__[0]
+    generator.manual_seed(3)
+    return Default()
+
+
+def in_a_closure():
+    seen = []
+
+    class Closing(Mlp):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            seen.append(loss.item())
+            return loss * (1 + 0.1 * len(seen))
+
+    return Closing()
+
+
+METHODS = [
+    in_a_decorator,
+    in_a_default,
+    in_a_default_by_name,
+    in_a_generator_by_default,
+    in_a_closure,
+]
+
+
+@pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_what_methods_keep(kind, make):
+    assert_undisturbed(kind, make)
+    assert_exact(kind)
+
+
+def helper(x, *, memo={"calls": 0}):  # noqa: B006
+    memo["calls"] += 1
+    return x * (1 + 0.1 * memo["calls"])
+
+
+class Helped(Mlp):
+    def training_step(self, batch, batch_idx):
+        return helper(super().training_step(batch, batch_idx))
+
+
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_what_functions_outside_keep_is_named(make):
+    with pytest.warns(UserWarning, match=r"outside of the module.*'helper\(memo=…\)"):
+        observe(make(), Helped())
+
+
 # ------------------------------------------------------------------------------- context variables
 
 COUNT = contextvars.ContextVar("COUNT", default=0)

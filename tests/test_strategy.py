@@ -296,28 +296,49 @@ def test_a_penalty_much_too_strong_is_a_guess_earlier(factor, is_guess):
 
 
 class Noisy(GaussianNoiseMixin, Mlp):
-    def __init__(self, sigma):
+    def __init__(self, sigma, **options):
         super().__init__("adam", granularity="model")
-        self.register_noise(sigma)
+        self.register_noise(sigma, **options)
 
     def loss(self, batch):
         x, y = batch
         return super().loss((5.0 * x, y))
 
 
+class Spy(pl.Callback):
+    """Notes λ in the training's own steps, and the root mean square of what the network gets."""
+
+    def __init__(self):
+        self.seen, self.sizes = [], []
+
+    def on_train_batch_start(self, trainer, model, batch, index):
+        self.sizes.append(5.0 * float(batch[0].square().mean().sqrt()))
+
+    def on_before_backward(self, trainer, model, loss):
+        noise = named_hyperparameters(model)
+        self.seen.append([float(h.value) for name, h in noise.items() if "noise" in name])
+
+
 @pytest.mark.parametrize(("sigma", "is_guess"), [(1e-3, True), (0.5, False), (100.0, True)])
 def test_noise_is_measured_by_what_it_is_added_to(sigma, is_guess):
-    """It is known after the first step, whose gradient is that of the start."""
-    seen = []
+    """Before the first step, which strong noise does not survive."""
+    spy = Spy()
+    run([OnlineHPOCallback(lr=1e-9), spy], Noisy(sigma))
+    typical = 0.3 * spy.sizes[0]
+    assert spy.seen[0][0] == pytest.approx(typical if is_guess else sigma, rel=1e-6)
+    assert spy.seen[1] == pytest.approx(spy.seen[0])
 
-    class Spy(pl.Callback):
-        def on_train_batch_start(self, trainer, model, batch, index):
-            seen.append((float(model.noise.value), 5.0 * batch[0]))
 
-    run([OnlineHPOCallback(lr=1e-9), Spy()], Noisy(sigma))
-    assert seen[0][0] == pytest.approx(sigma)
-    typical = 0.3 * float(seen[0][1].square().mean().sqrt())
-    assert seen[1][0] == pytest.approx(typical if is_guess else sigma, rel=1e-6)
+def test_noise_behind_noise_is_measured_without_what_is_replaced():
+    spies = [Spy(), Spy()]
+    for spy, sigma in zip(spies, (1e-6, 1e6), strict=True):
+        torch.manual_seed(0)
+        model = Noisy(sigma, at=["net.0", "net.2"], tied=False)
+        run([OnlineHPOCallback(lr=1e-9), spy], model)
+    weak, strong = (spy.seen[0] for spy in spies)
+    assert weak[0] == pytest.approx(0.3 * spies[0].sizes[0], rel=1e-6)
+    assert 0 < weak[1] < 0.31  # of tanh
+    assert strong == pytest.approx(weak, rel=0.01)
 
 
 def test_a_guess_is_replaced_before_the_first_step_and_said(monkeypatch):

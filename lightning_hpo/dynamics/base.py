@@ -50,6 +50,7 @@ class OptimizerStep:
         own: What an optimizer of another library keeps elsewhere: its attributes, and state that
             belongs to no parameter.
         rng: The random state before this step, of an optimizer that draws numbers.
+        loss: What the optimizer's closure has returned; None where it had none.
     """
 
     options: list[dict[str, Any]]
@@ -64,6 +65,7 @@ class OptimizerStep:
     slope: list[Tensor] | None = None
     own: dict[str, Any] = field(default_factory=dict)
     rng: RandomState | None = None
+    loss: Any = None
 
     @property
     def lr(self) -> float:

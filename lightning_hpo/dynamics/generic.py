@@ -415,7 +415,9 @@ class GenericDynamics(Dynamics):
 
         def stub() -> Any:
             give_gradients()
-            return torch.zeros(()) if closure is None else closure(now())
+            if closure is not None:
+                return closure(now())
+            return torch.zeros(()) if step.loss is None else step.loss
 
         arguments = {"closure": stub} if self.is_foreign and self._takes_closure else {}
         draws = step.rng is not None and self.draws

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ _DUE = frozenset({1, 3, 10, 30, 100})
 
 # How many steps are made one after the other: tangents of the state come into being at the first.
 _STEPS = 3
+# By so much, and so much of itself, another loss is larger.
+_MORE = 1e-3
 
 # Distances of central differences, relative to each element, with the error that is allowed
 # relative to the largest derivative. The second is for formulas that are in float32 inside.
@@ -130,7 +131,10 @@ class Verification:
     # ----------------------------------------------------------------------------------- the trial
 
     def _trial(self, step: OptimizerStep) -> str | None:
-        """Makes the step twice on copies: with the closure's loss of 1 and of 2."""
+        """Makes the step twice on copies: with the closure's loss, and with a little more.
+
+        A step that compares it with a bound is another one only beyond that, and has a derivative.
+        """
         dynamics = self._dynamics
         shared = _sharing_memory(dynamics, step)
         if shared is not None:
@@ -139,9 +143,10 @@ class Verification:
         drawn = RandomState.capture(step.theta[0].device)
         bare = replace(step, rng=None)  # so that it is seen whether numbers are drawn
         results = []
-        for loss in (1.0, 2.0):
+        loss = torch.zeros(()) if step.loss is None else torch.as_tensor(step.loss)
+        for value in (loss, loss + _MORE * (1 + loss.abs())):
             drawn.restore(step.theta[0].device)
-            results.append(dynamics.advance(bare, partial(_loss, loss)))
+            results.append(dynamics.advance(replace(bare, loss=value)))
         if self._seen == 1:
             now = RandomState.capture(step.theta[0].device)
             dynamics.draws = not now.is_same_as(drawn)
@@ -303,10 +308,6 @@ class Verification:
         backward += sum(terms)
         size += sum(map(abs, terms))
         return None if abs(forward - backward) <= 1e-6 * size else "the adjoint of what it writes"
-
-
-def _loss(value: float, there: OptimizerStep) -> Tensor:
-    return torch.tensor(value)
 
 
 def _largest(tensor: Tensor) -> float:

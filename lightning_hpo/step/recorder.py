@@ -270,7 +270,7 @@ class Recorder:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             with self._clock:
-                self._hand_out(None)
+                self._hand_out(None, None)
             return None
         dynamics = self._training.dynamics
         entry: Entry | None = None
@@ -284,7 +284,7 @@ class Recorder:
                 entry.begin()
             result = closure()
             with self._clock:
-                self._hand_out(entry)
+                self._hand_out(entry, result)
             return result
 
         if len(args) > 1:
@@ -292,7 +292,7 @@ class Recorder:
         return args, {**kwargs, "closure": observed}
 
     @torch.no_grad()
-    def _hand_out(self, entry: Entry | None) -> None:
+    def _hand_out(self, entry: Entry | None, loss: Any) -> None:
         """Shows the step to its observers; it starts from what the optimizer held at its entry."""
         step, may_wait = self._due
         before, self._iterators = self._iterators, None
@@ -304,11 +304,13 @@ class Recorder:
             if entry is None:  # else the optimizer may have written to it already
                 self.shifts.look_at_state()
         with self._traces("step", step, may_wait=may_wait):
-            self._show(entry)
+            self._show(entry, loss)
 
-    def _show(self, entry: Entry | None) -> None:
+    def _show(self, entry: Entry | None, loss: Any) -> None:
         point = self._training.dynamics.capture()
         if entry is not None:
+            # A copy, for whoever adds to the loss in place.
+            point.loss = loss.detach().clone() if isinstance(loss, Tensor) else loss
             entry.return_(point)
         if not self._is_verified and isinstance(self._module, PenaltyMixin):
             self._module.check_penalties_applied()
