@@ -37,7 +37,7 @@ from lightning_hpo.holders import (
     Guard,
     Held,
     Holder,
-    functions_with_state,
+    defaults_with_state,
     parts_of,
     read_cell,
     read_class,
@@ -382,7 +382,7 @@ class Walker:
                     seen.add(id(base))
                     parents[id(base)] = id(value)
                     hold(base, CLASS)
-                    push(functions_with_state(base), id(base))
+                    push(defaults_with_state(base), id(base))
 
         while stack:
             value = stack.pop()

@@ -117,31 +117,22 @@ def read_class(cls: type) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
-def functions_with_state(cls: type) -> tuple[FunctionType, ...]:
-    """Returns the methods of a class itself that hold something that a call may change.
+def defaults_with_state(cls: type) -> tuple[Any, ...]:
+    """Returns the default values of the arguments of methods that a call may change.
 
-    That is in closures, as those of decorators, in default values of arguments, and in attributes.
+    Closures of methods are named where steps change them, and not put back: classes made in
+    functions close over much that is none of theirs.
     """
     members: list[Any] = []
     for member in vars(cls).values():
-        if issubclass(type(member), property):
-            members += [member.fget, member.fset]
-        elif issubclass(type(member), (staticmethod, classmethod)):
-            members.append(member.__func__)
-        else:
-            members.append(member)
+        is_wrapped = issubclass(type(member), (staticmethod, classmethod))
+        members.append(member.__func__ if is_wrapped else member)
     return tuple(
-        f
+        value
         for f in members
         if type(f) is FunctionType
-        and (
-            f.__dict__
-            or set(f.__code__.co_freevars) - {"__class__"}
-            or any(
-                kind_of(type(value)) is not Kind.ATOM
-                for value in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values())
-            )
-        )
+        for value in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values())
+        if kind_of(type(value)) is not Kind.ATOM
     )
 
 

@@ -291,24 +291,6 @@ def test_state_of_every_kind(name):
 # ------------------------------------------------------------------------------ methods with state
 
 
-def counted(step):
-    count = 0
-
-    def counting(self, batch, batch_idx):
-        nonlocal count
-        count += 1
-        return step(self, batch, batch_idx) * (1 + 0.1 * count)
-
-    return counting
-
-
-def in_a_decorator():
-    class Decorated(Mlp):
-        training_step = counted(Mlp.training_step)
-
-    return Decorated()
-
-
 def in_a_default():
     class Default(Mlp):
         def training_step(self, batch, batch_idx, calls=[0]):  # noqa: B006
@@ -344,24 +326,10 @@ def in_a_generator_by_default():
     return Default()
 
 
-def in_a_closure():
-    seen = []
-
-    class Closing(Mlp):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            seen.append(loss.item())
-            return loss * (1 + 0.1 * len(seen))
-
-    return Closing()
-
-
 METHODS = [
-    in_a_decorator,
     in_a_default,
     in_a_default_by_name,
     in_a_generator_by_default,
-    in_a_closure,
 ]
 
 

@@ -717,12 +717,23 @@ def test_variables_of_other_kinds(name):
     assert sum("outside of the module" in str(w.message) for w in caught) == 1
 
 
+def closing():
+    seen = []
+
+    class Closing(Leaving):
+        def change(self, batch, loss):
+            seen.append(loss.item())
+
+    return Closing()
+
+
 OUTSIDE = {
     "COUNT": Global,
     "SEEN": Named,
     "CACHE": Cached,
     "TENSOR": InPlace,
     "SETTINGS": Attribute,
+    "seen": closing,
 }
 
 
