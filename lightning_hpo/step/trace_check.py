@@ -358,10 +358,16 @@ def sum_of_bits(value: Tensor) -> Tensor | None:
     """
     if is_lazy(value) or is_sharded([value]) or value.layout is not torch.strided or value.is_meta:
         return None
-    try:
-        words = _words(value.detach())
-    except (NotImplementedError, RuntimeError, KeyError):  # quantized, nested, …
-        return None
+    # Subclasses may do as they like with parts of them.
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            words = _words(value.detach())
+        except (NotImplementedError, RuntimeError, KeyError):  # quantized, nested, …
+            return None
+        return _weighted_sum(words)
+
+
+def _weighted_sum(words: Tensor) -> Tensor:
     rows = len(words) // _COLUMNS
     end = rows * _COLUMNS
     table = words[:end].view(rows, _COLUMNS)

@@ -863,3 +863,17 @@ def test_a_sum_of_bits_changes_with_any_element_and_any_exchange(value):
 )
 def test_there_is_no_sum_of_bits_that_are_not_there(value):
     assert sum_of_bits(value) is None
+
+
+class Whole(torch.Tensor):
+    """Has no parts."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert func not in (torch.Tensor.__getitem__, torch.Tensor.flatten)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_sum_of_bits_asks_nothing_of_subclasses():
+    value = torch.randn(40, 90)
+    assert sum_of_bits(value.as_subclass(Whole)) == sum_of_bits(value)
