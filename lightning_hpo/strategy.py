@@ -50,15 +50,15 @@ LOGIT_STEP = 1.0
 LOOKS = 5
 # Noise in units of the root mean square of what it is added to.
 TYPICAL_NOISE = 0.3
-# A start further off than this factor, of a strength or of odds, is taken to be a guess.
+# A start further off than this factor, of a strength or of odds, is taken to be a guess …
 FAR = 10.0
-# What it is replaced by is found anew until it changes by less than this part of it.
-SETTLED = 0.01
+# … and so is a penalty stronger than so many times the strength at which it begins to matter …
+STRONG = 3.0
 # … if the training has so many steps: in a shorter one nothing overfits, and what is typical of
 # whole trainings is too strong (of 100 steps by 3 %, of 30 by 25 % of the loss on an MLP).
 LONG_ENOUGH = 300
-# … and so is a penalty stronger than so many times the strength at which it begins to matter.
-STRONG = 3.0
+# What a guess is replaced by is found anew until it changes by less than this part of it.
+SETTLED = 0.01
 
 Assigned = Sequence[tuple[str, Estimator, list[str]]]
 """Estimators, each with a name and the hyperparameters that it serves."""

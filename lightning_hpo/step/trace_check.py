@@ -70,6 +70,7 @@ _REMEDIES = {
     ),
 }
 
+# Words in a row of the table that they are summed in.
 _COLUMNS = 1024
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What is written to these has left the training.
