@@ -136,8 +136,13 @@ class Network:
         directions = [*(u[i] for i in self._active), *zeros, *statistics]
         products: tuple[list[Tensor], list[Tensor]] = ([], [])
         if directions and (theta_part or self._names):
+            training = self._training
+            smooth = any(
+                training.hyperparameters[name].difference_step is None for name in self._names
+            )
             products = self._multiply(
-                lambda backend, *at: backend.adjoint(*at, directions, theta_part=theta_part)
+                lambda backend, *at: backend.adjoint(*at, directions, theta_part=theta_part),
+                first_order=not (theta_part or smooth),
             )
             self.close()
         split = len(products[0])
@@ -197,12 +202,16 @@ class Network:
             for name, raw in zip(self._names, raws, strict=True)
         ]
 
-    def _multiply(self, product: Callable[..., Result]) -> Result:
+    def _multiply(self, product: Callable[..., Result], *, first_order: bool = False) -> Result:
         """Calls ``product(backend, loss, θ, λ)``; see :func:`with_fallback`."""
-        return with_fallback(self._training, lambda: product(*self._open()), self.close)
+        return with_fallback(self._training, lambda: product(*self._open(first_order)), self.close)
 
-    def _open(self) -> tuple[Backend, Loss, list[Tensor], list[Tensor]]:
-        """Returns the backend, and the loss as a function of (active θ, r, c) and of λ."""
+    def _open(self, first_order: bool = False) -> tuple[Backend, Loss, list[Tensor], list[Tensor]]:
+        """Returns the backend, and the loss as a function of (active θ, r, c) and of λ.
+
+        Args:
+            first_order: Whether the product takes differences of gradients over λ alone.
+        """
         if self._opened is None:
             backend = make_backend(
                 self._training,
@@ -210,8 +219,9 @@ class Network:
                 len(self._active),
                 theta_is_scratch=self._at is not None,
             )
-            # On kernels that have the derivatives which the backend needs.
-            loss = self._loss(exact=backend.is_exact)
+            # On kernels that have the derivatives which the backend needs; those of recurrent
+            # layers take three times as long as the training's.
+            loss = self._loss(exact=backend.is_exact and not first_order)
             self._opened = backend, *self._stack.enter_context(loss)
         return self._opened
 

@@ -7,7 +7,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import VALID, fit, frozen, weights
+from cases import VALID, Recorder, fit, frozen, weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -391,3 +391,33 @@ def test_compiled_code_sees_the_rate_move(middle):
 
 def _fast(raw):
     return torch.optim.SGD(raw, lr=10.0)
+
+
+class Watched(nn.LSTM):
+    """Notes on which kernels it runs."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = Recorder(kernels=[])
+
+    def forward(self, *args):
+        if self.training:
+            self.seen.kernels.append(torch.backends.mkldnn.enabled)
+        return super().forward(*args)
+
+
+MIDDLES["watched"] = lambda: nn.Sequential(Recurrent(Watched), nn.Dropout(0.3))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "is_exact"), [(T1T2(), False), (UnrollK(STEPS, "reverse"), True)]
+)
+def test_differences_over_rates_alone_run_on_the_training_s_kernels(estimator, is_exact):
+    """Those of a recurrent layer with a second derivative take three times as long."""
+    model = Net("watched", at=["net.2.1"])
+    recorded = model.net[2][0].rnn.seen.kernels
+    callback = OnlineHPOCallback(estimator, optimizer=frozen, every_n_steps=STEPS)
+    torch.manual_seed(0)
+    fit(model, callback, steps=STEPS)
+    assert callback.history[-1].hypergradients["keep"] != 0
+    assert all(recorded[-4:]) != is_exact
