@@ -31,10 +31,11 @@ from lightning_hpo.schedule import UNKNOWN_LENGTH
 
 # Steps between two updates, where these are cheap.
 INTERVAL = 10
-# Tangents and mixed derivatives may cost so many gradients of the training loss per step.
+# An update, with its gradient of the validation loss, and the tangents that advance for it may cost
+# so many gradients of the training loss per step.
 BUDGET = 0.2
 # A training has at least so many updates, whatever they cost …
-LEAST_UPDATES = 30
+LEAST_UPDATES = 15
 # … and, if it is short and they are cheap, rather more.
 MANY_UPDATES = 50
 # Tangents that advance less often than so many times in a training show little more than one step.
@@ -186,8 +187,8 @@ def choose_estimators(
         affordable = min(math.ceil(gradients / BUDGET), steps // LEAST_UPDATES)
         return max(1, wanted, affordable)
 
-    one_step = 2 * masked + (2 if any(n not in outside_loss for n in smooth) else 0)
-    both = 2 * masked + 3 * len(tangents)
+    one_step = 1 + 2 * masked + (2 if any(n not in outside_loss for n in smooth) else 0)
+    both = 1 + 2 * masked + 3 * len(tangents)
     if not tangents or both / BUDGET > steps / LEAST_ADVANCES:
         return [("*", T1T2(), list(hyperparameters))], every_n_steps or interval(one_step)
     every = every_n_steps or interval(both)
