@@ -182,17 +182,18 @@ def choose_estimators(
     tangents = scalars if len(scalars) <= MOST_TANGENTS else []
     rest = [name for name in hyperparameters if name not in tangents]
 
-    def interval(gradients: int) -> int:
+    def interval(gradients: int, least: int = LEAST_UPDATES) -> int:
         wanted = min(INTERVAL, steps // MANY_UPDATES)
-        affordable = min(math.ceil(gradients / BUDGET), steps // LEAST_UPDATES)
+        affordable = min(math.ceil((gradients + 1) / BUDGET), steps // least)
         return max(1, wanted, affordable)
 
-    one_step = 1 + 2 * masked + (2 if any(n not in outside_loss for n in smooth) else 0)
-    both = 1 + 2 * masked + 3 * len(tangents)
+    one_step = 2 * masked + (2 if any(n not in outside_loss for n in smooth) else 0)
+    both = 2 * masked + 3 * len(tangents)
     if not tangents or both / BUDGET > steps / LEAST_ADVANCES:
         return [("*", T1T2(), list(hyperparameters))], every_n_steps or interval(one_step)
-    every = every_n_steps or interval(both)
-    stride = max(every, interval(both))
+    stride = interval(both, LEAST_ADVANCES)
+    every = every_n_steps or stride
+    stride = max(every, stride)
     clip = ClipR(radius=math.inf, decay=math.exp(-1 / (MEMORY * steps)), stride=stride)
     assigned: list[tuple[str, Estimator, list[str]]] = [("tangents", clip, tangents)]
     if rest:
