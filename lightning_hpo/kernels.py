@@ -143,7 +143,8 @@ def _natively(forward: Any) -> Any:
 @contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
     """Multiplies float32 numbers as such on CUDA: TF32 would round small displacements away."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
     name: str = "fp32_precision"
     value: str | bool = "ieee"
     places: tuple[Any, ...] = ()

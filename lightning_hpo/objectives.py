@@ -324,8 +324,10 @@ class TrainingObjective:
                     if p is not v
                 }
                 swaps |= {id(h.raw): raw for h, raw in zip(self._hyperparameters, lam, strict=True)}
+                # Many at once would use up the looks at what steps change.
+                looks = "check" if full_precision else "step"
                 evaluation.enter_context(
-                    self.shield(rng=moment.rng, state=moment.state, swaps=swaps)
+                    self.shield(rng=moment.rng, state=moment.state, swaps=swaps, looks=looks)
                 )
                 evaluation.enter_context(progressed_to(self._trainer, moment.progress))
                 with (
