@@ -113,7 +113,7 @@ class Shield:
             state: What the modules held at an earlier moment.
             swaps: Tensors to put in the place of parameters and buffers, by the ``id`` of these.
             log: What ``self.log`` calls instead. Default: nothing happens.
-            looks: What runs (:meth:`Walker.walk`). Default: a step, or without ``rng`` a validation.
+            looks: What runs (:meth:`Walker.walk`). Default: a step; without ``rng``, a validation.
 
         Raises:
             MisconfigurationException: If the step changes something that cannot be put back.

@@ -24,6 +24,8 @@ _STEP = 3e-4
 _RATIO = 4
 # Nor does it move θ by more than this part of it, where the gradient is small.
 _FAR = 0.01
+# Beyond what any threshold for gradients leaves alone; exact in floating point.
+_FACTOR = 2.0**20
 
 
 def check_value(training: TrainingMap, moment: Moment, spaces: Sequence[Space]) -> None:
@@ -32,7 +34,8 @@ def check_value(training: TrainingMap, moment: Moment, spaces: Sequence[Space]) 
     Second derivatives by autograd are those of its graph, in which ``detach()`` and ``no_grad``
     leave parts of the loss out; where hooks or an ``autograd.Function`` change gradients, the
     Hessian is not symmetric. Either way the gradient is not the derivative of the loss's value.
-    Costs a gradient and nine forward passes.
+    Also finds out whether differences may put their factor into the loss.
+    Costs two or three gradients and nine forward passes.
 
     Args:
         training: What all steps of the training share.
@@ -40,15 +43,14 @@ def check_value(training: TrainingMap, moment: Moment, spaces: Sequence[Space]) 
         spaces: Those of the estimators, which have been set up.
     """
     replaying = [space for space in spaces if space.replays]
-    if (
-        not replaying
-        or training.sharded
-        # In half precision differences of values are noise.
-        or not {p.dtype for p in training.theta} <= {torch.float32, torch.float64}
-        # Differences of the gradient along tangents see whatever it depends on.
-        or (training.derivatives == "finite_difference" and all(s.followed for s in replaying))
-    ):
+    # In half precision differences of values are noise.
+    is_full = {p.dtype for p in training.theta} <= {torch.float32, torch.float64}
+    if not replaying or training.sharded or not is_full:
         return
+    if training.derivatives != "reverse" and any(space.followed for space in replaying):
+        training.scales_gradient = _scales_gradient(training, moment)
+    if training.derivatives == "finite_difference" and all(s.followed for s in replaying):
+        return  # differences of the gradient along tangents see whatever it depends on
     # The transposed product by double backward goes through hooks on parameters as it should.
     is_adjoint = training.derivatives != "finite_difference"
     is_adjoint = is_adjoint and not any(s.followed for s in replaying)
@@ -72,6 +74,30 @@ def check_value(training: TrainingMap, moment: Moment, spaces: Sequence[Space]) 
         "held constant, except through rounding; where it is a small part of the loss, ignore this",
         stacklevel=2,
     )
+
+
+def _scales_gradient(training: TrainingMap, moment: Moment) -> bool:
+    """Whether the gradient of a multiple of the loss is that multiple of its gradient."""
+    objective, theta = training.objective, training.theta
+    if objective.rounding is not None:
+        return True  # which might overflow; under autocast nobody asks
+    with (
+        torch.enable_grad(),
+        objective.evaluations(moment, theta, exact=True, full_precision=True) as evaluate,
+    ):
+
+        def times(factor: float) -> list[Tensor]:
+            loss, _ = evaluate(theta, objective.leaves())
+            parts = None if loss is None else gradient(loss * factor, theta)
+            return filled(parts or [None] * len(theta), theta)
+
+        once, often = times(1.0), times(_FACTOR)
+    pairs = zip(once, often, strict=True)
+    parts = [torch.stack([(b / _FACTOR - a).norm(), a.norm()]).double() for a, b in pairs]
+    norms = torch.stack(parts).norm(dim=0)
+    average_([norms])  # all ranks must come to the same decision
+    difference, scale = norms.tolist()
+    return bool(difference <= 1e-3 * scale)
 
 
 def _difference(

@@ -106,6 +106,16 @@ class ParameterHook(Mlp):
         self.net[0].weight.register_hook(lambda g: 0.1 * g)
 
 
+class ClippedFeatures(Mlp):
+    """Gradients of the features are clipped, as those of recurrent layers often are."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        features = self.net[1](self.net[0](x))
+        features.register_hook(lambda g: g.clamp(-0.02, 0.02))
+        return F.cross_entropy(self.net[2](features), y)
+
+
 class StraightThrough(Mlp):
     """Binary features, whose gradient passes straight through."""
 
@@ -132,6 +142,7 @@ PROVOKED = [
     DetachedWeights,
     Adversary,
     ActivationHook,
+    ClippedFeatures,
     ParameterHook,
     StraightThrough,
     LateHead,
