@@ -56,10 +56,12 @@ def check_value(training: TrainingMap, moment: Moment, spaces: Sequence[Space]) 
     is_adjoint = is_adjoint and not any(s.followed for s in replaying)
     try:
         found = _difference(training, moment, with_hooks=not is_adjoint)
-    except RuntimeError:
+    except torch.OutOfMemoryError:
+        return
+    except Exception:
         if training.objective.rounding is None:
             raise
-        return  # a step that cannot do without autocast, or has no memory for it
+        return  # a step that cannot do without autocast
     if found is None:
         return
     slope, expected = found
@@ -81,9 +83,10 @@ def _scales_gradient(training: TrainingMap, moment: Moment) -> bool:
     objective, theta = training.objective, training.theta
     if objective.rounding is not None:
         return True  # which might overflow; under autocast nobody asks
+    exact = training.derivatives != "finite_difference"
     with (
         torch.enable_grad(),
-        objective.evaluations(moment, theta, exact=True, full_precision=True) as evaluate,
+        objective.evaluations(moment, theta, exact=exact, full_precision=True) as evaluate,
     ):
 
         def times(factor: float) -> list[Tensor]:

@@ -2,20 +2,25 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed.nn
 import torch.nn.functional as F
 from cases import (
     TRAIN,
+    EachRank,
     Mlp,
     fit,
     last_hypergradient,
+    make_trainer,
     observe,
     relative_error,
     truth,
 )
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -464,3 +469,65 @@ def test_losses_that_differ_between_replays_are_left_to_others():
             return self.loss(batch) * (1 + 0.01 * len(state))
 
     assert not messages(ClipR(), Unrepeatable())
+
+
+# ------------------------------------------------------------------------------------ several ranks
+
+
+class OnRanks(EachRank, Mlp):
+    """Each rank has examples of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("said", torch.zeros(2))
+
+
+class OneRank(OnRanks):
+    """Pseudo-labels on the second rank alone."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        if self.global_rank == 1:
+            return loss + 2 * F.cross_entropy(
+                self.net(batch[0].flip(1)), (2 * self.net(batch[0])).softmax(1).detach()
+            )
+        return loss
+
+
+class Together(OnRanks):
+    """Features are centred over both ranks: each loss depends on the examples of the other."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        features = self.net[0](x)
+        center = torch.distributed.nn.functional.all_reduce(features.mean(0)) / 2
+        return F.cross_entropy(self.net[2]((features - center).tanh()), y)
+
+
+class Count(pl.Callback):
+    """Leaves the fewest and the most warnings of any rank in what comes back from them."""
+
+    def on_train_end(self, trainer, module):
+        for i, sign in enumerate((-1, 1)):
+            count = torch.tensor(float(sign * len(value_check.warnings.said)))
+            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+            module.said[i] = sign * count
+
+
+@pytest.mark.usefixtures("within_two_minutes")
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(OnRanks, [0, 0]), (OneRank, [1, 1]), (Together, [0, 0])]
+)
+def test_ranks_agree(kind, expected, monkeypatch):
+    said = []
+    noted = SimpleNamespace(warn=lambda message, **_: said.append(message), said=said)
+    monkeypatch.setattr(value_check, "warnings", noted)
+    model = kind()
+    make_trainer(
+        2,
+        callbacks=[Count(), OnlineHPOCallback(ClipR())],
+        devices=2,
+        strategy=DDPStrategy(start_method="fork"),
+        use_distributed_sampler=False,
+    ).fit(model)
+    assert model.said.tolist() == expected
