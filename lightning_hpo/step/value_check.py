@@ -120,8 +120,9 @@ def _difference(
     sizes = torch.stack([torch.linalg.vector_norm(p.detach()).double() for p in theta])
     with (
         torch.enable_grad(),
-        objective.evaluations(moment, theta, exact=True, full_precision=True) as evaluate,
+        # Outermost: replays put back what they have found in parameters that are not trained.
         holding(theta, _off_kinks(theta, sizes)),
+        objective.evaluations(moment, theta, exact=True, full_precision=True) as evaluate,
     ):
         loss, _ = evaluate(theta, objective.leaves())
         if loss is None:
@@ -178,12 +179,13 @@ def _off_kinks(theta: Sequence[Tensor], sizes: Tensor) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     scale = 0.1 * float(sizes.norm()) / math.sqrt(sum(p.numel() for p in theta) or 1)
     result = []
-    for p in map(Tensor.detach, theta):
-        is_zero = p == 0
-        if bool(is_zero.any()):
+    for p in theta:
+        value = p.detach()
+        is_zero = value == 0
+        if p.requires_grad and bool(is_zero.any()):
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            p = torch.where(is_zero, scale * noise.to(p), p)
-        result.append(p)
+            value = torch.where(is_zero, scale * noise.to(value), value)
+        result.append(value)
     return result
 
 
