@@ -141,6 +141,30 @@ def _natively(forward: Any) -> Any:
 
 
 @contextmanager
+def without_tf32(device: torch.device) -> Iterator[None]:
+    """Multiplies float32 numbers as such on CUDA: TF32 would round small displacements away."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    name: str = "fp32_precision"
+    value: str | bool = "ieee"
+    places: tuple[Any, ...] = ()
+    if device.type != "cuda":
+        pass
+    elif hasattr(matmul, name):
+        places = (matmul, cudnn.conv, cudnn.rnn)
+    else:  # torch < 2.9
+        name, value, places = "allow_tf32", False, (matmul, cudnn)
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, earlier in zip(places, before, strict=True):
+            setattr(place, name, earlier)
+
+
+@contextmanager
 def differentiable_checkpoints() -> Iterator[None]:
     """Lets ``torch.utils.checkpoint`` with ``use_reentrant=True`` run without reentrance.
 

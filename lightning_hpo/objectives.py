@@ -34,6 +34,7 @@ from lightning_hpo.kernels import (
     eager,
     native_recurrent,
     twice_differentiable,
+    without_tf32,
 )
 from lightning_hpo.regularizers.penalty import PenaltyMixin
 from lightning_hpo.rng import RandomState
@@ -289,10 +290,12 @@ class TrainingObjective:
         *,
         exact: bool = False,
         statistics: bool = False,
+        full_precision: bool = False,
     ) -> Iterator[Callable[..., tuple[Tensor | None, list[Tensor]]]]:
         """Gives L_T without factors, and r', as a function of ((θ, r), raw λ); see :meth:`at`.
 
-        After a call, until the next, the module holds what the step has left.
+        After a call, until the next, the module holds what the step has left. With
+        ``full_precision`` it runs without the Trainer's autocast, and without TF32.
         """
         step = self._module.training_step
         followed = self.statistics.buffers(moment.state) if statistics else []
@@ -300,6 +303,8 @@ class TrainingObjective:
             kernels.enter_context(differentiable_checkpoints())
             if exact:
                 kernels.enter_context(twice_differentiable(self._module))
+            if full_precision:
+                kernels.enter_context(without_tf32(self.shield.device))
             is_traced = exact or not self.statistics.by_value
             if followed and is_traced:
                 kernels.enter_context(eager())
@@ -319,12 +324,15 @@ class TrainingObjective:
                     if p is not v
                 }
                 swaps |= {id(h.raw): raw for h, raw in zip(self._hyperparameters, lam, strict=True)}
+                # Many at once would use up the looks at what steps change.
+                looks = "check" if full_precision else "step"
                 evaluation.enter_context(
-                    self.shield(rng=moment.rng, state=moment.state, swaps=swaps)
+                    self.shield(rng=moment.rng, state=moment.state, swaps=swaps, looks=looks)
                 )
                 evaluation.enter_context(progressed_to(self._trainer, moment.progress))
                 with (
                     self._trainer.precision_plugin.train_step_context(),
+                    self._without_autocast() if full_precision else nullcontext(),
                     self.shield.gradients_aside(),
                 ):
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
@@ -333,6 +341,11 @@ class TrainingObjective:
                 return value, self.statistics.buffers() if followed else []
 
             yield evaluate
+
+    def _without_autocast(self) -> AbstractContextManager[Any]:
+        if self.rounding is None:
+            return nullcontext()
+        return torch.autocast(self.shield.device.type, enabled=False)
 
     def gradient(
         self,

@@ -42,6 +42,7 @@ from lightning_hpo.step import (
     ValidationGradient,
     check_buffers,
     check_forward,
+    check_value,
     find_buffers,
     read_as_numbers,
     settle,
@@ -357,6 +358,7 @@ class Run:
             with together():
                 uses_hessian = any(each.estimator.uses_hessian for each in served)
                 check_forward(training, moment, uses_hessian=uses_hessian)
+            check_value(training, moment, [each.space for each in served])
         if self._trainer.accumulate_grad_batches == 1:
             self.recorder.check.expect(gradients)
         self.recorder.shifts.follows_state = any(each.estimator.window != 1 for each in served)

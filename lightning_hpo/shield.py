@@ -104,6 +104,7 @@ class Shield:
         state: ModuleState | None = None,
         swaps: dict[int, Tensor] | None = None,
         log: Callable[..., None] | None = None,
+        looks: str | None = None,
     ) -> Iterator[None]:
         """Opens the shield.
 
@@ -112,6 +113,7 @@ class Shield:
             state: What the modules held at an earlier moment.
             swaps: Tensors to put in the place of parameters and buffers, by the ``id`` of these.
             log: What ``self.log`` calls instead. Default: nothing happens.
+            looks: What runs (:meth:`Walker.walk`). Default: a step; without ``rng``, a validation.
 
         Raises:
             MisconfigurationException: If the step changes something that cannot be put back.
@@ -120,7 +122,7 @@ class Shield:
         modules = list(self._module.modules())
         # A backward pass through sharded parameters adds to the gradients of all of them.
         aside = self.gradients_aside() if reshard(modules) else nullcontext()
-        reached = self._walker.walk(looks="validation" if rng is None else "step")
+        reached = self._walker.walk(looks=looks or ("validation" if rng is None else "step"))
         # The step may write to what stands for a parameter that gets no gradient.
         swaps = {
             key: value.clone() if key in self._without_gradient else value

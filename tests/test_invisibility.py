@@ -380,9 +380,9 @@ def test_everything_is_put_back_when_a_replay_raises_at_once(at, derivatives):
 
 
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
-@pytest.mark.parametrize("at", [8, 9, 10])
+@pytest.mark.parametrize("at", [18, 19, 20])
 def test_everything_is_put_back_when_a_later_replay_raises(at, derivatives):
-    """Here θ_t stands in the place of θ_{t+1}; the first six or seven come at the start."""
+    """Here θ_t stands in the place of θ_{t+1}; the first sixteen or seventeen come at the start."""
     witness = fails_in(
         "training_step", at, estimator=UnrollK(3, "reverse"), derivatives=derivatives
     )

@@ -13,6 +13,7 @@ from lightning_hpo.step.tangents import Tangents
 from lightning_hpo.step.trace_check import TraceCheck
 from lightning_hpo.step.training_map import TrainingMap
 from lightning_hpo.step.validation import ValidationGradient
+from lightning_hpo.step.value_check import check_value
 
 __all__ = [
     "Effect",
@@ -27,6 +28,7 @@ __all__ = [
     "ValidationGradient",
     "check_buffers",
     "check_forward",
+    "check_value",
     "find_buffers",
     "read_as_numbers",
     "settle",

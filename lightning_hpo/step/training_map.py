@@ -35,6 +35,8 @@ class TrainingMap:
         is_agreed: Whether all ranks use the same backend.
         in_loss: The names of the λ that the training loss itself depends on.
         reuses_gradient: Whether the gradient of the real step has been seen to be that of a replay.
+        scales_gradient: Whether a factor of the loss is one of its gradient. Hooks inside of the
+            network that clip gradients see to it that it is not.
         logit_step: Differences over a logit (random masks) reach at least so far to either side.
     """
 
@@ -48,6 +50,7 @@ class TrainingMap:
     is_agreed: bool = True
     in_loss: frozenset[str] = frozenset()
     reuses_gradient: bool = False
+    scales_gradient: bool = True
     logit_step: float = 0.0
 
     def __post_init__(self) -> None:
@@ -75,11 +78,13 @@ class TrainingMap:
     def is_one_sided(self) -> bool:
         """Whether one-sided differences may take the place of central ones.
 
-        They reuse the step's own gradient, so it has to be that of the replay to rounding.
+        They reuse the step's own gradient, so it has to be that of the replay to rounding, and
+        put their factor into the loss.
         """
         in_loss = [self.hyperparameters[name] for name in self.in_loss]
         return (
             self.reuses_gradient
+            and self.scales_gradient
             and self.is_agreed
             and self.derivatives == "finite_difference"
             and not self.sharded

@@ -100,7 +100,7 @@ class Computed(Leaving):
     """Has a graph, so that it is taken for a result; its order changes, its sum does not."""
 
     def make(self):
-        return {"log": torch.arange(4.0, requires_grad=True) * 1.0}
+        return {"log": torch.arange(101.0, requires_grad=True) * 1.0}
 
     def change(self, batch, loss):
         self.kept["log"].data.copy_(self.kept["log"].detach().roll(1))
