@@ -68,7 +68,7 @@ _FEW = 32
 _FIRST = 5
 
 _WITH_CLASS = {Kind.MODULE, Kind.OBJECT, Kind.HOST}
-_WITH_ATTRIBUTES = {*_WITH_CLASS, Kind.DICT, Kind.LIST, Kind.ARRAY}
+_WITH_ATTRIBUTES = {*_WITH_CLASS, Kind.DICT, Kind.LIST, Kind.ARRAY, Kind.TENSOR}
 
 # What has neither attributes of its own nor a class that a step may change.
 _BARE = frozenset({dict, list, set, deque})
@@ -88,7 +88,8 @@ class Reached:
 
     Attributes:
         held: Containers, attributes included, and what they hold.
-        empty: Dictionaries and sets of modules in which there is nothing: hooks, mostly.
+        empty: Dictionaries and sets of modules, and attributes of tensors, in which there is
+            nothing: hooks, mostly.
         buffers: Buffers of modules; copied whatever their size.
         parameters: Parameters, and other leaves that require grad.
         tensors: Other tensors that a step may write to.
@@ -344,6 +345,11 @@ class Walker:
                     parents[key] = parent
                     if kind is tensor:
                         _sort(value, reached, most)
+                        if own := vars(value):  # attributes that somebody has set on it
+                            parents[id(own)] = key
+                            stack.append(own)
+                        else:
+                            reached.empty.append(own)
                     else:
                         stack.append(value)
 

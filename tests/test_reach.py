@@ -1109,3 +1109,84 @@ def test_iterators_that_draw_from_others(kind):
     for make in ESTIMATORS.values():
         assert_undisturbed(kind, make)
     assert_exact(kind)
+
+
+# ------------------------------------------------------------------------- attributes of tensors
+
+
+class OnParameters(Mlp):
+    """Keeps what belongs to a parameter as attributes of it."""
+
+    def __init__(self):
+        super().__init__("momentum")
+        weight = self.net[0].weight
+        weight.n, weight.seen = 0, []
+
+    def training_step(self, batch, batch_idx):
+        weight = self.net[0].weight
+        weight.n += 1
+        weight.seen.append(batch_idx)
+        return self.loss(batch) * (1 + 0.1 * weight.n + 0.01 * len(weight.seen))
+
+    def kept(self):
+        return self.net[0].weight.n, self.net[0].weight.seen
+
+
+class FirstSetByAStep(OnParameters):
+    def __init__(self):
+        Mlp.__init__(self, "momentum")
+
+    def training_step(self, batch, batch_idx):
+        weight = self.net[0].weight
+        if not hasattr(weight, "n"):
+            weight.n, weight.seen = 0, []
+        return super().training_step(batch, batch_idx)
+
+
+class Average(OnParameters):
+    """A tensor that is the attribute of a buffer, which is one of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("own", torch.ones(1))
+        self.net[2].weight.own = self.own
+        self.own.ema = torch.zeros(1)
+
+    def training_step(self, batch, batch_idx):
+        average = self.net[2].weight.own.ema.add_(1)
+        return super().training_step(batch, batch_idx) * (1 + 0.1 * float(average))
+
+    def kept(self):
+        return float(self.own.ema), *super().kept()
+
+
+@pytest.mark.parametrize("kind", [OnParameters, FirstSetByAStep, Average])
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_attributes_of_tensors(kind, make):
+    assert_undisturbed(kind, make)
+    assert_exact(kind)
+
+
+def test_attributes_of_tensors_are_named():
+    module = OnParameters()
+    assert Walker(module).path_of(module.net[0].weight.seen) == "net.0.weight.seen"
+
+
+class ReadsAnAttribute(Mlp):
+    """What stands for a parameter has its attributes."""
+
+    def __init__(self):
+        super().__init__("momentum")
+        self.net[0].weight.factor = 0.9
+        self.register_buffer("centre", torch.zeros(3))
+
+    def training_step(self, batch, batch_idx):
+        output = self.net(batch[0]) * self.net[0].weight.factor
+        with torch.no_grad():
+            self.centre.lerp_(output.mean(0), 0.3)
+        return F.cross_entropy(output - self.centre, batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*uses finite differences")
+def test_what_stands_for_a_parameter_has_its_attributes():
+    assert_exact(ReadsAnAttribute)
