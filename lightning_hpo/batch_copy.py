@@ -41,8 +41,8 @@ def _copied(value: Any, memo: dict[int, Any], memories: dict[int, Any]) -> Any:
 
 
 _SHARED = {
-    *(Kind.ATOM, Kind.MODULE, Kind.SCRIPT, Kind.FUNCTION, Kind.METHOD, Kind.PARTIAL, Kind.CELL),
-    *(Kind.HOST, Kind.TRAINER, Kind.OPTIMIZER, Kind.WEAK),
+    *(Kind.ATOM, Kind.MODULE, Kind.SCRIPT, Kind.FUNCTION, Kind.METHOD, Kind.BUILTIN, Kind.PARTIAL),
+    *(Kind.CELL, Kind.HOST, Kind.TRAINER, Kind.OPTIMIZER, Kind.WEAK),
 }
 
 

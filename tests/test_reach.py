@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import multiprocessing
+import random
 import threading
 import warnings
 import weakref
@@ -1190,3 +1191,70 @@ class ReadsAnAttribute(Mlp):
 @pytest.mark.filterwarnings("ignore:.*uses finite differences")
 def test_what_stands_for_a_parameter_has_its_attributes():
     assert_exact(ReadsAnAttribute)
+
+
+# ------------------------------------------------------------------ bound methods written in C
+
+
+def _draw(method):
+    return float(method())
+
+
+def _grow(make_entry):
+    def call(method):
+        method(make_entry())
+        return len(method.__self__)
+
+    return call
+
+
+BUILTINS = {
+    "random": (lambda: random.Random(0).random, _draw),
+    "torch": (
+        lambda: torch.Generator().manual_seed(0).clone_state().manual_seed,
+        lambda m: float(torch.rand((), generator=m.__self__)),
+    ),
+    "numpy": (lambda: np.random.default_rng(0).normal, _draw),
+    "legacy numpy": (lambda: np.random.RandomState(0).rand, _draw),
+    "deque": (lambda: collections.deque([0.0], maxlen=30).append, _grow(float)),
+    "list": (lambda: [].append, _grow(float)),
+    "set": (lambda: {0}.update, _grow(lambda: [random.random()])),
+    "dict": (lambda: {}.setdefault, lambda m: m(len(m.__self__), 1.0) + len(m.__self__)),
+    "operator": (lambda: [].__iadd__, _grow(lambda: [1.0])),
+    "tensor": (lambda: torch.ones(1).mul_, lambda m: float(m(0.9))),
+    "iterator": (lambda: iter([1.0 + i for i in range(20)]).__next__, _draw),
+    "count": (lambda: (itertools.count(1).__next__,), lambda m: _draw(m[0])),
+}
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_bound_methods_written_in_c(name):
+    make, call = BUILTINS[name]
+
+    class Bound(Mlp):
+        def __init__(self):
+            super().__init__("momentum")
+            self.call = make()
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch) * (1 + 0.1 * call(self.call))
+
+    for estimator in ESTIMATORS.values():
+        random.seed(1)
+        assert_undisturbed(Bound, estimator)
+    assert_exact(Bound)
+
+
+def test_a_method_of_an_iterator_that_cannot_be_put_back_is_refused_by_name():
+    class Drawing(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.draw = _generator().__next__
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch) / self.draw()
+
+    model = Drawing()
+    with pytest.raises(Exception, match=r"advances 'draw.__self__', a generator"):
+        observe(T1T2(), model)
+    assert model.draw() == 1
