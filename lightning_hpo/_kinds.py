@@ -61,6 +61,7 @@ class Kind(enum.Enum):
     TUPLE = enum.auto()
     FUNCTION = enum.auto()
     METHOD = enum.auto()
+    BUILTIN = enum.auto()  # functions written in C, and bound methods that are
     PARTIAL = enum.auto()
     CELL = enum.auto()
     WEAK = enum.auto()  # a weak reference
@@ -90,7 +91,6 @@ _ATOMS = (
     np.generic,
     np.dtype,
     types.ModuleType,
-    types.BuiltinFunctionType,
     types.CodeType,
     weakref.ProxyType,
     weakref.CallableProxyType,
@@ -156,6 +156,7 @@ _BY_BASE: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
     ((tuple, frozenset), Kind.TUPLE),
     (types.FunctionType, Kind.FUNCTION),
     (types.MethodType, Kind.METHOD),
+    ((types.BuiltinMethodType, types.MethodWrapperType), Kind.BUILTIN),
     (functools.partial, Kind.PARTIAL),
     (types.CellType, Kind.CELL),
     (weakref.ReferenceType, Kind.WEAK),

@@ -41,8 +41,8 @@ def _copied(value: Any, memo: dict[int, Any], memories: dict[int, Any]) -> Any:
 
 
 _SHARED = {
-    *(Kind.ATOM, Kind.MODULE, Kind.SCRIPT, Kind.FUNCTION, Kind.METHOD, Kind.PARTIAL, Kind.CELL),
-    *(Kind.HOST, Kind.TRAINER, Kind.OPTIMIZER, Kind.WEAK),
+    *(Kind.ATOM, Kind.MODULE, Kind.SCRIPT, Kind.FUNCTION, Kind.METHOD, Kind.BUILTIN, Kind.PARTIAL),
+    *(Kind.CELL, Kind.HOST, Kind.TRAINER, Kind.OPTIMIZER, Kind.WEAK),
 }
 
 
@@ -184,6 +184,12 @@ def _copy_object(value: Any, memo: dict[int, Any], memories: dict[int, Any]) -> 
             return result
         memo.clear()
         memo.update(start)
+    if kind_of(type(value)) is Kind.ITERATOR:
+        raise MisconfigurationException(
+            f"The batch holds a {type(value).__name__}, which gives what it holds only once; "
+            "replays of the step would take it from the training. Let collate_fn return a list or "
+            "a tuple of all that it yields"
+        )
     raise MisconfigurationException(
         f"The batch holds a {type(value).__name__}, of which no copy can be made that shares no "
         "tensors with it; replays of the step would write to the batch of the training. Give "

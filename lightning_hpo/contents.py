@@ -68,15 +68,16 @@ _FEW = 32
 _FIRST = 5
 
 _WITH_CLASS = {Kind.MODULE, Kind.OBJECT, Kind.HOST}
-_WITH_ATTRIBUTES = {*_WITH_CLASS, Kind.DICT, Kind.LIST, Kind.ARRAY}
+_WITH_ATTRIBUTES = {*_WITH_CLASS, Kind.DICT, Kind.LIST, Kind.ARRAY, Kind.TENSOR}
 
 # What has neither attributes of its own nor a class that a step may change.
 _BARE = frozenset({dict, list, set, deque})
 # Neither lazy nor sharded.
 _ORDINARY = frozenset({Tensor, nn.Parameter})
 
-# In the place of these others may be put: parameters and their views, iterators, tuples of them.
-_EXCHANGED = frozenset({Kind.TENSOR, Kind.ITERATOR, Kind.TUPLE})
+# In the place of these others may be put: parameters and their views, iterators, tuples and methods
+# of them.
+_EXCHANGED = frozenset({Kind.TENSOR, Kind.ITERATOR, Kind.TUPLE, Kind.BUILTIN})
 
 # Of these one object may stand in many places.
 _NAMELESS = (int, float, complex, str, bytes, type, type(None))
@@ -88,11 +89,13 @@ class Reached:
 
     Attributes:
         held: Containers, attributes included, and what they hold.
-        empty: Dictionaries and sets of modules in which there is nothing: hooks, mostly.
+        empty: Dictionaries and sets of modules, and attributes of tensors, in which there is
+            nothing: hooks, mostly.
         buffers: Buffers of modules; copied whatever their size.
         parameters: Parameters, and other leaves that require grad.
         tensors: Other tensors that a step may write to.
         tuples: Tuples, which may hold what does change.
+        methods: Methods, written in C, of iterators.
         watched: Tensors and arrays that are too large to be copied every time.
         arrays: Arrays that a step may write to.
         generators: Generators of random numbers.
@@ -113,6 +116,7 @@ class Reached:
     parameters: dict[int, Tensor] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     tuples: dict[int, Any] = field(default_factory=dict)
+    methods: dict[int, Any] = field(default_factory=dict)
     watched: dict[int, Any] = field(default_factory=dict)
     arrays: dict[int, Any] = field(default_factory=dict)
     generators: dict[int, Any] = field(default_factory=dict)
@@ -344,6 +348,11 @@ class Walker:
                     parents[key] = parent
                     if kind is tensor:
                         _sort(value, reached, most)
+                        if own := vars(value):  # attributes that somebody has set on it
+                            parents[id(own)] = key
+                            stack.append(own)
+                        else:
+                            reached.empty.append(own)
                     else:
                         stack.append(value)
 
@@ -425,6 +434,10 @@ class Walker:
                 push((value.__defaults__, value.__kwdefaults__, value.__dict__ or None), key)
             elif kind is Kind.METHOD:
                 push((value.__self__, value.__func__), key)
+            elif kind is Kind.BUILTIN:
+                push((value.__self__,), key)
+                if kind_of(type(value.__self__)) is Kind.ITERATOR:
+                    reached.methods[key] = value
             elif kind is Kind.PARTIAL:
                 push((value.func, value.args, value.keywords), key)
             elif kind is Kind.WEAK:
@@ -530,5 +543,7 @@ def _named_children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((".__defaults__", child) for child in (value.__defaults__ or ()))
     elif kind is Kind.METHOD:
         yield from ((".__self__", value.__self__), (".__func__", value.__func__))
+    elif kind is Kind.BUILTIN:
+        yield ".__self__", value.__self__
     elif kind is Kind.PARTIAL:
         yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))

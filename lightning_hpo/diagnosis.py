@@ -343,11 +343,14 @@ class Diagnosis:
             largest = float(effects[at])
             if largest >= MEASURABLE:
                 continue
-            text = f"{name} ({largest:.1g} of L_V at most)"
+            text = f"{name} ({largest:.2g} of L_V at most"
+            if math.isfinite(subject.span):
+                text += f", as windows of {counted(int(subject.span), 'step')} show it"
+            text += ")"
             if largest > 0 and isinstance(subject.constraint, Positive):
                 # A strength's effect is proportional to it as long as it is small.
                 value = float(_elements(tables["values"][name], subject)[at].max())
-                text += f", measurable from about {value * MEASURABLE / largest:.1g}"
+                text += f", measurable from about {_rounded_up(value * MEASURABLE / largest)}"
             parts.append(text)
         if parts:
             self.warn(
@@ -571,6 +574,12 @@ def _short(value: Any) -> str:
 
 
 _some = partial(listed, most=_NAMES)
+
+
+def _rounded_up(value: float) -> str:
+    """Writes a positive number in two digits, none of which makes it smaller."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / unit) * unit:.2g}"
 
 
 def _trend(x: Tensor, y: Tensor) -> float:

@@ -97,6 +97,7 @@ class ModuleState:
         held: Containers, and what they held.
         empty: Dictionaries and sets of modules in which there was nothing.
         tuples: Tuples.
+        methods: Methods, written in C, of iterators.
         tensors: Tensors that a step may write to.
         values: What these held, and the arrays, generators and iterators.
         gradients: Gradients of leaves that no optimizer moves.
@@ -107,6 +108,7 @@ class ModuleState:
     held: dict[int, Held] = field(default_factory=dict)
     empty: list[Any] = field(default_factory=list)
     tuples: dict[int, Any] = field(default_factory=dict)
+    methods: dict[int, Any] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
     gradients: dict[int, Tensor | None] = field(default_factory=dict)
@@ -141,6 +143,7 @@ def remember(
         held={key: _without_graphs(held) for key, held in reached.held.items()},
         empty=reached.empty,
         tuples=reached.tuples,
+        methods=reached.methods,
         tensors=dict(tensors),
         values=values,
         others={**reached.arrays, **reached.generators, **reached.iterators},
@@ -287,6 +290,9 @@ def _substituted(substitutes: Mapping[int, Any], value: Any) -> Any:
 def _fill(reached: Reached, state: ModuleState, substitutes: dict[int, Any]) -> None:
     """Puts an earlier content into containers, and substitutes into all of them."""
     substituted = partial(_substituted, substitutes)
+    for method in [*reached.methods.values(), *state.methods.values()]:
+        if (owner := substitutes.get(id(method.__self__))) is not None:
+            substitutes[id(method)] = getattr(owner, method.__name__)
     if substitutes:
         for value in [*reached.tuples.values(), *state.tuples.values()]:
             if (other := substituted(value)) is not value:

@@ -206,10 +206,10 @@ class TrainingObjective:
         names = [name for name, m in self._module.named_modules() if m is owner]
         return f"{names[0]}.{own}".strip(".") if names else own
 
-    def written_buffers(self, moment: Moment, theta: Sequence[Tensor]) -> list[str]:
-        """Lists the buffers of floating point numbers that a step moves, but for statistics.
+    def written_buffers(self, moment: Moment, theta: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Returns what a step leaves in the buffers that it changes, but for statistics and raw λ.
 
-        Costs a forward pass, where there are such buffers.
+        Costs a forward pass, where there are such buffers of floating point numbers.
         """
         known = {(id(owner), name) for owner, name in self.statistics.places}
         raws = self._raws()
@@ -219,23 +219,22 @@ class TrainingObjective:
             if not isinstance(owner, torch.jit.ScriptModule)
             for name, b in owner._buffers.items()
             if isinstance(b, Tensor)
-            and b.is_floating_point()
             and b.numel()
             and id(b) not in raws
             and (id(owner), name) not in known
         }
-        if not found:
-            return []
-        before = {name: o._buffers[own].clone() for name, (o, own) in found.items()}
+        before = {name: owner._buffers[own].clone() for name, (owner, own) in found.items()}
+        if not any(b.is_floating_point() for b in before.values()):
+            return {}
         with torch.enable_grad(), self.evaluations(moment, theta) as evaluate:
             evaluate(theta, self.leaves())
-            return [
-                name
+            return {
+                name: after.detach().clone()
                 for name, (owner, own) in found.items()
                 if isinstance(after := owner._buffers.get(own), Tensor)
                 and after.shape == before[name].shape
                 and not torch.equal(after, before[name])
-            ]
+            }
 
     def leaves(self) -> list[Tensor]:
         """Returns raw λ as fresh leaves that require grad, in the order of the hyperparameters."""

@@ -225,6 +225,8 @@ def entries_of(value: Any) -> tuple[list[Any], list[Any], list[int]]:
             if not _is_open(type(value)):
                 entries += held if depth == 0 else []
                 continue  # compiled functions of libraries keep what they have compiled
+        elif kind is Kind.BUILTIN:
+            held = [value.__self__]
         elif kind in _CONTAINERS:
             lengths.append(len(value))
             if len(value) <= _ENTRIES and kind is Kind.DICT:

@@ -12,7 +12,14 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from functools import _lru_cache_wrapper, lru_cache, partial
 from itertools import count
-from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinMethodType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+)
 from typing import Any
 from weakref import ProxyTypes
 
@@ -227,7 +234,7 @@ class _Found:
             self._waiting += [value.func, *value.args, *value.keywords.values()]
         elif issubclass(kind, MethodType):
             self._waiting += [value.__self__, value.__func__]
-        elif issubclass(kind, BuiltinMethodType):
+        elif issubclass(kind, (BuiltinMethodType, MethodWrapperType)):
             self._waiting.append(value.__self__)
         elif issubclass(kind, ProxyTypes):
             with suppress(ReferenceError):  # what it stands for is gone

@@ -338,7 +338,15 @@ class Run:
                 if each.space.replays and not each.estimator.follows_statistics
             ]
             training.statistics.warn_of_constants(list(dict.fromkeys(blind)))
-            find_buffers(training, moment, lambda buffers: self._validate([], buffers))
+            find_buffers(
+                training,
+                moment,
+                lambda buffers: self._validate([], buffers),
+                is_read_later=any(
+                    each.estimator.follows_statistics and each.estimator.window != 1
+                    for each in served
+                ),
+            )
             buffers = training.statistics.buffers()
             settle_statistics(
                 training, moment, gradients, lambda: self._validate(training.theta, buffers)

@@ -128,6 +128,10 @@ class Shield:
             key: value.clone() if key in self._without_gradient else value
             for key, value in (swaps or {}).items()
         }
+        for key, value in swaps.items():
+            own = vars(reached.parameters.get(key, reached.tensors.get(key, value)))
+            if own:  # attributes that somebody has set on it
+                vars(value).update(own)
         swaps |= views_of(swaps, {**reached.tensors, **(state.tensors if state else {})})
         loggers = trainer.loggers
         scripted: list[tuple[torch.jit.ScriptModule, str, Any]] = []

@@ -44,14 +44,17 @@ class Standing(Tensor):
 
 
 class RunningStatistics:
-    r"""The running means and variances r of a module, which L_V is a function of.
+    r"""The running means and variances r of a module, which losses are functions of.
 
         r' = (1 − m) r + m b(θ, λ; batch)
 
     b are the mean and the unbiased variance of a batch, m the momentum of the layer (1/n for a
     cumulative average). Those of ``nn.BatchNorm*d`` and ``nn.InstanceNorm*d`` are meant, and what
-    else a step writes to buffers that L_V depends on (:meth:`follow`). What a step writes without
-    a graph (under ``no_grad``, through ``detach()`` or ``.data``) is taken as constant.
+    else a step writes to buffers that a loss depends on (:meth:`follow`). What a step writes
+    without a graph (under ``no_grad``, through ``detach()`` or ``.data``) is taken as constant,
+    unless differences follow it by value.
+
+    Memory: tangents of r, in all as large as r, per scalar λ. That counts for a bank of features.
 
     Args:
         module: The module.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from cases import BATCH, TRAIN, Mlp, fit, flat, frozen
+from cases import BATCH, TRAIN, Mlp, fit, flat, frozen, train_loader, valid_loader, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
@@ -214,6 +214,43 @@ def test_slices_of_a_large_memory(shift):
     copied[0].mul_(2.0)
     assert float(copied[1][1, 50]) == 2 * 1350.0
     assert torch.equal(whole, torch.arange(1_000_000.0).reshape(1000, 1000))
+
+
+def once(examples):
+    return (torch.stack(part) for part in zip(*examples, strict=True))
+
+
+class Reads(Mlp):
+    """Takes whatever may be iterated."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(list(batch))
+
+    validation_step = training_step
+
+
+@pytest.mark.parametrize("make", [T1T2, ClipR])
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_a_generator_is_refused_with_a_remedy_that_works(part, make):
+    def trained(collate):
+        model = Reads()
+        loader = {"train": train_loader, "valid": valid_loader}[part](collate_fn=collate)
+        fit(model, OnlineHPOCallback(make(), optimizer=frozen), **{part: loader})
+        return model
+
+    before = weights(Reads())
+    with pytest.raises(
+        MisconfigurationException, match=r"a generator.*a list or a tuple"
+    ) as caught:
+        trained(once)
+    assert "clone" not in str(caught.value)
+    assert not torch.equal(weights(trained(lambda examples: list(once(examples)))), before)
+
+
+def test_iterators_over_what_is_in_memory_are_copied():
+    batch = map(torch.neg, [torch.ones(1), torch.zeros(1)])
+    assert [float(x) for x in copy_batch(batch)] == [-1.0, 0.0]
+    assert [float(x) for x in batch] == [-1.0, 0.0]
 
 
 def test_what_cannot_be_copied_is_refused_by_name():

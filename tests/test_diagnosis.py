@@ -37,7 +37,7 @@ from lightning_hpo import (
     UnrollK,
 )
 from lightning_hpo import callback as callback_module
-from lightning_hpo.diagnosis import FEW_UPDATES, Diagnosis, Subject, _side, _trend
+from lightning_hpo.diagnosis import FEW_UPDATES, Diagnosis, Subject, _rounded_up, _side, _trend
 from lightning_hpo.monitoring import History, HistoryRecord
 from lightning_hpo.overlap import overlap
 
@@ -319,10 +319,23 @@ def test_a_tangent_that_is_seldom_clipped():
 def test_no_effect_and_from_what_value_there_is_one(estimator):
     texts, _ = said(model(init=1e-8), estimator, optimizer=frozen)
     (text,) = [text for text in texts if "no measurable effect" in text]
-    value = float(re.search(r"measurable from about (\d+e-\d+)", text)[1])
+    assert ("as windows of" in text) == (not isinstance(estimator, ClipR))
+    value = start_of(text)
     assert 1e-8 < value < 0.05
-    assert said(model(init=2 * value), estimator, optimizer=frozen)[0] == []
-    assert len(said(model(init=value / 2), estimator, optimizer=frozen)[0]) == 1
+    assert said(model(init=1.1 * value), estimator, optimizer=frozen)[0] == []
+    (text,) = said(model(init=0.9 * value), estimator, optimizer=frozen)[0]
+    assert start_of(text) > 0.9 * value
+
+
+def start_of(text):
+    return float(re.search(r"measurable from about ([\de.-]+)[.;, ]", text)[1].strip("."))
+
+
+def test_it_starts_above_what_was_too_little():
+    """Rounded down it would be the value itself."""
+    assert [_rounded_up(x) for x in (0.00101, 0.99, 1.0, 2.31e-8)] == [
+        *("0.0011", "0.99", "1", "2.4e-08"),
+    ]
 
 
 class Idle(Mlp):

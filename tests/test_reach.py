@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import multiprocessing
+import random
 import threading
 import warnings
 import weakref
@@ -1109,3 +1110,151 @@ def test_iterators_that_draw_from_others(kind):
     for make in ESTIMATORS.values():
         assert_undisturbed(kind, make)
     assert_exact(kind)
+
+
+# ------------------------------------------------------------------------- attributes of tensors
+
+
+class OnParameters(Mlp):
+    """Keeps what belongs to a parameter as attributes of it."""
+
+    def __init__(self):
+        super().__init__("momentum")
+        weight = self.net[0].weight
+        weight.n, weight.seen = 0, []
+
+    def training_step(self, batch, batch_idx):
+        weight = self.net[0].weight
+        weight.n += 1
+        weight.seen.append(batch_idx)
+        return self.loss(batch) * (1 + 0.1 * weight.n + 0.01 * len(weight.seen))
+
+    def kept(self):
+        return self.net[0].weight.n, self.net[0].weight.seen
+
+
+class FirstSetByAStep(OnParameters):
+    def __init__(self):
+        Mlp.__init__(self, "momentum")
+
+    def training_step(self, batch, batch_idx):
+        weight = self.net[0].weight
+        if not hasattr(weight, "n"):
+            weight.n, weight.seen = 0, []
+        return super().training_step(batch, batch_idx)
+
+
+class Average(OnParameters):
+    """A tensor that is the attribute of a buffer, which is one of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("own", torch.ones(1))
+        self.net[2].weight.own = self.own
+        self.own.ema = torch.zeros(1)
+
+    def training_step(self, batch, batch_idx):
+        average = self.net[2].weight.own.ema.add_(1)
+        return super().training_step(batch, batch_idx) * (1 + 0.1 * float(average))
+
+    def kept(self):
+        return float(self.own.ema), *super().kept()
+
+
+@pytest.mark.parametrize("kind", [OnParameters, FirstSetByAStep, Average])
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_attributes_of_tensors(kind, make):
+    assert_undisturbed(kind, make)
+    assert_exact(kind)
+
+
+def test_attributes_of_tensors_are_named():
+    module = OnParameters()
+    assert Walker(module).path_of(module.net[0].weight.seen) == "net.0.weight.seen"
+
+
+class ReadsAnAttribute(Mlp):
+    """What stands for a parameter has its attributes."""
+
+    def __init__(self):
+        super().__init__("momentum")
+        self.net[0].weight.factor = 0.9
+        self.register_buffer("centre", torch.zeros(3))
+
+    def training_step(self, batch, batch_idx):
+        output = self.net(batch[0]) * self.net[0].weight.factor
+        with torch.no_grad():
+            self.centre.lerp_(output.mean(0), 0.3)
+        return F.cross_entropy(output - self.centre, batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*uses finite differences")
+def test_what_stands_for_a_parameter_has_its_attributes():
+    assert_exact(ReadsAnAttribute)
+
+
+# ------------------------------------------------------------------ bound methods written in C
+
+
+def _draw(method):
+    return float(method())
+
+
+def _grow(make_entry):
+    def call(method):
+        method(make_entry())
+        return len(method.__self__)
+
+    return call
+
+
+BUILTINS = {
+    "random": (lambda: random.Random(0).random, _draw),
+    "torch": (
+        lambda: torch.Generator().manual_seed(0).clone_state().manual_seed,
+        lambda m: float(torch.rand((), generator=m.__self__)),
+    ),
+    "numpy": (lambda: np.random.default_rng(0).normal, _draw),
+    "legacy numpy": (lambda: np.random.RandomState(0).rand, _draw),
+    "deque": (lambda: collections.deque([0.0], maxlen=30).append, _grow(float)),
+    "list": (lambda: [].append, _grow(float)),
+    "set": (lambda: {0}.update, _grow(lambda: [random.random()])),
+    "dict": (lambda: {}.setdefault, lambda m: m(len(m.__self__), 1.0) + len(m.__self__)),
+    "operator": (lambda: [].__iadd__, _grow(lambda: [1.0])),
+    "tensor": (lambda: torch.ones(1).mul_, lambda m: float(m(0.9))),
+    "iterator": (lambda: iter([1.0 + i for i in range(20)]).__next__, _draw),
+    "count": (lambda: (itertools.count(1).__next__,), lambda m: _draw(m[0])),
+}
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_bound_methods_written_in_c(name):
+    make, call = BUILTINS[name]
+
+    class Bound(Mlp):
+        def __init__(self):
+            super().__init__("momentum")
+            self.call = make()
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch) * (1 + 0.1 * call(self.call))
+
+    for estimator in ESTIMATORS.values():
+        random.seed(1)
+        assert_undisturbed(Bound, estimator)
+    assert_exact(Bound)
+
+
+def test_a_method_of_an_iterator_that_cannot_be_put_back_is_refused_by_name():
+    class Drawing(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.draw = _generator().__next__
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch) / self.draw()
+
+    model = Drawing()
+    with pytest.raises(Exception, match=r"advances 'draw.__self__', a generator"):
+        observe(T1T2(), model)
+    assert model.draw() == 1

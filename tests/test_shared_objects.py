@@ -441,6 +441,7 @@ def stream():
         (lambda: Counting(stream()), "'count', a generator"),
         (lambda: Counting(itertools.cycle([0.1, 0.2])), "'count', a cycle"),
         (lambda: functools.partial(next, stream()), "a generator"),
+        (lambda: stream().__next__, "a generator"),
     ],
 )
 def test_an_iterator_that_cannot_be_copied_is_named(draw, name):

@@ -20,6 +20,7 @@ from lightning_hpo import (
     named_hyperparameters,
     with_mixins,
 )
+from lightning_hpo._lightning import MisconfigurationException
 
 
 class Foreign(LightningModule):
@@ -146,6 +147,76 @@ def test_bad_input_is_refused(module, mixins, message):
 def test_what_is_no_lightning_module_is_refused(module):
     with pytest.raises(TypeError, match="expected a LightningModule"):
         with_mixins(module, L2Mixin)
+
+
+class Keyword(Foreign):
+    def __init_subclass__(cls, *, kind, **options):
+        super().__init_subclass__(**options)
+
+
+class Final(Foreign):
+    def __init_subclass__(cls):
+        raise TypeError(f"{cls.__name__} is final")
+
+
+REGISTER = {}
+
+
+class Registered(Foreign):
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        if REGISTER.setdefault(cls.__name__, cls) is not cls:
+            raise ValueError(f"{cls.__name__} is registered already")
+
+
+class RegisteredChild(Registered):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Keyword, "TypeError: .*'kind'"),
+        (Final, "TypeError: Final is final"),
+        (RegisteredChild, "ValueError: RegisteredChild is registered already"),
+    ],
+)
+@pytest.mark.parametrize("mixins", [(L2Mixin,), (L2Mixin, DropoutMixin)])
+def test_a_class_that_cannot_be_made_is_refused_with_a_remedy(kind, reason, mixins):
+    module = kind()
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=reason) as caught:
+        with_mixins(module, *mixins)
+    names = ", ".join(mixin.__name__ for mixin in mixins)
+    assert f"class Tuned({names}, {kind.__name__}, keyword=...)" in str(caught.value)
+    assert type(module) is kind
+    assert torch.equal(weights(module), before)
+
+
+def test_the_remedies_work():
+    class Tuned(L2Mixin, Keyword, kind="tuned"):
+        pass
+
+    class Around(L2Mixin, LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.inner = Final()
+
+        def training_step(self, batch, batch_idx):
+            return self.inner.training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            return self.inner.validation_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    found = []
+    for kind in (Tuned, Around):
+        module = kind()
+        module.register_l2(init=0.05)
+        found.append(trained(module, OnlineHPOCallback(T1T2(), optimizer=frozen)))
+    assert torch.equal(*found)
 
 
 # ------------------------------------------------------------------------------- copied callbacks

@@ -24,8 +24,9 @@ class ClipR(Estimator):
     Cost per step: one product with the joint Hessian per scalar λ; per update, one validation
     gradient.
 
-    Memory: (1 + number of optimizer state tensors) |θ| per scalar λ. While a step is under way, its
-    product besides, whatever the number of λ: about 1.5 |θ|, with differences 2 |θ|, and the
+    Memory: (1 + number of optimizer state tensors) |θ| per scalar λ, and the size of the buffers
+    that are followed (running statistics, centres, banks of features). While a step is under way,
+    its product besides, whatever the number of λ: about 1.5 |θ|, with differences 2 |θ|, and the
     gradient before clipping; and what a replay depends on, a copy of the batch and the buffers.
     Where gradients are accumulated, or a hook of the module or of another callback stands between
     batch and step and may change either, products are formed at the batch and kept: |θ| more per

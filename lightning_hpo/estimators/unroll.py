@@ -21,9 +21,10 @@ class UnrollK(Estimator):
     to be there. So the estimate vanishes with the learning rate (§3.2); ``UnrollK(1)`` is T1–T2.
 
     Cost: forward, K products with the joint Hessian per scalar λ and (1 + optimizer states) |θ| of
-    memory per scalar λ; reverse, K products in all and about K |θ| of memory (and K times the
-    gradient and the state of a nonlinear optimizer, and the gradient before clipping), or 2 √K
-    times as much and one more gradient per step for K above 256.
+    memory per scalar λ, and the size of the buffers that are followed; reverse, K products in all
+    and about K |θ| of memory (and K times the gradient and the state of a nonlinear optimizer, and
+    the gradient before clipping), or 2 √K times as much and one more gradient per step for K above
+    256.
 
     Args:
         k: The length K of the window, in optimizer steps.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_hpo._lightning import is_lightning_module
+from lightning_hpo._lightning import MisconfigurationException, is_lightning_module
 from lightning_hpo.regularizers._mixin import RegularizerMixin
 
 
@@ -37,6 +37,8 @@ def with_mixins(module: nn.Module, *mixins: type[RegularizerMixin]) -> Any:
 
     Raises:
         TypeError: If one is no such mixin, or ``module`` is no LightningModule.
+        MisconfigurationException: If the class of the module has no subclasses, or asks for
+            arguments to make one.
     """
     if not is_lightning_module(module):
         raise TypeError(
@@ -52,7 +54,18 @@ def with_mixins(module: nn.Module, *mixins: type[RegularizerMixin]) -> Any:
     if added:
         own: Any = type(module)
         base, known = vars(own).get("_made_of", (own, ()))
-        module.__class__ = _mixed(base, (*added, *known))
+        try:
+            module.__class__ = _mixed(base, (*added, *known))
+        except Exception as error:  # whatever the class, or its metaclass, has against it
+            names = ", ".join(mixin.__name__ for mixin in added)
+            raise MisconfigurationException(
+                f"with_mixins: no class can be made of {names} and {base.__name__}, the class of "
+                f"the module ({type(error).__name__}: {error}). Write it yourself, with what "
+                f"{base.__name__} asks of subclasses, as in class Tuned({names}, {base.__name__}, "
+                "keyword=...), and build the module from that; if it allows none, build it inside "
+                f"of a class of your own, class Tuned({names}, LightningModule), whose steps call "
+                "those of the module"
+            ) from error
     return module
 
 

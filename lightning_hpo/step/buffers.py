@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_hpo._tensors import filled
+from lightning_hpo.derivatives import gradient
 from lightning_hpo.distributed import average_, gather
 from lightning_hpo.objectives import Moment
 from lightning_hpo.step.backends import fall_back
@@ -20,33 +24,146 @@ def find_buffers(
     training: TrainingMap,
     moment: Moment,
     validate: Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
+    *,
+    is_read_later: bool,
 ) -> None:
-    """Adds to the running statistics what else a step writes to buffers that L_V depends on.
+    """Adds to the running statistics what else a step writes to buffers that a loss depends on.
+
+    Besides those of L_V these are, where several steps are differentiated, buffers that later steps
+    read: centres, banks of features, codebooks. Their tangents take as much memory as they
+    themselves do, per scalar λ.
 
     Costs a forward pass where there are other buffers of floating point numbers, and a validation
-    gradient where the step writes to any of them.
+    gradient where the step writes to any of them. For those that L_V does not depend on it costs
+    two gradients of the training loss besides, and where that depends on them, one for each.
 
     Args:
         training: What all steps of the training share.
         moment: A micro-batch, at the present θ.
         validate: Takes the derivative of L_V with respect to buffers.
+        is_read_later: Whether what a step writes is followed into later steps.
     """
     objective, statistics = training.objective, training.statistics
     if training.sharded:
         return
-    names = objective.written_buffers(moment, training.theta)
+    after = objective.written_buffers(moment, training.theta)
     # All ranks must follow the same: they exchange what they follow.
-    names = sorted(set().union(*gather(names)))
+    names = sorted(set().union(*gather([n for n, b in after.items() if b.is_floating_point()])))
     places = [objective.place_of(name) for name in names]
     if not places:
         return
     found = validate([owner._buffers[name] for owner, name in places])  # type: ignore[misc]
-    depends = [float(g is not None and bool(g.any())) for g in found]
-    flags = torch.tensor(depends, device=training.theta[0].device)
-    average_([flags])
+    flags = _agreed([g is not None and bool(g.any()) for g in found], training)
+    if is_read_later and not all(flags):
+        flags = _read_in_training(training, moment, names, after, flags)
     statistics.follow(
-        [*statistics.places, *(p for p, flag in zip(places, flags.tolist(), strict=True) if flag)]
+        [*statistics.places, *(p for p, flag in zip(places, flags, strict=True) if flag)]
     )
+
+
+def _agreed(found: Sequence[bool], training: TrainingMap) -> list[bool]:
+    """Returns for each finding whether any rank has made it."""
+    flags = torch.tensor(found, dtype=torch.float32, device=training.theta[0].device)
+    average_([flags])
+    return (flags > 0).tolist()
+
+
+def _read_in_training(
+    training: TrainingMap,
+    moment: Moment,
+    names: Sequence[str],
+    after: Mapping[str, Tensor],
+    flags: Sequence[bool],
+) -> list[bool]:
+    """Adds to the buffers that L_V depends on those by which θ reaches later steps.
+
+    Found by values, since what is read or written under ``no_grad`` has no derivative for autograd:
+    by what ∇θ L_T, and what the step writes, change with. It starts from what the step has left:
+    what is done once, such as a first filling from the batch, is over then.
+
+    Args:
+        training: What all steps of the training share.
+        moment: A micro-batch, at the present θ.
+        names: Buffers that the step writes to.
+        after: What the step has left, in these and others, by name.
+        flags: Which of ``names`` L_V depends on.
+    """
+    objective, theta = training.objective, training.theta
+    places = {name: objective.place_of(name) for name in {**after, **dict.fromkeys(names)}}
+    buffers = {name: owner._buffers[own] for name, (owner, own) in places.items()}
+    present = {name: b for name, b in buffers.items() if b is not None}
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(value: Tensor, relative: float, least: float = 0.0) -> Tensor:
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        return value.detach() + relative * noise * value.detach().abs().clamp(min=least)
+
+    with (
+        torch.enable_grad(),
+        objective.evaluations(moment, [*theta, *present.values()]) as evaluate,
+    ):
+
+        def run(displaced: Iterable[str] = (), *, moves_theta: bool = False) -> list[list[Tensor]]:
+            """Returns ∇θ L_T, and what each of the buffers holds after the step."""
+            values, lam = list(theta), objective.leaves()
+            if moves_theta:
+                values = [moved(p, 0.01, 0.01).requires_grad_(p.requires_grad) for p in theta]
+                lam = [moved(raw, 0.01, 0.01).requires_grad_() for raw in lam]
+            held = [after.get(name, b).detach() for name, b in present.items()]
+            held = [
+                moved(b, 0.1) if name in displaced else b.clone()
+                for name, b in zip(present, held, strict=True)
+            ]
+            loss, _ = evaluate([*values, *held], lam)
+            written = [places[name][0]._buffers[places[name][1]] for name in names]
+            gradients = [] if loss is None else gradient(loss * objective.scale, values)
+            return [
+                filled(gradients, values) if gradients else [],
+                *([] if b is None else [b.detach()] for b in written),
+            ]
+
+        base = run()
+        usual: list[list[float]] = []
+
+        def changes(now: list[list[Tensor]]) -> list[bool]:
+            """Tells which parts differ by more than a repetition does."""
+            found = _distances(now, base)
+            if not usual and any(map(any, found)):
+                usual.extend(_distances(run(), base))
+            return [
+                any(d != 0 and not d <= 10 * n for d, n in zip(part, noise, strict=True))
+                for part, noise in zip(found, usual or found, strict=True)
+            ]
+
+        unread = [name for name, flag in zip(names, flags, strict=True) if not flag]
+        of_gradient, *of_buffers = changes(run(unread))
+        reached = of_gradient or any(c and f for c, f in zip(of_buffers, flags, strict=True))
+        if not any(_agreed([reached], training)):
+            return list(flags)
+        found = [changes(run(moves_theta=True)), *(changes(run([name])) for name in names)]
+    count = len(names)
+    agreed = iter(_agreed([each for row in found for each in row], training))
+    (_, *moves), *reads = [[next(agreed) for _ in range(count + 1)] for _ in range(count + 1)]
+    acts = [flag or row[0] for flag, row in zip(flags, reads, strict=True)]
+    for _ in names:  # one may act by way of another
+        for i, (_, *read) in enumerate(reads):
+            acts[i] |= any(r and a for r, a in zip(read, acts, strict=True))
+            if moves[i]:
+                moves = [r or m for r, m in zip(read, moves, strict=True)]
+    return [flag or (a and m) for flag, a, m in zip(flags, acts, moves, strict=True)]
+
+
+def _distances(now: list[list[Tensor]], base: list[list[Tensor]]) -> list[list[float]]:
+    """Returns how far tensors are from others; infinitely, where their shape is another."""
+    return [
+        [
+            float((a - b).norm()) if a.shape == b.shape else math.inf
+            for a, b in zip(some, others, strict=True)
+        ]
+        if len(some) == len(others)
+        else [math.inf] * len(others)
+        for some, others in zip(now, base, strict=True)
+    ]
 
 
 def check_buffers(training: TrainingMap, moment: Moment, spaces: Sequence[Space]) -> None:
@@ -65,9 +182,7 @@ def check_buffers(training: TrainingMap, moment: Moment, spaces: Sequence[Space]
     statistics = training.statistics
     if not statistics or statistics.by_value or training.sharded:
         return
-    wrong = torch.tensor(_without_graph(training, moment), device=training.theta[0].device)
-    average_([wrong])
-    flags = wrong.tolist()
+    flags = _agreed(_without_graph(training, moment), training)
     if not any(flags):
         return
     places = list(zip(statistics.places, flags, strict=True))
@@ -86,15 +201,15 @@ def check_buffers(training: TrainingMap, moment: Moment, spaces: Sequence[Space]
     for each in tangents:
         each.statistics = statistics.zeros(each.count)
     warnings.warn(
-        f"OnlineHPOCallback takes buffers that L_V depends on as constants, because {reason}. "
+        f"OnlineHPOCallback takes buffers that a loss depends on as constants, because {reason}. "
         "Hypergradients miss how λ moves them; derivatives='auto' or 'finite_difference' with "
         "ClipR or UnrollK(mode='forward') follows them",
         stacklevel=2,
     )
 
 
-def _without_graph(training: TrainingMap, moment: Moment) -> list[float]:
-    """Returns 1 for each statistic whose derivative is not what autograd says, else 0."""
+def _without_graph(training: TrainingMap, moment: Moment) -> list[bool]:
+    """Tells for each statistic whether its derivative is not what autograd says."""
     objective, theta = training.objective, training.theta
     statistics = training.statistics.leaves(moment.state)
     generator = torch.Generator().manual_seed(0)
@@ -119,10 +234,11 @@ def _without_graph(training: TrainingMap, moment: Moment) -> list[float]:
                 for p, d in zip(theta, directions, strict=True)
             ]
             _, after = evaluate([*values, *statistics], objective.leaves())
-            return [(w * r.detach()).sum() for w, r in zip(weights, after, strict=True)]
+            return [r.detach() for r in after]
 
-        pairs = zip(moved(step), moved(-step), strict=True)
-        truth = [float(a - b) / (2 * step) for a, b in pairs]
+        # Sums come last: what does not move has a difference of exactly zero.
+        pairs = zip(weights, moved(step), moved(-step), strict=True)
+        truth = [float((w * (a - b)).sum()) / (2 * step) for w, a, b in pairs]
         _, after = evaluate([*theta, *statistics], objective.leaves())
         sizes = [float((w * r.detach()).norm()) for w, r in zip(weights, after, strict=True)]
 
@@ -141,11 +257,18 @@ def _without_graph(training: TrainingMap, moment: Moment) -> list[float]:
             )
 
         def is_wrong(found: float, value: float, size: float) -> bool:
-            rounding: float = 10 * resolution * size / step
+            # A slow average moves by little more than its rounding, but by more than nothing.
+            rounding: float = (10 if found else 1) * resolution * size / step
             return not abs(found - value) <= tolerance * max(abs(found), abs(value)) + rounding
 
         terms = [(w * r).sum() for w, r in zip(weights, after, strict=True)]
-        if not is_wrong(along(terms), sum(truth), sum(sizes)):
-            return [0.0] * len(terms)
-        each = zip(terms, truth, sizes, strict=True)
-        return [float(is_wrong(along([t]), value, size)) for t, value, size in each]
+        # Layers of torch are many, and write with a graph: one look at all of them together.
+        places = training.statistics.places
+        layers = [i for i, (owner, _) in enumerate(places) if isinstance(owner, _NormBase)]
+        together = along([terms[i] for i in layers])
+        sums = [sum(values[i] for i in layers) for values in (truth, sizes)]
+        known = set() if is_wrong(together, *sums) else set(layers)
+        each = enumerate(zip(terms, truth, sizes, strict=True))
+        return [
+            i not in known and is_wrong(along([t]), value, size) for i, (t, value, size) in each
+        ]

@@ -1,0 +1,272 @@
+"""Buffers that only the training loss reads are state that training moves, as any other."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Mlp, fit, frozen, last_hypergradient, observe, relative_error, truth
+from torch import nn
+
+from lightning_hpo import T1T2, ClipR, Implicit, OnlineHPOCallback, UnrollK
+from lightning_hpo.derivatives import gradient
+from lightning_hpo.statistics import RunningStatistics
+
+STEPS = 6
+ESTIMATORS = {
+    "ClipR": lambda: ClipR(math.inf),
+    "forward": lambda: UnrollK(STEPS, "forward"),
+}
+
+
+class Base(Mlp):
+    """A classifier with a term that depends on what earlier steps have left in a buffer."""
+
+    def __init__(self):
+        super().__init__("momentum", granularity="model", schedule=False)
+        self.make()
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.net[:2](batch[0])
+        return self.loss(batch) + self.term(hidden, batch[1])
+
+
+class Centred(Base):
+    """DINO's centre: read and written under no_grad, after the loss."""
+
+    def make(self):
+        self.register_buffer("centre", torch.zeros(1, 3))
+
+    def term(self, hidden, y):
+        student = self.net[2](hidden)
+        teacher = F.softmax((student.detach() - self.centre) / 0.2, -1).detach()
+        with torch.no_grad():
+            self.centre = 0.6 * self.centre + 0.4 * student.mean(0, keepdim=True)
+        return -(teacher * F.log_softmax(student, -1)).sum(-1).mean()
+
+
+class ClassCentres(Base):
+    """Means of the classes, which the loss reads with a graph."""
+
+    def make(self):
+        self.register_buffer("centres", torch.zeros(3, 5))
+
+    def term(self, hidden, y):
+        with torch.no_grad():
+            for k in range(3):
+                if (y == k).any():
+                    self.centres[k].lerp_(hidden[y == k].mean(0), 0.3)
+        return (hidden - self.centres[y]).square().sum(-1).mean()
+
+
+class Codebook(Base):
+    """Codes that follow as sums over counts (van den Oord et al. 2017, appendix)."""
+
+    decay = 0.7
+
+    def make(self):
+        generator = torch.Generator().manual_seed(3)
+        codes = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+        self.register_buffer("codes", codes)
+        self.register_buffer("sums", codes.clone())
+        self.register_buffer("counts", torch.ones(4))
+
+    def term(self, hidden, y):
+        index = torch.cdist(hidden.detach(), self.codes).argmin(1)
+        taken = F.one_hot(index, 4).to(hidden)
+        quantized = self.codes[index].detach()
+        self.counts.data.mul_(self.decay).add_(taken.sum(0).detach(), alpha=1 - self.decay)
+        self.sums.data.mul_(self.decay).add_(taken.t() @ hidden.detach(), alpha=1 - self.decay)
+        self.codes.data.copy_(self.sums / self.counts.unsqueeze(1))
+        return 0.5 * (hidden - quantized).square().sum(-1).mean()
+
+
+class FirstFilled(Codebook):
+    """The first batch fills the codes, so that the first step shows nothing of what follows."""
+
+    def make(self):
+        super().make()
+        self.register_buffer("is_filled", torch.tensor(False))
+
+    def term(self, hidden, y):
+        if not self.is_filled:
+            self.codes.copy_(hidden[:4].detach())
+            self.sums.copy_(hidden[:4].detach())
+            self.is_filled.fill_(True)
+        return super().term(hidden, y)
+
+
+class Bank(Base):
+    """A queue of features, as in MoCo."""
+
+    def make(self):
+        generator = torch.Generator().manual_seed(4)
+        self.register_buffer("queue", torch.randn(24, 5, generator=generator, dtype=torch.float64))
+        self.register_buffer("position", torch.zeros(1, dtype=torch.long))
+
+    def term(self, hidden, y):
+        similar = hidden @ self.queue.clone().detach().t()
+        start = int(self.position)
+        with torch.no_grad():
+            self.queue[start : start + len(hidden)] = hidden
+        self.position[0] = (start + len(hidden)) % 24
+        return 0.3 * similar.logsumexp(1).mean()
+
+
+class Whitened(Base):
+    """Running moments, written with a graph, that scale a term of the loss."""
+
+    def make(self):
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("square", torch.ones(5))
+
+    def term(self, hidden, y):
+        whitened = (hidden - self.mean.clone()) * self.square.clone().rsqrt()
+        F.batch_norm(hidden, self.mean, self.square, training=True, momentum=0.3)
+        return whitened.pow(4).mean()
+
+
+class Overwritten(Base):
+    """Filled anew by each step before it is read, and means that nobody reads."""
+
+    def make(self):
+        self.register_buffer("last", torch.zeros(5))
+        self.register_buffer("seen", torch.zeros(5))
+
+    def term(self, hidden, y):
+        with torch.no_grad():
+            self.last.copy_(hidden.mean(0))
+            self.seen.lerp_(hidden.mean(0), 0.1)
+        return (hidden - self.last).square().mean()
+
+
+class Annealed(Base):
+    """A number that each step moves, but no parameter."""
+
+    def make(self):
+        self.register_buffer("temperature", torch.tensor(1.0))
+
+    def term(self, hidden, y):
+        self.temperature *= 0.9
+        return (hidden / self.temperature).square().mean()
+
+
+WITHOUT_GRAPH = [Centred, ClassCentres, Codebook, FirstFilled, Bank]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_GRAPH)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_hypergradients_equal_whole_trainings(kind, estimator):
+    expected = truth(kind, steps=STEPS)
+    assert expected.abs().min() > 1e-4
+    with pytest.warns(UserWarning, match="uses finite differences, because .* without a graph"):
+        result = observe(ESTIMATORS[estimator](), kind(), steps=STEPS)
+    assert relative_error(last_hypergradient(result), expected) < 1e-5
+
+
+@pytest.mark.parametrize("derivatives", ["auto", "reverse", "forward", "finite_difference"])
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "reverse"])
+def test_what_is_written_with_a_graph(estimator, derivatives):
+    make = {**ESTIMATORS, "reverse": lambda: UnrollK(STEPS, "reverse")}[estimator]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(without a graph|as constants)")
+        result = observe(
+            make(), Whitened(), steps=STEPS, derivatives=derivatives, every_n_steps=STEPS
+        )
+    assert relative_error(last_hypergradient(result), truth(Whitened, steps=STEPS)) < 1e-5
+
+
+@pytest.mark.parametrize("derivatives", ["auto", "finite_difference"])
+@pytest.mark.parametrize("kind", WITHOUT_GRAPH)
+def test_reverse_mode_takes_them_as_constants_and_says_so(kind, derivatives):
+    with pytest.warns(UserWarning, match="as constants, because .*without a graph"):
+        result = observe(
+            UnrollK(STEPS, "reverse"),
+            kind(),
+            steps=STEPS,
+            derivatives=derivatives,
+            every_n_steps=STEPS,
+        )
+    assert relative_error(last_hypergradient(result), truth(kind, steps=STEPS)) > 1e-3
+
+
+def test_slow_averages_in_single_precision_are_found_beside_many_layers():
+    """What they move by is little beside what they, and running statistics, hold."""
+
+    class Slow(ClassCentres):
+        def make(self):
+            super().make()
+            self.centres += 1
+            self.norms = nn.Sequential(*(nn.BatchNorm1d(4, momentum=0.5) for _ in range(9)))
+            self.float()
+
+        def term(self, hidden, y):
+            with torch.no_grad():
+                self.centres.lerp_(hidden.mean(0).expand(3, 5), 1e-3)
+            return (hidden - self.centres[y]).square().mean()
+
+        def loss(self, batch):
+            return super().loss([self.norms(batch[0].float()), batch[1]])
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step([batch[0].float(), batch[1]], batch_idx)
+
+    with pytest.warns(UserWarning, match="'centres' without a graph"):
+        observe(ClipR(), Slow(), steps=2)
+
+
+def refuse(statistics, places):
+    assert not list(places)
+
+
+@pytest.mark.parametrize("kind", [Annealed, Overwritten])
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "reverse"])
+def test_what_does_not_carry_parameters_on_is_not_followed(kind, estimator, monkeypatch):
+    make = {**ESTIMATORS, "reverse": lambda: UnrollK(STEPS, "reverse")}[estimator]
+    monkeypatch.setattr(RunningStatistics, "follow", refuse)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without a graph")
+        result = observe(make(), kind(), steps=STEPS, every_n_steps=STEPS)
+    assert last_hypergradient(result).isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", [T1T2, Implicit, lambda: T1T2(scale_by_lr=False)])
+def test_one_step_alone_carries_nothing_on(estimator, monkeypatch):
+    monkeypatch.setattr(RunningStatistics, "follow", refuse)
+    observe(estimator(), Centred(), steps=2)
+
+
+@pytest.mark.parametrize("kind", [*WITHOUT_GRAPH, Whitened])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.filterwarnings("ignore:.*uses finite differences")
+def test_the_training_is_bit_identical(kind, estimator):
+    results = []
+    for own in ([], [OnlineHPOCallback(ESTIMATORS[estimator](), optimizer=frozen)]):
+        model = kind()
+        fit(model, own, steps=STEPS)
+        results.append([*model.parameters(), *model.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*uses finite differences")
+def test_looking_costs_gradients_at_the_start_only(monkeypatch):
+    """Two and one for each buffer, besides what any training with such buffers costs."""
+    counts = []
+    for steps in (1, 4):
+        with monkeypatch.context() as patch:
+            calls = count_calls(patch)
+            observe(ClipR(math.inf), Codebook(), steps=steps)
+        counts.append(calls[0])
+    assert counts[0] == counts[1] == 2 + 2 + 3
+
+
+def count_calls(patch):
+    calls = [0]
+
+    def counted(*args):
+        calls[0] += 1
+        return gradient(*args)
+
+    patch.setattr("lightning_hpo.step.buffers.gradient", counted)
+    return calls
