@@ -31,8 +31,7 @@ from lightning_hpo.schedule import UNKNOWN_LENGTH
 
 # Steps between two updates, where these are cheap.
 INTERVAL = 10
-# An update, with its gradient of the validation loss, and the tangents that advance for it may cost
-# so many gradients of the training loss per step.
+# Tangents and mixed derivatives may cost so many gradients of the training loss per step.
 BUDGET = 0.2
 # A training has at least so many updates, whatever they cost …
 LEAST_UPDATES = 15
@@ -182,18 +181,17 @@ def choose_estimators(
     tangents = scalars if len(scalars) <= MOST_TANGENTS else []
     rest = [name for name in hyperparameters if name not in tangents]
 
-    def interval(gradients: int, least: int = LEAST_UPDATES) -> int:
+    def interval(gradients: int) -> int:
         wanted = min(INTERVAL, steps // MANY_UPDATES)
-        affordable = min(math.ceil((gradients + 1) / BUDGET), steps // least)
+        affordable = min(math.ceil(gradients / BUDGET), steps // LEAST_UPDATES)
         return max(1, wanted, affordable)
 
     one_step = 2 * masked + (2 if any(n not in outside_loss for n in smooth) else 0)
     both = 2 * masked + 3 * len(tangents)
     if not tangents or both / BUDGET > steps / LEAST_ADVANCES:
         return [("*", T1T2(), list(hyperparameters))], every_n_steps or interval(one_step)
-    stride = interval(both, LEAST_ADVANCES)
-    every = every_n_steps or stride
-    stride = max(every, stride)
+    every = every_n_steps or interval(both)
+    stride = max(every, interval(both))
     clip = ClipR(radius=math.inf, decay=math.exp(-1 / (MEMORY * steps)), stride=stride)
     assigned: list[tuple[str, Estimator, list[str]]] = [("tangents", clip, tangents)]
     if rest:

@@ -59,26 +59,20 @@ def kinds(**sizes):
 @pytest.mark.parametrize(
     ("sizes", "steps", "every", "expected"),
     [
-        # One scalar: a product of about three gradients and a validation gradient, a fifth of a
-        # gradient per step.
-        ({"l2": 1}, 10_000, None, (20, {"ClipR": ["l2"]})),
-        ({"keep": 1}, 10_000, None, (30, {"ClipR": ["keep"]})),
-        ({"a": 1, "b": 1}, 10_000, None, (35, {"ClipR": ["a", "b"]})),
+        # One scalar: one product of about three gradients, a fifth of a gradient per step.
+        ({"l2": 1}, 10_000, None, (15, {"ClipR": ["l2"]})),
+        ({"keep": 1}, 10_000, None, (25, {"ClipR": ["keep"]})),
+        ({"a": 1, "b": 1}, 10_000, None, (30, {"ClipR": ["a", "b"]})),
         # Many, or expensive for so short a training.
         (dict.fromkeys("abcdef", 1), 10_000, None, (10, {"T1T2": list("abcdef")})),
         ({"a": 7}, 10_000, None, (10, {"T1T2": ["a"]})),
         (dict.fromkeys("abcde", 1), 600, None, (10, {"T1T2": list("abcde")})),
-        ({"keep_a": 1, "keep_b": 1}, 600, None, (25, {"T1T2": ["keep_a", "keep_b"]})),
+        ({"keep_a": 1, "keep_b": 1}, 600, None, (20, {"T1T2": ["keep_a", "keep_b"]})),
         # A few of many.
-        ({"a": 1, "w": 1000}, 10_000, None, (20, {"ClipR": ["a"], "T1T2": ["w"]})),
+        ({"a": 1, "w": 1000}, 10_000, None, (15, {"ClipR": ["a"], "T1T2": ["w"]})),
         # Short trainings have updates, too.
-        ({"l2": 1}, 400, None, (20, {"ClipR": ["l2"]})),
-        (
-            dict.fromkeys(["keep_a", "keep_b", "keep_c"], 1),
-            300,
-            None,
-            (20, {"T1T2": ["keep_a", "keep_b", "keep_c"]}),
-        ),
+        ({"l2": 1}, 400, None, (15, {"ClipR": ["l2"]})),
+        ({"keep_a": 2, "keep_b": 1}, 300, None, (20, {"T1T2": ["keep_a", "keep_b"]})),
         ({"l2": 1}, 10, None, (1, {"T1T2": ["l2"]})),
         ({"l2": 1}, 1, None, (1, {"T1T2": ["l2"]})),
         ({"l2": 1}, 10_000, 7, (7, {"ClipR": ["l2"]})),
@@ -99,7 +93,7 @@ def test_tangents_have_no_radius_and_remember_a_third_of_the_training():
 
 def test_tangents_stay_cheap_where_updates_are_frequent():
     ((_, clip, _),), every = choose_estimators(kinds(l2=1), ["l2"], 9000, 1)
-    assert (every, clip.stride) == (1, 20)
+    assert (every, clip.stride) == (1, 15)
 
 
 class Long(pl.Callback):
@@ -129,10 +123,10 @@ def test_the_choice_is_said_once_and_kept(monkeypatch):
     assert said == [f"OnlineHPOCallback: {callback.strategy}"]
     assert "ClipR(radius=inf" in said[0]
     assert "for l2" in said[0]
-    assert callback.every_n_steps == callback.strategy.every_n_steps == 20
+    assert callback.every_n_steps == callback.strategy.every_n_steps == 15
     assert callback.strategy.steps == 3000
     assert callback.strategy.is_length_known
-    assert [r.step for r in callback.history] == [20, 40]
+    assert [r.step for r in callback.history] == [15, 30]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +136,7 @@ def test_the_choice_is_said_once_and_kept(monkeypatch):
         ({"estimator": UnrollK(8)}, "UnrollK", range(8, 41, 8)),
         ({"estimator": ClipR(stride=2), "every_n_steps": 10}, "ClipR", [10, 20, 30, 40]),
         ({"every_n_steps": 20}, "ClipR", [20, 40]),
-        ({"warmup_steps": 20}, "ClipR", [40]),
+        ({"warmup_steps": 20}, "ClipR", [30]),
     ],
 )
 def test_what_is_given_wins(arguments, estimator, steps):
@@ -419,9 +413,8 @@ def test_a_longer_training_goes_on_with_the_estimators_that_were_chosen(tmp_path
     assert isinstance(longer.strategy.assigned[0][1], T1T2)
     assert longer.every_n_steps == callback.every_n_steps
     assert longer.strategy.steps == 3000
-    steps = [r.step for r in longer.history]
-    assert steps == [4, 8, 12, 16, 20, 24, 28, 32, 36, 40]
-    assert [r.step for r in callback.history] == steps[:7]
+    assert [r.step for r in longer.history[:30]] == [r.step for r in callback.history]
+    assert len(longer.history) == 40
 
 
 def test_a_start_is_shown_by_a_training_that_was_resumed_before_the_first_update(tmp_path):
@@ -505,7 +498,7 @@ def test_what_is_found_late_is_found_by_a_resumed_training_too(tmp_path, monkeyp
     whole = train()
     train(stop)
     resumed = train(path=stop.path)
-    assert whole[1][-1]["late"] > 1.4e-9  # it was found: there it drifts to
+    assert whole[1][-1]["late"] > 2e-9  # it was found: there it drifts to
     assert torch.equal(whole[0], resumed[0])
     assert whole[1] == resumed[1]
 
