@@ -86,7 +86,9 @@ def _scales_gradient(training: TrainingMap, moment: Moment) -> bool:
     exact = training.derivatives != "finite_difference"
     with (
         torch.enable_grad(),
-        objective.evaluations(moment, theta, exact=exact, full_precision=True) as evaluate,
+        objective.evaluations(
+            moment, theta, exact=exact, full_precision=True, looks="check"
+        ) as evaluate,
     ):
 
         def times(factor: float) -> list[Tensor]:
@@ -118,11 +120,14 @@ def _difference(
     """
     objective, theta = training.objective, training.theta
     sizes = torch.stack([torch.linalg.vector_norm(p.detach()).double() for p in theta])
+    length_of_theta = float(sizes.norm()) or 1.0  # of a linear model that starts at zero
     with (
         torch.enable_grad(),
         # Outermost: replays put back what they have found in parameters that are not trained.
-        holding(theta, _off_kinks(theta, sizes)),
-        objective.evaluations(moment, theta, exact=True, full_precision=True) as evaluate,
+        holding(theta, _off_kinks(theta, length_of_theta)),
+        objective.evaluations(
+            moment, theta, exact=True, full_precision=True, looks="check"
+        ) as evaluate,
     ):
         loss, _ = evaluate(theta, objective.leaves())
         if loss is None:
@@ -160,7 +165,7 @@ def _difference(
             length = float((factors * norms).norm())
             if not (math.isfinite(here) and math.isfinite(length) and size > 0):
                 continue
-            step = min(_STEP * abs(here) / size, _FAR * float(sizes.norm()) / length)
+            step = min(_STEP * abs(here) / size, _FAR * length_of_theta / length)
             sides = averaged([value_at(step * d * factors) for d in (1, -1, _RATIO, -_RATIO)])
             slope = _slope(sides, step, expected, tolerance=_TOLERANCE * size)
             is_resolved = rounding < _TOLERANCE * step * size
@@ -170,14 +175,14 @@ def _difference(
     return None
 
 
-def _off_kinks(theta: Sequence[Tensor], sizes: Tensor) -> list[Tensor]:
+def _off_kinks(theta: Sequence[Tensor], length: float) -> list[Tensor]:
     """Returns θ with random numbers in the place of zeros.
 
     Where weights and biases start at zero, units whose input is blank sit at the kink of their
     activation, where a central difference is the mean of both slopes.
     """
     generator = torch.Generator().manual_seed(0)
-    scale = 0.1 * float(sizes.norm()) / math.sqrt(sum(p.numel() for p in theta) or 1)
+    scale = 0.1 * length / math.sqrt(sum(p.numel() for p in theta) or 1)
     result = []
     for p in theta:
         value = p.detach()

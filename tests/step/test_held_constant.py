@@ -375,6 +375,13 @@ def gradient_penalty(net, x, y):
     return loss + 10 * g.square().sum()
 
 
+def zeros():
+    net = nn.Linear(12, 4)
+    for p in net.parameters():
+        nn.init.zeros_(p)
+    return net
+
+
 def zero_last():
     net = mlp()
     for p in net[2].parameters():
@@ -405,6 +412,7 @@ HEALTHY = {
     "transformer": lambda: Healthy(Attention(), shape=(4, 3)),
     "spectral_norm": lambda: Healthy(spectral()),
     "zero_weights": lambda: Healthy(zero_last()),
+    "zeros": lambda: Healthy(zeros()),
     "log_sum_exp": with_loss(log_sum_exp),
     "l1": with_loss(l1),
     "noise": with_loss(noise),
