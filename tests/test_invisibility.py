@@ -342,8 +342,11 @@ def assert_put_back(before, after):
         assert getattr(after, name) == getattr(before, name), name
 
 
-def fails_in(method, at, estimator, **callback_options):
-    """Raises in the ``at``-th shielded call of a step, after it has left traces everywhere."""
+def fails_in(method, at, estimator, *, first_step=0, **callback_options):
+    """Raises in the ``at``-th shielded call of a step, after it has left traces everywhere.
+
+    Calls before ``first_step`` do not count.
+    """
 
     class Failing(Eventful):
         def training_step(self, batch, batch_idx):
@@ -357,7 +360,7 @@ def fails_in(method, at, estimator, **callback_options):
 
         def _maybe_fail(self, where):
             shielded = "log" in vars(self)
-            if where == method and shielded:
+            if where == method and shielded and self.global_step >= first_step:
                 self.recorder.count.append(1)
                 if len(self.recorder.count) == at:
                     raise KeyError("the user's own")
@@ -380,11 +383,15 @@ def test_everything_is_put_back_when_a_replay_raises_at_once(at, derivatives):
 
 
 @pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
-@pytest.mark.parametrize("at", [18, 19, 20])
+@pytest.mark.parametrize("at", [1, 2])
 def test_everything_is_put_back_when_a_later_replay_raises(at, derivatives):
-    """Here θ_t stands in the place of θ_{t+1}; the first sixteen or seventeen come at the start."""
+    """Here θ_t stands in the place of θ_{t+1}."""
     witness = fails_in(
-        "training_step", at, estimator=UnrollK(3, "reverse"), derivatives=derivatives
+        "training_step",
+        at,
+        estimator=UnrollK(3, "reverse"),
+        first_step=1,
+        derivatives=derivatives,
     )
     assert witness.after.global_step == 3
     assert_put_back(witness.seen.before, witness.after)
