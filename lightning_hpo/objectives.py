@@ -290,11 +290,20 @@ class TrainingObjective:
         exact: bool = False,
         statistics: bool = False,
         full_precision: bool = False,
+        looks: str = "step",
     ) -> Iterator[Callable[..., tuple[Tensor | None, list[Tensor]]]]:
         """Gives L_T without factors, and r', as a function of ((θ, r), raw λ); see :meth:`at`.
 
-        After a call, until the next, the module holds what the step has left. With
-        ``full_precision`` it runs without the Trainer's autocast, and without TF32.
+        After a call, until the next, the module holds what the step has left.
+
+        Args:
+            moment: As for :meth:`at`.
+            theta: As for :meth:`at`.
+            exact: As for :meth:`at`.
+            statistics: As for :meth:`at`.
+            full_precision: Whether to do without the Trainer's autocast, and without TF32.
+            looks: What these evaluations are (:meth:`Walker.walk`). Many that are no replays would
+                use up the looks at what steps change.
         """
         step = self._module.training_step
         followed = self.statistics.buffers(moment.state) if statistics else []
@@ -323,8 +332,6 @@ class TrainingObjective:
                     if p is not v
                 }
                 swaps |= {id(h.raw): raw for h, raw in zip(self._hyperparameters, lam, strict=True)}
-                # Many at once would use up the looks at what steps change.
-                looks = "check" if full_precision else "step"
                 evaluation.enter_context(
                     self.shield(rng=moment.rng, state=moment.state, swaps=swaps, looks=looks)
                 )

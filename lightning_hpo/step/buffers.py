@@ -100,7 +100,7 @@ def _read_in_training(
 
     with (
         torch.enable_grad(),
-        objective.evaluations(moment, [*theta, *present.values()]) as evaluate,
+        objective.evaluations(moment, [*theta, *present.values()], looks="check") as evaluate,
     ):
 
         def run(displaced: Iterable[str] = (), *, moves_theta: bool = False) -> list[list[Tensor]]:
@@ -225,7 +225,7 @@ def _without_graph(training: TrainingMap, moment: Moment) -> list[bool]:
     ]
     with torch.enable_grad(), ExitStack() as stack:
         evaluate = stack.enter_context(
-            objective.evaluations(moment, theta, exact=True, statistics=True)
+            objective.evaluations(moment, theta, exact=True, statistics=True, looks="check")
         )
 
         def moved(distance: float) -> list[Tensor]:
