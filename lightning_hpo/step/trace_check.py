@@ -144,6 +144,15 @@ class TraceCheck:
                 "to them in on_train_batch_end or on_validation_batch_end",
                 stacklevel=2,
             )
+        if read := self._untold(changes.pop("read", [])):
+            warnings.warn(
+                "OnlineHPOCallback: held-out batches or replays read on in open files that the "
+                f"training reads, too: {', '.join(read)}. Their positions are not put back, so "
+                "that the training misses what was read, unless each reading begins with seek(). "
+                "Give the held-out data a dataset that opens the file for itself; what steps need, "
+                "read in on_train_batch_start and keep as an attribute of the module",
+                stacklevel=2,
+            )
         for kind, names in changes.items():
             new = self._untold(names)
             of_data = [name for name in new if name[1:].startswith(DATA)]  # in quotes
@@ -253,7 +262,8 @@ class _Look:
             if not (issubclass(type(value), _SHARED) or _is_summary_writer(value)):
                 note(path)
             elif now is None or then is None or now > then:  # a thread may take from a queue
-                found.setdefault("shared", []).append(repr(path.partition(".")[2] or path))
+                kind = "read" if _is_read_only(value) else "shared"
+                found.setdefault(kind, []).append(repr(path.partition(".")[2] or path))
         for name, state in self._states().items():
             if state is not _get(self._root.optimizer, name):
                 note(f"optimizer[{name!r}]")
@@ -394,6 +404,11 @@ def _words(value: Tensor) -> Tensor:
 def _position(value: Any) -> Any:
     """Returns where an iterator is, if it shows that."""
     return repr(value) if isinstance(value, itertools.count) else operator.length_hint(value, -1)
+
+
+def _is_read_only(value: Any) -> bool:
+    """Whether a value is an open file that nobody can write to."""
+    return issubclass(type(value), io.IOBase) and not value.closed and not value.writable()
 
 
 def _is_summary_writer(value: Any) -> bool:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import warnings
 import weakref
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import drawing
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from cases import (
+    TRAIN,
     Mlp,
     fit,
     flat,
@@ -34,7 +36,7 @@ from cases import (
     weights,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_hpo import T1T2, ClipR, OnlineHPOCallback, UnrollK, contents
@@ -207,6 +209,61 @@ def test_files_and_queues_are_named_and_left(kind, make):
         observe(make(), model)
     assert sum("files and queues" in str(w.message) for w in caught) == 1
     assert torch.equal(weights(model), weights(plain))
+
+
+class Lines(Dataset):
+    """Goes on in a file with each example."""
+
+    def __init__(self, file, n):
+        self.file, self.n = file, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return TRAIN[0][i] + float(self.file.readline()), TRAIN[1][i]
+
+
+class ReadsInStep(Leaving):
+    def make(self):
+        return [io.BufferedReader(io.BytesIO(b"0.5\n" * 500))]
+
+    def change(self, batch, loss):
+        self.kept[0].readline()
+
+
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"{i / 100}\n" for i in range(2000)))
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(path.open())
+
+
+@EVERY_ESTIMATOR
+def test_a_file_that_is_read_for_both_is_named_with_a_remedy_that_works(make, lines):
+    def trained(held_out=None, callback=None, **options):
+        model = Mlp("momentum")
+        train = DataLoader(Lines(lines(), 40), batch_size=8)
+        file = train.dataset.file if held_out is None else held_out
+        valid = DataLoader(Lines(file, 20), batch_size=20)
+        fit(model, callback, train=train, valid=valid, check_val_every_n_epoch=100, **options)
+        return weights(model)
+
+    plain = trained()
+    with pytest.warns(UserWarning, match=r"read on in open files.*'\S*dataset.file'") as caught:
+        assert not torch.equal(trained(None, OnlineHPOCallback(make(), optimizer=frozen)), plain)
+    assert not any("Write" in str(w.message) for w in caught)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*open files")
+        assert torch.equal(trained(lines(), OnlineHPOCallback(make(), optimizer=frozen)), plain)
+
+
+@EVERY_ESTIMATOR
+def test_a_file_that_steps_read_is_named(make):
+    text = r"read on in open files.*'kept\[0\]'.*on_train_batch_start"
+    with pytest.warns(UserWarning, match=text):
+        observe(make(), ReadsInStep())
 
 
 PUT = []
