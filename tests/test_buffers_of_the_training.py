@@ -127,6 +127,18 @@ class Whitened(Base):
         return whitened.pow(4).mean()
 
 
+class ReadAfterwards(Base):
+    """What a layer of torch has just written has no graph in the training, but in a replay."""
+
+    def make(self):
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("square", torch.ones(5))
+
+    def term(self, hidden, y):
+        F.batch_norm(hidden, self.mean, self.square, training=True, momentum=0.3)
+        return F.batch_norm(hidden, self.mean, self.square).pow(4).mean()
+
+
 class Overwritten(Base):
     """Filled anew by each step before it is read, and means that nobody reads."""
 
@@ -214,6 +226,15 @@ def test_slow_averages_in_single_precision_are_found_beside_many_layers():
 
     with pytest.warns(UserWarning, match="'centres' without a graph"):
         observe(ClipR(), Slow(), steps=2)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_is_read_after_it_was_written(estimator):
+    with pytest.warns(UserWarning, match="finite differences, because buffers .*by value"):
+        result = observe(ESTIMATORS[estimator](), ReadAfterwards(), steps=STEPS)
+    assert relative_error(last_hypergradient(result), truth(ReadAfterwards, steps=STEPS)) < 1e-5
+    with pytest.warns(UserWarning, match="miss how buffers move.*'auto'"):
+        observe(ESTIMATORS[estimator](), ReadAfterwards(), steps=STEPS, derivatives="reverse")
 
 
 def refuse(statistics, places):

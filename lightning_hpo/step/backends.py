@@ -59,7 +59,7 @@ def settle(training: TrainingMap, moment: Moment, gradients: Sequence[Tensor | N
     theta = training.theta
     distance = _distance(training.objective.gradient(moment, theta, exact=True), gradients, theta)
     if not distance > 0.05:
-        return training.derivatives
+        return _settled_by_value(training)
     again = _distance(training.objective.gradient(moment, theta), gradients, theta)
     if again > 0.05:
         # No backend helps: differences would divide by a small step what differs between replays.
@@ -81,6 +81,22 @@ def settle(training: TrainingMap, moment: Moment, gradients: Sequence[Tensor | N
         f"OnlineHPOCallback(derivatives={training.derivatives!r}): {reason}, so that "
         "hypergradients belong to other noise and dropout masks than the step. Use "
         f"derivatives='auto' or 'finite_difference'; {remedy}",
+        stacklevel=2,
+    )
+    return training.derivatives
+
+
+def _settled_by_value(training: TrainingMap) -> str:
+    """Takes differences where a graph of the running statistics gives another gradient."""
+    known = training.statistics
+    if not (known and known.by_value):
+        return training.derivatives
+    if training.is_automatic:
+        return fall_back(f"buffers are followed by value: {known.by_value_because}")
+    warnings.warn(
+        f"OnlineHPOCallback(derivatives={training.derivatives!r}): hypergradients miss how "
+        f"buffers move, or belong to another loss: {known.by_value_because}. Use "
+        "derivatives='auto' or 'finite_difference' with ClipR or UnrollK(mode='forward')",
         stacklevel=2,
     )
     return training.derivatives
@@ -117,8 +133,9 @@ def settle_statistics(
     found = gradients if reason else eager
     if _distance(found, gradients, training.theta) > 0.05:
         training.statistics.follow_by_value(
-            "eager mode draws other random numbers than compiled code, unless "
-            "torch._inductor.config.fallback_random = True"
+            "with a graph of what is written to them, the training loss has another gradient: "
+            "training_step reads them after that, or eager mode draws other random numbers than "
+            "compiled code, unless torch._inductor.config.fallback_random = True"
         )
     lost = torch.tensor(float(bool(reason)), device=training.theta[0].device)
     average_([lost])
