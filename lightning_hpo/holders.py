@@ -269,11 +269,11 @@ def copy_iterator(value: Any, memo: dict[int, Any] | None = None) -> Any:
 
     Args:
         value: The iterator.
-        memo: Copies by the ``id`` of iterators: one that two others draw from stays one.
+        memo: Iterators and their copies, by ``id``: one that two others draw from stays one.
     """
     memo = {} if memo is None else memo
     if id(value) in memo:
-        return memo[id(value)]
+        return memo[id(value)][1]
     if kind_of(type(value)) is not Kind.ITERATOR or type(value).__module__ not in (
         "builtins",
         "itertools",
@@ -288,7 +288,8 @@ def copy_iterator(value: Any, memo: dict[int, Any] | None = None) -> Any:
                 result.__setstate__(_copy_parts(state[0], memo, is_state=True))
         except TypeError:  # a generator, an open file, or from Python 3.14 on
             return None
-    memo[id(value)] = result
+    # The original is kept: parts of a cycle are made anew to be copied, and ids are given again.
+    memo[id(value)] = value, result
     return result
 
 

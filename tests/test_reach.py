@@ -249,6 +249,10 @@ STATE = {
         lambda k, x: next(k),
     ),
     "cycle": (lambda: itertools.cycle([1.0, 2.0, 3.0]), lambda k, x: next(k)),
+    "several cycles": (
+        lambda: [itertools.cycle([1.0, 2.0, 3.0]), (itertools.cycle([1.0, 2.0, 3.0, 4.0]),)],
+        lambda k, x: 0.3 * next(k[0]) + 0.7 * next(k[1][0]),
+    ),
     "count in a dict": (lambda: {"i": itertools.count(1)}, lambda k, x: 1 / next(k["i"])),
     "views of one tensor": (
         lambda: (lambda t: [t, t[:1]])(torch.ones(2)),
