@@ -782,3 +782,36 @@ def test_a_hidden_state_is_a_constant():
     fit(Stateful(), [Reset(), callback], steps=STEPS)
     expected = truth(Stateful, callbacks=[Reset()])
     assert relative_error(last_hypergradient(callback), expected) < 1e-6
+
+
+class Deep(pl.LightningModule):
+    """Ten normalized layers in single precision."""
+
+    def __init__(self, seed):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layers = [
+                layer
+                for inputs in (4, *[32] * 9)
+                for layer in (nn.Linear(inputs, 32), nn.BatchNorm1d(32), nn.ReLU())
+            ]
+            self.net = nn.Sequential(*layers, nn.Linear(32, 3)).float()
+        self.keep = Hyperparameter(0.9)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x.float()), y) * self.keep().float()
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_deep_network_is_not_taken_for_one_that_writes_without_a_graph(seed):
+    """Across its kinks differences of single precision are far from derivatives."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*buffers")
+        found(ClipR(1.0), Deep(seed), steps=2)
