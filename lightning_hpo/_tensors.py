@@ -103,6 +103,15 @@ def note_views(bases: Iterable[Tensor]) -> None:
         _VIEWED[base] = None
 
 
+# How often the storages of tensors have been exchanged, by their ``id``.
+_EXCHANGES: dict[int, int] = {}
+
+
+def exchanges_of(t: Tensor) -> int:
+    """Returns a number that is another one as soon as :func:`holding` has exchanged a storage."""
+    return _EXCHANGES.get(id(t), 0)
+
+
 @contextmanager
 def holding(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
     """Lets tensors hold other values for a while; afterwards they are bit for bit as before.
@@ -131,10 +140,12 @@ def holding(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[Non
                 t.data.copy_(value)
             else:
                 t.data = value.to(t.dtype)
+            _EXCHANGES[id(t)] = exchanges_of(t) + 1
         yield
     finally:
         for i, (t, data) in enumerate(zip(tensors, before, strict=True)):
             t.data = data
+            _EXCHANGES[id(t)] = exchanges_of(t) + 1
             if i in viewed:
                 data.copy_(viewed[i])
 

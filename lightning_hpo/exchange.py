@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_hpo._kinds import Kind, kind_of
 from lightning_hpo._lightning import MisconfigurationException
+from lightning_hpo._tensors import exchanges_of
 from lightning_hpo.contents import Reached, Walker, is_computed
 from lightning_hpo.holders import (
     MODULE,
@@ -208,6 +209,7 @@ def exchanged(
     earlier = {k: t for k, t in state.tensors.items() if k not in reached.parameters}
     every = {**tensors, **earlier}
     before: dict[int, Any] = {key: t.data for key, t in every.items()}
+    exchanges = {key: exchanges_of(t) for key, t in every.items()}
     flags = [(t, t.requires_grad) for t in every.values() if not is_computed(t)]
     flags += [(p, p.requires_grad) for key, p in reached.parameters.items() if key not in every]
     arrays = reached.arrays | {
@@ -249,7 +251,9 @@ def exchanged(
             if id(filled) not in held:
                 filled.clear()
         for key, t in every.items():
-            t.data = before[key]
+            # What a difference has displaced meanwhile holds again what it held before that.
+            if exchanges_of(t) == exchanges[key]:
+                t.data = before[key]
         for t, requires_grad in flags:
             if not t.is_leaf:  # written to in place, by what has a graph
                 t.detach_()

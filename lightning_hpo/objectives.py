@@ -223,8 +223,9 @@ class TrainingObjective:
             and id(b) not in raws
             and (id(owner), name) not in known
         }
-        before = {name: owner._buffers[own].clone() for name, (owner, own) in found.items()}
-        if not any(b.is_floating_point() for b in before.values()):
+        present = {name: owner._buffers[own] for name, (owner, own) in found.items()}
+        before = {name: (b.clone(), b._version) for name, b in present.items()}
+        if not any(b.is_floating_point() for b in present.values()):
             return {}
         with torch.enable_grad(), self.evaluations(moment, theta) as evaluate:
             evaluate(theta, self.leaves())
@@ -232,8 +233,13 @@ class TrainingObjective:
                 name: after.detach().clone()
                 for name, (owner, own) in found.items()
                 if isinstance(after := owner._buffers.get(own), Tensor)
-                and after.shape == before[name].shape
-                and not torch.equal(after, before[name])
+                and after.shape == before[name][0].shape
+                # What is written may be the same by chance: a copy that is averaged from now on.
+                and (
+                    after is not present[name]
+                    or after._version != before[name][1]
+                    or not torch.equal(after, before[name][0])
+                )
             }
 
     def leaves(self) -> list[Tensor]:

@@ -114,6 +114,38 @@ class Bank(Base):
         return 0.3 * similar.logsumexp(1).mean()
 
 
+class Chained(Base):
+    """Averages of averages that start alike: the first step writes to them what they hold."""
+
+    def make(self):
+        for name in "abc":
+            self.register_buffer(name, torch.ones(5))
+
+    def term(self, hidden, y):
+        target = (hidden.detach() * self.c).softmax(1)
+        with torch.no_grad():
+            self.c.copy_(0.5 * self.c + 0.5 * self.b)
+            self.b.copy_(0.5 * self.b + 0.5 * self.a)
+            self.a.copy_(hidden.exp().mean(0))
+        return -(target * hidden.log_softmax(1)).sum(1).mean()
+
+
+class Rows(Base):
+    """Means that are kept in one row after the other, all of which are zero at first."""
+
+    def make(self):
+        self.register_buffer("rows", torch.zeros(2, 5))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def term(self, hidden, y):
+        row = int(self.count) % 2
+        loss = (hidden.mean(0) - self.rows[row]).square().sum()
+        with torch.no_grad():
+            self.rows[row] = 0.5 * self.rows[row] + 0.5 * hidden.mean(0)
+            self.count += 1
+        return loss
+
+
 class Whitened(Base):
     """Running moments, written with a graph, that scale a term of the loss."""
 
@@ -164,7 +196,7 @@ class Annealed(Base):
         return (hidden / self.temperature).square().mean()
 
 
-WITHOUT_GRAPH = [Centred, ClassCentres, Codebook, FirstFilled, Bank]
+WITHOUT_GRAPH = [Centred, ClassCentres, Codebook, FirstFilled, Bank, Chained, Rows]
 
 
 @pytest.mark.parametrize("kind", WITHOUT_GRAPH)

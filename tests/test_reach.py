@@ -633,8 +633,39 @@ class Later(Teacher):
         return super().training_step(batch, batch_idx)
 
 
+class Following(torch.optim.SGD):
+    """Moves a teacher, which is among what it is given, after the rest."""
+
+    def __init__(self, parameters, pairs):
+        super().__init__(parameters, lr=0.1, momentum=0.9)
+        self.pairs = pairs
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for slow, p in self.pairs:
+            slow.lerp_(p, 0.1)
+        return loss
+
+
+class OfOptimizer(Mlp):
+    def __init__(self):
+        super().__init__("momentum")
+        self.teacher = copy.deepcopy(self.net[0])
+        self.extra = [self.teacher]
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            target = self.teacher(batch[0])
+        return self.loss(batch) + F.mse_loss(self.net[0](batch[0]), target)
+
+    def configure_optimizers(self):
+        pairs = zip(self.teacher.parameters(), self.net[0].parameters(), strict=True)
+        return Following(self.parameters(), list(pairs))
+
+
 @pytest.mark.parametrize("derivatives", ["auto", "finite_difference"])
-@pytest.mark.parametrize("kind", [Teacher, InPlace, Later])
+@pytest.mark.parametrize("kind", [Teacher, InPlace, Later, OfOptimizer])
 def test_teachers_inside_the_optimizer(kind, derivatives):
     alone = kind()
     fit(alone)

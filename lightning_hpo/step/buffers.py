@@ -111,7 +111,7 @@ def _read_in_training(
                 lam = [moved(raw, 0.01, 0.01).requires_grad_() for raw in lam]
             held = [after.get(name, b).detach() for name, b in present.items()]
             held = [
-                moved(b, 0.1) if name in displaced else b.clone()
+                moved(b, 0.1, 0.01) if name in displaced else b.clone()
                 for name, b in zip(present, held, strict=True)
             ]
             loss, _ = evaluate([*values, *held], lam)
