@@ -38,6 +38,7 @@ from lightning_hpo.holders import (
     Held,
     Holder,
     defaults_with_state,
+    functions_of,
     parts_of,
     read_cell,
     read_class,
@@ -453,6 +454,7 @@ class Walker:
                 reached.generators[key] = value
             elif kind is Kind.ITERATOR:
                 reached.iterators[key] = value
+                push(functions_of(value), key)
             elif kind is Kind.SCRIPT:
                 own_buffers = list(value.buffers())
                 reached.buffers.update((id(b), b) for b in own_buffers)

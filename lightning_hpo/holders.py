@@ -264,6 +264,25 @@ def write_generator(value: Any, state: Any) -> None:
         value.bit_generator.state = state
 
 
+def functions_of(value: Any) -> list[Any]:
+    """Returns what an iterator and its parts call, as ``map`` does; copies call the same."""
+    if type(value).__module__ not in ("builtins", "itertools"):
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            arguments = value.__reduce__()[1]
+        except TypeError:  # a generator, an open file, or from Python 3.14 on
+            return []
+    found = []
+    for part in arguments if isinstance(arguments, tuple) else ():
+        if kind_of(type(part)) is Kind.ITERATOR:
+            found += functions_of(part)
+        elif callable(part):
+            found.append(part)
+    return found
+
+
 def copy_iterator(value: Any, memo: dict[int, Any] | None = None) -> Any:
     """Copies an iterator over things in memory, at its position; None where it has no copy.
 

@@ -203,6 +203,15 @@ class OwnIterator:
         return 1 / self.position
 
 
+class Adding:
+    def __init__(self):
+        self.total = 0.0
+
+    def __call__(self, *parts):
+        self.total += 0.1
+        return self.total + sum(parts)
+
+
 def _mutate_metrics(kept, x):
     kept[0].update(x)
     kept[1]["all"]["mean"].update(x)
@@ -249,6 +258,15 @@ STATE = {
         lambda k, x: next(k),
     ),
     "cycle": (lambda: itertools.cycle([1.0, 2.0, 3.0]), lambda k, x: next(k)),
+    "iterators that call": (
+        lambda: [
+            iter(random.Random(1).random, None),
+            map(Adding(), itertools.count()),
+            zip(iter(Adding(), None), itertools.count(), strict=False),
+            itertools.accumulate(itertools.repeat(0.1), Adding()),
+        ],
+        lambda k, x: next(k[0]) + 0.1 * next(k[1]) + next(k[2])[0] + next(k[3]),
+    ),
     "several cycles": (
         lambda: [itertools.cycle([1.0, 2.0, 3.0]), (itertools.cycle([1.0, 2.0, 3.0, 4.0]),)],
         lambda k, x: 0.3 * next(k[0]) + 0.7 * next(k[1][0]),
