@@ -264,18 +264,26 @@ def write_generator(value: Any, state: Any) -> None:
         value.bit_generator.state = state
 
 
+def _reduced(value: Any) -> tuple[Any, ...] | None:
+    """Returns what an iterator over things in memory is made of; None where that is not known."""
+    if kind_of(type(value)) is not Kind.ITERATOR:
+        return None
+    if type(value).__module__ not in ("builtins", "itertools"):
+        return None
+    try:
+        parts: tuple[Any, ...] = value.__reduce__()
+    except TypeError:  # a generator, an open file, or from Python 3.14 on
+        return None
+    return parts
+
+
 def functions_of(value: Any) -> list[Any]:
     """Returns what an iterator and its parts call, as ``map`` does; copies call the same."""
-    if type(value).__module__ not in ("builtins", "itertools"):
-        return []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            arguments = value.__reduce__()[1]
-        except TypeError:  # a generator, an open file, or from Python 3.14 on
-            return []
+        reduced = _reduced(value)
     found = []
-    for part in arguments if isinstance(arguments, tuple) else ():
+    for part in reduced[1] if reduced is not None else ():
         if kind_of(type(part)) is Kind.ITERATOR:
             found += functions_of(part)
         elif callable(part):
@@ -293,19 +301,17 @@ def copy_iterator(value: Any, memo: dict[int, Any] | None = None) -> Any:
     memo = {} if memo is None else memo
     if id(value) in memo:
         return memo[id(value)][1]
-    if kind_of(type(value)) is not Kind.ITERATOR or type(value).__module__ not in (
-        "builtins",
-        "itertools",
-    ):
-        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        reduced = _reduced(value)
+        if reduced is None:
+            return None
+        kind, arguments, *state = reduced
         try:
-            kind, arguments, *state = value.__reduce__()
             result = kind(*_copy_parts(arguments, memo))
             if state and state[0] is not None:
                 result.__setstate__(_copy_parts(state[0], memo, is_state=True))
-        except TypeError:  # a generator, an open file, or from Python 3.14 on
+        except TypeError:  # it is made of something that has no copy
             return None
     # The original is kept: parts of a cycle are made anew to be copied, and ids are given again.
     memo[id(value)] = value, result
