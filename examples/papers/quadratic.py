@@ -1,4 +1,4 @@
-"""Where a short horizon is biased and ClipR is not: the quadratic function of the online-HPO paper.
+"""Table 1 of the online-HPO paper: where a short horizon is biased and ClipR is not.
 
 Section 4.1 of the paper tunes one λ on
 
@@ -6,11 +6,11 @@ Section 4.1 of the paper tunes one λ on
 
 with θ of dimension 20 and a diagonal H. Its optimum is known: λ† = θ̄ᵀH(θ̄ − θ̃) / θ̄ᵀHθ̃. One phase
 of gradient descent with learning rate η = 1e-3 is followed by a phase with η = 1e-4; λ moves by
-plain gradient steps with learning rate 0.1 η. The script repeats Table 1 of the paper through
-``OnlineHPOCallback`` and prints both tables side by side.
+plain gradient steps with learning rate 0.1 η, from 0. Beside the paper's methods stands
+``OnlineHPOCallback()`` as it is, which chooses its own rate, and which trains one problem at a time.
 
-    python examples/quadratic.py                           # the whole table, some minutes
-    python examples/quadratic.py --runs 10 --steps 2000    # a glance
+    python examples/papers/quadratic.py                   # 50 problems, 10 of them by the default
+    python examples/papers/quadratic.py --scale tiny      # a glance
 
 The paper does not say how θ̄, θ̃ and H are drawn; ``sample_problems`` says how it is done here.
 """
@@ -18,17 +18,16 @@ The paper does not say how θ̄, θ̃ and H are drawn; ``sample_problems`` says 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
-import time
-import warnings
+import json
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from statistics import fmean
+from typing import Any
 
 import lightning
 import torch
+from _experiment import Experiment, note, parser, table
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -36,6 +35,9 @@ from lightning_hpo import ClipR, Hyperparameter, OnlineHPOCallback, Unconstraine
 from lightning_hpo.estimators import Estimator
 
 DIMENSION = 20
+DEFAULT = "OnlineHPOCallback()"
+# The default trains one problem at a time, and so many of them.
+ALONE = 10
 METHODS: dict[str, Callable[[], Estimator]] = {
     "Unroll1": lambda: UnrollK(1),
     "Unroll5": lambda: UnrollK(5),
@@ -43,9 +45,8 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "Clip2": lambda: ClipR(radius=2.0),
     "Clip5": lambda: ClipR(radius=5.0),
 }
-# ΔL_V(θ₁) in %, |λ₁ − λ†|, ΔL_V(θ₂) in %, |λ₂ − λ†|
-Row = tuple[float, float, float, float]
-PAPER: dict[str, Row] = {
+COLUMNS = ("ΔL_V(θ₁), %", "|λ₁ − λ†|", "ΔL_V(θ₂), %", "|λ₂ − λ†|")
+PAPER: dict[str, tuple[float, ...]] = {
     "Unroll1": (0.77, 0.047, 0.77, 0.047),
     "Unroll5": (0.56, 0.039, 0.72, 0.045),
     "Unroll10": (0.37, 0.032, 0.71, 0.044),
@@ -76,6 +77,11 @@ class Problems:
             weighted * self.theta_tilde
         ).sum(1)
 
+    def slice(self, first: int, last: int) -> Problems:
+        """Returns some of the problems."""
+        parts = (self.h, self.theta_bar, self.theta_tilde)
+        return Problems(*(part[first:last] for part in parts))
+
     def solution(self, lam: Tensor) -> Tensor:
         """θ*(λ) = θ̄ / (1 + λ)."""
         return self.theta_bar / (1 + lam[:, None])
@@ -86,7 +92,7 @@ class Problems:
 
     def training_losses(self, theta: Tensor, lam: Tensor) -> Tensor:
         """L_T of each problem."""
-        penalty = lam[:, None] * theta.square()
+        penalty = lam.reshape(-1, 1) * theta.square()
         return 0.5 * (self.h * ((theta - self.theta_bar).square() + penalty)).sum(1)
 
     def validation_losses(self, theta: Tensor) -> Tensor:
@@ -135,7 +141,8 @@ class Quadratic(lightning.LightningModule):
         self.problems = problems
         self.theta = nn.Parameter(torch.zeros_like(problems.h))
         # The paper does not give λ_0. From 0 and from 0.1 the table comes out the same.
-        self.lam = Hyperparameter(torch.zeros_like(problems.h[:, 0]), Unconstrained())
+        start = torch.zeros_like(problems.h[:, 0])
+        self.lam = Hyperparameter(start if len(start) > 1 else start[0], Unconstrained())
         self.phase_ends: list[tuple[Tensor, Tensor]] = []
 
     def training_step(self, batch: Tensor) -> Tensor:
@@ -156,33 +163,49 @@ class Quadratic(lightning.LightningModule):
         self.phase_ends.append((self.theta.detach().clone(), self.lam().clone()))
 
 
-def train(method: str, runs: int, steps: int, seed: int) -> tuple[str, Row, float]:
-    """Trains all problems with one method; returns its row of the table and the seconds it took."""
-    torch.set_num_threads(1)  # the tensors are small, and the methods share the cores
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for noise in (".*does not have many workers.*", ".*LeafSpec.*", ".*barebones.*"):
-        warnings.filterwarnings("ignore", noise)
-    start = time.perf_counter()
-    problems = sample_problems(runs, seed)
+class Trace(Callback):
+    """Keeps the mean of |λ − λ†| at so many steps, evenly spaced."""
+
+    def __init__(self, steps: int, points: int = 40) -> None:
+        self.every = max(1, steps // points)
+        self.found: list[tuple[int, float]] = []
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            distance = (module.lam() - module.problems.best_lam).abs().mean().item()
+            self.found.append((trainer.global_step, float(f"{distance:.4g}")))
+
+
+def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Trains some of the problems with one method."""
+    first, last = cell["first"], cell["last"]
+    problems = sample_problems(options.seeds, seed=0).slice(first, last)
     module = Quadratic(problems)
     # There are no data: a batch is only the signal to make a step.
     no_data = torch.zeros(1)
-    callback = OnlineHPOCallback(
-        METHODS[method](),
-        optimizer=lambda raw: torch.optim.SGD(raw, lr=0.1),
-        scale_lr_with_model=True,
-        dataloader=[no_data],
-        validation_loss=Quadratic.validation_loss,
-    )
+    held_out: dict[str, Any] = {
+        "dataloader": [no_data],
+        "validation_loss": Quadratic.validation_loss,
+    }
+    if cell["method"] == DEFAULT:
+        callback = OnlineHPOCallback(**held_out)
+    else:
+        callback = OnlineHPOCallback(
+            METHODS[cell["method"]](),
+            optimizer=lambda raw: torch.optim.SGD(raw, lr=0.1),
+            scale_lr_with_model=True,
+            **held_out,
+        )
+    trace = Trace(2 * options.steps)
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=2,
-        callbacks=[callback],
+        callbacks=[callback, trace],
         barebones=True,  # no logs, checkpoints or bars: steps are so small that they would show
     )
-    trainer.fit(module, DataLoader(no_data.expand(steps), batch_size=None))
-    row = [number for end in module.phase_ends for number in evaluate(problems, *end)]
-    return method, (row[0], row[1], row[2], row[3]), time.perf_counter() - start
+    trainer.fit(module, DataLoader(no_data.expand(options.steps), batch_size=None))
+    numbers = [number for end in module.phase_ends for number in evaluate(problems, *end)]
+    return dict(zip(COLUMNS, numbers, strict=True)) | {"trace": json.dumps(trace.found)}
 
 
 def evaluate(problems: Problems, theta: Tensor, lam: Tensor) -> tuple[float, float]:
@@ -193,53 +216,75 @@ def evaluate(problems: Problems, theta: Tensor, lam: Tensor) -> tuple[float, flo
     return increase.mean().item(), (lam - best_lam).abs().mean().item()
 
 
-def show(rows: dict[str, Row]) -> None:
-    """Prints Table 1 of the paper beside ours."""
-    columns = "  ΔL_V(θ1)  |λ1 − λ†|  ΔL_V(θ2)  |λ2 − λ†|"
-    print(f"\n{'':8}{'Table 1 of the paper':^{len(columns)}}    {'this run':^{len(columns)}}")
-    print(f"{'':8}{columns}    {columns}")
-    for method, paper in PAPER.items():
-        cells = ["".join(_cell(row)) for row in (paper, rows[method])]
-        print(f"{method:8}{cells[0]}    {cells[1]}")
+def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Lists all cells; ClipR updates λ at every step and takes longest: it goes first."""
+    count = options.seeds
+    found = [{"method": method, "first": 0, "last": count} for method in reversed(METHODS)]
+    alone = range(min(count, ALONE))
+    return [*found, *({"method": DEFAULT, "first": i, "last": i + 1} for i in alone)]
 
 
-def _cell(row: Row) -> list[str]:
-    return [f"{row[0]:+9.2f}%", f"{row[1]:11.3f}", f"{row[2]:+9.2f}%", f"{row[3]:11.3f}"]
+def rows_of(experiment: Experiment) -> list[list[str]]:
+    """Makes the lines of the table: the paper's figures, and ours."""
+    lines = []
+    for method in [*METHODS, DEFAULT]:
+        found = experiment.where(method=method)
+        count = sum(int(row["last"]) - int(row["first"]) for row in found)
+        paper = PAPER.get(method)
+        cells = ["–"] * 4 if paper is None else [f"{number:.3f}" for number in paper]
+        cells += [
+            f"{fmean(float(row[column]) for row in found):.3f}" if found else "–"
+            for column in COLUMNS
+        ]
+        lines.append([method, *cells, str(count)])
+    return lines
+
+
+def draw(experiment: Experiment) -> None:
+    """Draws how far λ is from its optimum, over the steps."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        note("no picture: matplotlib is not there")
+        return
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for method in [*METHODS, DEFAULT]:
+        traces = [json.loads(row["trace"]) for row in experiment.where(method=method)]
+        if traces:
+            steps = [step for step, _ in traces[0]]
+            means = [
+                fmean(values) for values in zip(*([v for _, v in t] for t in traces), strict=True)
+            ]
+            width = 2.5 if method == DEFAULT else 1.5
+            axes.plot(steps, means, label=method, linewidth=width)
+    axes.axvline(experiment.options.steps, color="gray", linestyle=":", linewidth=1)
+    axes.annotate(
+        "learning rate / 10",
+        (experiment.options.steps, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -12),
+        textcoords="offset points",
+        color="gray",
+    )
+    axes.set(xlabel="step", ylabel="mean of |λ − λ†|", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(experiment.output / f"{experiment.name}.png", dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    arguments = parser(__doc__, seeds=50, needs_data=False)
+    options = arguments.parse_args()
+    options.steps = 500 if options.scale == "tiny" else 20_000
+    if options.scale == "tiny":
+        options.seeds = min(options.seeds, 3)
+    experiment = Experiment(
+        f"quadratic_{options.scale}", ("method", "first", "last"), train, options, options.output
     )
-    parser.add_argument("--runs", type=int, default=50, help="number of problems")
-    parser.add_argument("--steps", type=int, default=20_000, help="steps in each of the two phases")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
-    arguments = parser.parse_args()
-
-    problems = sample_problems(arguments.runs, arguments.seed)
-    best_lam = problems.best_lam
-    norms = problems.tangent_norm(best_lam)
-    print(
-        f"{arguments.runs} problems, 2 × {arguments.steps} steps. "
-        f"λ† in [{best_lam.min():.3f}, {best_lam.max():.3f}], "
-        f"‖dθ*/dλ‖ in [{norms.min():.2f}, {norms.max():.2f}], "
-        f"H in [{problems.h.min():.0f}, {problems.h.max():.0f}], λ_0 = 0"
-    )
-    start = time.perf_counter()
-    rows: dict[str, Row] = {}
-    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        # ClipR updates λ at every step and takes longest: it goes first.
-        jobs = [
-            pool.submit(train, method, arguments.runs, arguments.steps, arguments.seed)
-            for method in reversed(METHODS)
-        ]
-        for job in as_completed(jobs):
-            method, row, seconds = job.result()
-            rows[method] = row
-            print(f"{method:8} done in {seconds:4.0f} s", flush=True)
-    show(rows)
-    print(f"\n{time.perf_counter() - start:.0f} s in all")
+    experiment.run(cells(options))
+    headers = ["method", *(f"paper: {c}" for c in COLUMNS), *COLUMNS, "problems"]
+    experiment.report("Quadratic function", [table(headers, rows_of(experiment))])
+    draw(experiment)
 
 
 if __name__ == "__main__":
