@@ -1,9 +1,9 @@
 """What the experiments share: cells that are kept as they are finished, tables, versions.
 
 An experiment is a list of cells. A cell is one training, named by a few columns (method, start,
-seed …); its results are further columns. Each finished cell is a line of OUTPUT/NAME.csv, and is not
-run again: a script can be stopped (Ctrl-C) and goes on where it was. A line that is deleted is run
-anew. Tables and pictures are made of that file, also while cells are missing.
+seed …); its results are further columns. Each finished cell is a line of OUTPUT/NAME.csv, and is
+not run again: a script can be stopped (Ctrl-C) and goes on where it was. A line that is deleted is
+run anew. Tables and pictures are made of that file, also while cells are missing.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import os
 import platform
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -73,23 +74,33 @@ class Experiment:
         if not missing:
             return True
         begin = time.monotonic()
+        for count, (cell, results) in enumerate(self._results(missing), 1):
+            self._keep(cell, results)
+            left = (time.monotonic() - begin) / count * (len(missing) - count)
+            note(
+                f"{count:5}/{len(missing)}  {' '.join(self._key(cell))}  ({left / 60:.0f} min left)"
+            )
+        return all(self._key(cell) in self.rows for cell in missing)
+
+    def _results(
+        self, cells: Sequence[dict[str, Any]]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Trains, here or in other processes; yields each cell with its results as they come."""
+        if self.options.workers == 1:
+            quiet()
+            for cell in cells:
+                yield cell, _train(self.train, cell, self.options)
+            return
         pool = ProcessPoolExecutor(self.options.workers, get_context("spawn"), _start_worker)
-        jobs = {pool.submit(_train, self.train, cell, self.options): cell for cell in missing}
+        jobs = {pool.submit(_train, self.train, cell, self.options): cell for cell in cells}
         try:
-            for count, job in enumerate(as_completed(jobs), 1):
-                self._keep(jobs[job], job.result())
-                left = (time.monotonic() - begin) / count * (len(missing) - count)
-                what = " ".join(self._key(jobs[job]))
-                note(f"{count:5}/{len(missing)}  {what}  ({left / 60:.0f} min left)")
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
         except KeyboardInterrupt:
             note("stopping; trainings under way are finished first")
             pool.shutdown(cancel_futures=True)
-            for job, cell in jobs.items():
-                if job.done() and not job.cancelled() and self._key(cell) not in self.rows:
-                    self._keep(cell, job.result())
-            return False
+            yield from ((jobs[j], j.result()) for j in jobs if j.done() and not j.cancelled())
         pool.shutdown()
-        return True
 
     def _keep(self, cell: Mapping[str, Any], results: Mapping[str, Any]) -> None:
         row = {name: _text(value) for name, value in {**cell, **results}.items()}
@@ -182,7 +193,8 @@ def trainer(steps: int, callbacks: Sequence[Callback] = (), **options: Any) -> l
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Returns a table in Markdown."""
     lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    texts = ([str(cell).replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in texts)
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
@@ -203,7 +215,8 @@ def command() -> str:
 def environment() -> str:
     """Returns the class of the machine, and the versions."""
     return (
-        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{os.cpu_count()} cores of a server ({platform.machine()}), one for each training; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"lightning {lightning.__version__}"
     )
 

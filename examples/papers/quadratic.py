@@ -7,7 +7,7 @@ Section 4.1 of the paper tunes one λ on
 with θ of dimension 20 and a diagonal H. Its optimum is known: λ† = θ̄ᵀH(θ̄ − θ̃) / θ̄ᵀHθ̃. One phase
 of gradient descent with learning rate η = 1e-3 is followed by a phase with η = 1e-4; λ moves by
 plain gradient steps with learning rate 0.1 η, from 0. Beside the paper's methods stands
-``OnlineHPOCallback()`` as it is, which chooses its own rate, and which trains one problem at a time.
+``OnlineHPOCallback()`` as it is, which chooses its own rate; it trains one problem at a time.
 
     python examples/papers/quadratic.py                   # 50 problems, 10 of them by the default
     python examples/papers/quadratic.py --scale tiny      # a glance
