@@ -4,11 +4,20 @@
 from lightning_hpo.callback import OnlineHPOCallback
 
 # How hypergradients are estimated
-from lightning_hpo.estimators import T1T2, ClipR, Estimator, Implicit, UnrollK
+from lightning_hpo.estimators import (
+    T1T2,
+    ClipR,
+    Estimator,
+    Implicit,
+    PolicyGradient,
+    UnrollK,
+)
 
 # What is tuned
 from lightning_hpo.hyperparameters import (
+    BernoulliHyperparameter,
     Box,
+    CategoricalHyperparameter,
     Constraint,
     Hyperparameter,
     Interval,
@@ -43,7 +52,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "T1T2",
+    "BernoulliHyperparameter",
     "Box",
+    "CategoricalHyperparameter",
     "ClipR",
     "Constraint",
     "DropoutMixin",
@@ -61,6 +72,7 @@ __all__ = [
     "LabelSmoothing",
     "LossWeightMixin",
     "OnlineHPOCallback",
+    "PolicyGradient",
     "Positive",
     "Simplex",
     "TunableDropout",

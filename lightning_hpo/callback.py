@@ -305,7 +305,7 @@ class OnlineHPOCallback(pl.Callback):
         every = run.strategy.every_n_steps
         diagnosis = Diagnosis(
             subjects={
-                name: Subject.of(name, h.constraint, run.initial[name], estimators.get(name))
+                name: Subject.of(name, h, run.initial[name], estimators.get(name))
                 for name, h in run.hyperparameters.items()
             },
             clock=run.clock,

@@ -21,7 +21,7 @@ from lightning_hpo._trainer import is_foreign, overrides
 from lightning_hpo.auto import is_adaptive, is_decoupled
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep, is_elementwise
-from lightning_hpo.estimators import Estimator
+from lightning_hpo.estimators import Estimator, PolicyGradient, serves_choices
 from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.regularizers import IndexedDataset, Penalty, PenaltyMixin
 from lightning_hpo.regularizers.constants import SHARDED
@@ -560,6 +560,49 @@ def assign(
         )
     tuned = {pattern: [name for name in own if name in names] for pattern, own in served.items()}
     return [(pattern, estimators[pattern], own) for pattern, own in tuned.items() if own], findings
+
+
+def assign_choices(
+    assigned: Sequence[tuple[str, Estimator, list[str]]], choices: Collection[str]
+) -> tuple[list[tuple[str, Estimator, list[str]]], list[str]]:
+    """Gives choices among what is tuned to a :class:`PolicyGradient` with the estimator named.
+
+    Args:
+        assigned: As :func:`assign` returns them.
+        choices: The names of the categorical hyperparameters.
+
+    Returns:
+        The same with choices apart, and one sentence per finding.
+    """
+    result: list[tuple[str, Estimator, list[str]]] = []
+    findings = []
+    for pattern, estimator, names in assigned:
+        own = [name for name in names if name in choices]
+        others = [name for name in names if name not in choices]
+        is_policy = isinstance(estimator, PolicyGradient)
+        if is_policy and others:
+            findings.append(
+                f"PolicyGradient learns choices, but {others} are none. Give them an estimator of "
+                "their own: {'" + (own[0] if own else "…") + "': PolicyGradient(), '*': T1T2()}"
+            )
+        if own and not is_policy and not serves_choices(estimator):
+            findings.append(
+                f"{type(estimator).__name__} cannot learn choices such as {own}. Give them "
+                f"PolicyGradient(), for example {{{own[0]!r}: PolicyGradient(), '*': …}}"
+            )
+        elif own and not is_policy:
+            if others:
+                result.append((pattern, estimator, others))
+            result.append((f"{pattern} (choices)", PolicyGradient(estimator), own))
+            continue
+        result.append((pattern, estimator, names))
+    policies = [pattern for pattern, each, _ in result if isinstance(each, PolicyGradient)]
+    if len(policies) > 1:
+        findings.append(
+            f"The patterns {policies} each have a PolicyGradient, expected one: choices are "
+            "learned together, from the same held-out losses. Give them one pattern"
+        )
+    return result, findings
 
 
 def check_arguments(

@@ -17,7 +17,16 @@ from lightning_hpo._stopwatch import Stopwatch
 from lightning_hpo._tensors import widened
 from lightning_hpo.distributed import local, norm_over_shards
 from lightning_hpo.estimators import ClipR, Estimator, UnrollK
-from lightning_hpo.hyperparameters import Constraint, Interval, Positive, UnitInterval
+from lightning_hpo.hyperparameters import (
+    CategoricalHyperparameter,
+    Constraint,
+    Hyperparameter,
+    Interval,
+    Positive,
+    Softmax,
+    UnitInterval,
+    described,
+)
 from lightning_hpo.hyperparameters.constraints import Unconstrained
 from lightning_hpo.monitoring import History, HistoryRecord
 from lightning_hpo.overlap import overlap
@@ -57,6 +66,7 @@ class Subject:
         radius: Where ``ClipR`` clips its tangent.
         span: How many steps back its hypergradient sees; ``inf``: all.
         is_option: Whether it is an option of the model's optimizer.
+        choices: What it chooses from, if its values are probabilities of choices.
     """
 
     constraint: Constraint
@@ -64,13 +74,16 @@ class Subject:
     radius: float = math.inf
     span: float = math.inf
     is_option: bool = False
+    choices: tuple[Any, ...] = ()
 
     @classmethod
     def of(
-        cls, name: str, constraint: Constraint, initial: Any, estimator: Estimator | None
+        cls, name: str, h: Hyperparameter, initial: Any, estimator: Estimator | None
     ) -> Subject:
         """Describes a hyperparameter and the estimator that serves it."""
-        subject = cls(constraint, initial, is_option=name.startswith("optimizer."))
+        subject = cls(h.constraint, initial, is_option=name.startswith("optimizer."))
+        if isinstance(h, CategoricalHyperparameter):
+            subject.choices = h.choices
         if isinstance(estimator, ClipR):
             subject.radius = estimator.radius
             kept = estimator.decay**estimator.stride
@@ -328,8 +341,8 @@ class Diagnosis:
         parts = []
         for name, subject in self.subjects.items():
             gradients = tables["hypergradients"].get(name)
-            if gradients is None:
-                continue
+            if gradients is None or subject.choices:
+                continue  # what a choice does at once is no sum over windows
             if isinstance(subject.initial, dict):
                 gradients = gradients[:, [0, 2]]  # the smallest and the largest
             # What a change of λ over the whole training does is the sum of what windows show.
@@ -425,7 +438,8 @@ class Diagnosis:
             moving += trend.startswith("still")
             bounded += side is not None
             remark = trend if side is None else f"{trend}, at its {side}"
-            rows.append((name, _short(subject.initial), _short(_last(subject, values)), remark))
+            first, last = _described(subject, subject.initial), _last(subject, values)
+            rows.append((name, first, _described(subject, last), remark))
         shown = rows[:_ROWS]
         widths = [max(len(row[i]) for row in shown) for i in range(3)]
         lines = [
@@ -542,9 +556,11 @@ def _movement(subject: Subject, values: Tensor) -> str:
     table = _elements(values, subject)
     if len(table) < 10:
         return "too few updates to see a trend"
+    if subject.choices:
+        table = table[:, table[-1].argmax(), None]  # the most probable one
     tail = table[-(len(table) // 5) - 1 :]
     try:
-        is_raw = isinstance(subject.constraint, Unconstrained)
+        is_raw = isinstance(subject.constraint, (Unconstrained, Softmax))
         raw = (tail if is_raw else subject.constraint.inverse(tail)).mean(1)
     except ValueError:  # a constraint of the user's, which may look at the whole tensor
         is_raw, raw = True, tail.mean(1)
@@ -562,6 +578,14 @@ def _last(subject: Subject, values: Tensor) -> Any:
     if isinstance(subject.initial, dict):
         return dict(zip(("min", "mean", "max", "norm"), last, strict=True))
     return last if len(last) > 1 else last[0]
+
+
+def _described(subject: Subject, value: Any) -> str:
+    """Returns a value in words; of choices, the most probable ones."""
+    if not subject.choices:
+        return _short(value)
+    probabilities = value if isinstance(value, list) else [1 - value, value]
+    return described(subject.choices, probabilities)
 
 
 def _short(value: Any) -> str:

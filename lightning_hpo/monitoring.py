@@ -263,7 +263,7 @@ def make_record(
     """Collects a record; every tensor is copied to the CPU."""
     return HistoryRecord(
         step=step,
-        values={name: as_numbers(h().detach()) for name, h in hyperparameters.items()},
+        values={name: as_numbers(h.value) for name, h in hyperparameters.items()},
         hypergradients={
             name: _summary(h) if h.numel() > SUMMARY_ABOVE else h.detach().cpu().clone()
             for name, h in hypergradients.items()

@@ -28,7 +28,7 @@ from lightning_hpo.batch_copy import copy_batch
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
 from lightning_hpo.exchange import ModuleState, pack_state, place_state
 from lightning_hpo.held_out import HeldOutBatch
-from lightning_hpo.hyperparameters import Hyperparameter
+from lightning_hpo.hyperparameters import CategoricalHyperparameter, Hyperparameter
 from lightning_hpo.kernels import (
     differentiable_checkpoints,
     eager,
@@ -104,6 +104,7 @@ class TrainingObjective:
         self._trainer = trainer
         self._module = module
         self._hyperparameters = list(hyperparameters)
+        self._choices = [h for h in hyperparameters if isinstance(h, CategoricalHyperparameter)]
         self.shield = Shield(trainer, module)
         self._previous: tuple[ModuleState, RandomState] | None = None
 
@@ -328,6 +329,7 @@ class TrainingObjective:
                 values: Sequence[Tensor], lam: Sequence[Tensor]
             ) -> tuple[Tensor | None, list[Tensor]]:
                 evaluation.close()
+                at_rest = [h.raw for h in self._hyperparameters]
                 present = values[len(theta) : len(theta) + len(followed)]
                 moving = [Standing.of(r) if is_traced else r.detach().clone() for r in present]
                 swaps = {
@@ -347,12 +349,33 @@ class TrainingObjective:
                     self._without_autocast() if full_precision else nullcontext(),
                     self.shield.gradients_aside(),
                 ):
+                    for h in self._choices:
+                        h.was_asked = False
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
                     value = _training_loss(step(*arguments))
+                    value = self._weighted(value, lam, at_rest)
                 # The step may have put others in their place.
                 return value, self.statistics.buffers() if followed else []
 
             yield evaluate
+
+    def _weighted(
+        self, loss: Tensor | None, lam: Sequence[Tensor], at_rest: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Multiplies a loss by p_φ(a) / p_φ'(a) of the choices a that the step has asked for.
+
+        φ' is where the choices were drawn: the factor is 1, and its derivative that of log p_φ(a).
+        With it the loss has the mixed derivative B = ∇θL ∇φ log p_φ(a)ᵀ, whose mean over a is that
+        of the expected loss.
+        """
+        factors = [
+            h.distribution(raw).logits[h.drawn] - h.distribution(own).logits[h.drawn].detach()
+            for h, raw, own in zip(self._hyperparameters, lam, at_rest, strict=True)
+            if isinstance(h, CategoricalHyperparameter) and h.was_asked and h.drawn is not None
+        ]
+        if loss is None or not factors:
+            return loss
+        return loss * torch.stack(factors).sum().exp()
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
         if self.rounding is None:
@@ -441,9 +464,11 @@ class ValidationObjective:
 
     Attributes:
         loss: L_V where it was last taken, a scalar of this rank; None before.
+        asked: The choices that it has asked for.
     """
 
     loss: Tensor | None = None
+    asked: Sequence[CategoricalHyperparameter] = ()
 
     def __init__(
         self,
@@ -459,6 +484,7 @@ class ValidationObjective:
         self._monitor = monitor
         self._shield = shield or Shield(trainer, module)
         self._entry = ValidationEntry(trainer, module)
+        self._choices = [m for m in module.modules() if isinstance(m, CategoricalHyperparameter)]
         self._metrics_keep_graphs = False
 
     def settle(self, batch: HeldOutBatch, theta: Sequence[Tensor]) -> None:
@@ -536,7 +562,10 @@ class ValidationObjective:
                 self._trainer.precision_plugin.val_step_context(),
                 self._shield.gradients_aside(),
             ):
+                for h in self._choices:
+                    h.was_asked = False
                 loss = self._evaluate(batch, logged)
+                self.asked = [h for h in self._choices if h.was_asked]
             self.loss = loss.detach()
             # As in training: without its factor, gradients in float16 would vanish.
             scale = _scaler_factor(self._trainer)

@@ -17,15 +17,21 @@ from lightning_hpo._stopwatch import Stopwatch
 from lightning_hpo.auto import Starts
 from lightning_hpo.auto import settle as settle_starts
 from lightning_hpo.averages import Averages
+from lightning_hpo.choices import Choices
 from lightning_hpo.distributed import gather, together
 from lightning_hpo.dynamics import (
     OptimizerOptions,
     make_dynamics,
 )
-from lightning_hpo.estimators import Estimator
+from lightning_hpo.estimators import Estimator, PolicyGradient
 from lightning_hpo.held_out import HeldOut
 from lightning_hpo.hyper_optimizer import HyperOptimizer, OptimizerFactory, default_optimizer
-from lightning_hpo.hyperparameters import Hyperparameter, Positive, named_hyperparameters
+from lightning_hpo.hyperparameters import (
+    CategoricalHyperparameter,
+    Hyperparameter,
+    Positive,
+    named_hyperparameters,
+)
 from lightning_hpo.monitoring import as_numbers
 from lightning_hpo.objectives import Moment, TrainingObjective, ValidationObjective
 from lightning_hpo.optimizer_verifier import OptimizerVerifier
@@ -34,6 +40,7 @@ from lightning_hpo.rng import ResumedRandomState
 from lightning_hpo.served import Served
 from lightning_hpo.signal_to_noise import SignalToNoise
 from lightning_hpo.step import (
+    ExpectedValidation,
     Recorder,
     Snapshot,
     Space,
@@ -54,6 +61,8 @@ from lightning_hpo.values import fixed_options, remember_options
 
 # What state_dict() returns changes with it; the number is part of a checkpoint.
 FORMAT = 4
+# A choice may be asked for under some other choices only: in a layer that may be left out.
+LOOKS_FOR_CHOICES = 16
 
 
 @dataclass
@@ -185,9 +194,13 @@ class Run:
         frozen = [*(known.keys() - self.hyperparameters), *fixed_options(module)]
         findings = compatibility.check_steps(module)
         assigned = None
+        every = {**known, **{f"optimizer.{option}": h for option, h in tuned.items()}}
+        drawn = {n: h for n, h in every.items() if isinstance(h, CategoricalHyperparameter)}
+        self.choices = Choices(drawn, settings.seed)
         if settings.estimators is not None:
             assigned, more = compatibility.assign(settings.estimators, names, frozen)
-            findings += more
+            assigned, others = compatibility.assign_choices(assigned, drawn.keys())
+            findings += more + others
         findings += compatibility.check_trainer(trainer, module, names, settings.derivatives)
         findings += compatibility.check_auto(trainer.optimizers, tuned)
         findings += compatibility.check_example_weights(module, trainer.train_dataloader)
@@ -434,6 +447,7 @@ class Run:
             if g is not None
         )
         training.in_loss |= read_as_numbers(training, moment)
+        training.in_loss |= self._asked_for(moment)
         options = {} if training.options is None else training.options.hyperparameters
         compatibility.refuse(
             compatibility.check_dependence(
@@ -447,6 +461,25 @@ class Run:
         warn_of_other_paths(training, moment, gradients[: len(theta)])
         return gradients[: len(theta)]
 
+    def _asked_for(self, moment: Moment) -> frozenset[str]:
+        """Names choices that the step has not asked for, but does under some other choices."""
+        objective = self.training.objective
+        raws = [h.raw for h in self.hyperparameters.values()]
+        missing = {
+            name: h
+            for name, h in self.hyperparameters.items()
+            if isinstance(h, CategoricalHyperparameter) and name not in self.training.in_loss
+        }
+        found: set[str] = set()
+        for i in range(LOOKS_FOR_CHOICES if missing else 0):
+            with (
+                self.choices.at(self.choices.sample("look", i)),
+                objective.evaluations(moment, []) as evaluate,
+            ):
+                evaluate([], raws)
+                found |= {name for name, h in missing.items() if h.was_asked}
+        return frozenset(found)
+
     # --------------------------------------------------------------------------------------- steps
 
     def _observing(self) -> list[Served]:
@@ -456,6 +489,7 @@ class Run:
 
     def before_batch(self, batch: Any, batch_idx: int) -> None:
         """Arranges to look at a micro-batch just before it is trained on, θ_t in place."""
+        self.choices.draw("training", self._trainer.current_epoch, batch_idx)
         self.rng.on_batch_start(self._trainer.strategy.root_device)
         self._skips.look(batch_idx, self._trainer.accumulate_grad_batches)
         is_seen = not self.served or bool(self._observing())
@@ -509,6 +543,12 @@ class Run:
 
     def after_batch(self) -> Update | None:
         """Updates λ where the optimizer has stepped and an update is due."""
+        try:
+            return self._after_batch()
+        finally:
+            self.choices.forget()
+
+    def _after_batch(self) -> Update | None:
         if not self.recorder.take_step():
             return None
         self.steps += 1
@@ -554,12 +594,7 @@ class Run:
         self,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str], float | None]:
         """Asks all estimators: for hypergradients and norms by name, outcomes by pattern; L_V."""
-        validation = ValidationGradient(
-            self.training,
-            self._validation,
-            self.held_out.next(),
-            is_shared=len(self.served) > 1,
-        )
+        validation = self._validation_gradient()
         gradients: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
         outcomes: dict[str, str] = {}
@@ -576,6 +611,18 @@ class Run:
             gradients.pop(name, None)
             norms.pop(name, None)
         return gradients, norms, outcomes, validation.loss()
+
+    def _validation_gradient(self) -> ValidationGradient:
+        """Makes g_V of the coming update: where there are choices, of the mean loss over them."""
+        batch = self.held_out.next()
+        policy = next(
+            (e.estimator for e in self.served if isinstance(e.estimator, PolicyGradient)), None
+        )
+        if policy is None:
+            is_shared = len(self.served) > 1
+            return ValidationGradient(self.training, self._validation, batch, is_shared=is_shared)
+        drawn = policy.draws(self.choices, "held out", self.held_out.consumed)
+        return ExpectedValidation(self.training, self._validation, batch, self.choices, drawn)
 
     # --------------------------------------------------------------------------------------- state
 
@@ -609,7 +656,7 @@ class Run:
             "check": self.recorder.check.state_dict(),
             "options": {n: {"value": v} for n, v in fixed_options(self._module).items()}
             | {
-                name: {"value": h().tolist(), "raw": h.raw.clone()}
+                name: {"value": h.fixed(), "raw": h.raw.clone()}
                 for name, h in (options.hyperparameters if options else {}).items()
             },
         }
@@ -651,5 +698,6 @@ class Run:
         What a dry run has found and tuned in its few steps is not for a training.
         """
         self.recorder.close()
+        self.choices.forget()
         for put_back in self._kept:
             put_back()

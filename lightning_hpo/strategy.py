@@ -17,9 +17,10 @@ from torch import Tensor
 from lightning_hpo._repr import counted, listed
 from lightning_hpo._trainer import length
 from lightning_hpo.auto import Starts, agreed
-from lightning_hpo.estimators import T1T2, ClipR, Estimator
+from lightning_hpo.estimators import T1T2, ClipR, Estimator, PolicyGradient
 from lightning_hpo.hyper_optimizer import DEFAULT_RATE
 from lightning_hpo.hyperparameters import (
+    CategoricalHyperparameter,
     Constraint,
     Hyperparameter,
     Interval,
@@ -163,7 +164,7 @@ def choose_estimators(
     third of the training, once per update: each costs a product with the Hessian, about three
     gradients of the training loss. The rest, or all where that would cost too much, gets ``T1T2``,
     which sees one step but costs no more for many λ than for one. What acts by random masks costs
-    two gradients per λ either way.
+    two gradients per λ either way. Choices get ``PolicyGradient``.
 
     Args:
         hyperparameters: All that are tuned, by name.
@@ -174,6 +175,8 @@ def choose_estimators(
     Returns:
         The estimators, each with a name and the hyperparameters that it serves, and the interval.
     """
+    choices = [n for n, h in hyperparameters.items() if isinstance(h, CategoricalHyperparameter)]
+    hyperparameters = {n: h for n, h in hyperparameters.items() if n not in choices}
     sizes = {name: h.raw.numel() for name, h in hyperparameters.items()}
     masked = sum(sizes[n] for n, h in hyperparameters.items() if h.difference_step is not None)
     smooth = [n for n, h in hyperparameters.items() if h.difference_step is None]
@@ -186,17 +189,24 @@ def choose_estimators(
         affordable = min(math.ceil(gradients / BUDGET), steps // LEAST_UPDATES)
         return max(1, wanted, affordable)
 
+    policies: list[tuple[str, Estimator, list[str]]] = []
+    if choices:
+        policies = [("choices", PolicyGradient(), choices)]
+        masked += 1  # a mixed derivative
     one_step = 2 * masked + (2 if any(n not in outside_loss for n in smooth) else 0)
     both = 2 * masked + 3 * len(tangents)
     if not tangents or both / BUDGET > steps / LEAST_ADVANCES:
-        return [("*", T1T2(), list(hyperparameters))], every_n_steps or interval(one_step)
+        others: list[tuple[str, Estimator, list[str]]] = []
+        if hyperparameters:
+            others = [("*", T1T2(), list(hyperparameters))]
+        return others + policies, every_n_steps or interval(one_step)
     every = every_n_steps or interval(both)
     stride = max(every, interval(both))
     clip = ClipR(radius=math.inf, decay=math.exp(-1 / (MEMORY * steps)), stride=stride)
     assigned: list[tuple[str, Estimator, list[str]]] = [("tangents", clip, tangents)]
     if rest:
         assigned.append(("one step", T1T2(), rest))
-    return assigned, every
+    return assigned + policies, every
 
 
 class TypicalValues(dict[Hyperparameter, Tensor]):

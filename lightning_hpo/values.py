@@ -36,7 +36,7 @@ def fixed_values(module: nn.Module) -> dict[str, float | list[Any] | str]:
         it. A strength with ``init="auto"`` that no training has resolved is ``"auto"``.
     """
     tuned = {**named_hyperparameters(module), **record_of(module).tuned_options}
-    values = {name: h().tolist() if h.is_resolved else "auto" for name, h in tuned.items()}
+    values = {name: h.fixed() if h.is_resolved else "auto" for name, h in tuned.items()}
     return values | fixed_options(module)
 
 
@@ -79,7 +79,7 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
         if not _is_finite(value):
             raise ValueError(f"freeze: {name!r} is {value!r}, expected a number, or a list of them")
     for name, raw in raws.items():
-        known[name].raw.copy_(known[name].constraint.project(raw.to(known[name].raw)))
+        known[name].raw.copy_(known[name].settled(raw.to(known[name].raw)))
         known[name].frozen = True
         known[name].is_initial = False
     if options:
@@ -140,7 +140,7 @@ def _raw(name: str, known: Mapping[str, Hyperparameter], value: Any) -> Tensor:
     if isinstance(value, str) and value == "auto":
         raise ValueError(_NOT_RESOLVED.format(name))
     try:
-        return h.constraint.inverse(torch.as_tensor(value, dtype=h.raw.dtype))
+        return h.raw_of(value)
     except ValueError as error:
         raise ValueError(f"freeze: the value of {name!r} is refused: {error}") from None
 

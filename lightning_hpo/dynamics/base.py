@@ -51,6 +51,7 @@ class OptimizerStep:
             belongs to no parameter.
         rng: The random state before this step, of an optimizer that draws numbers.
         loss: What the optimizer's closure has returned; None where it had none.
+        choices: The options of the optimizer that were drawn for this step, by index.
     """
 
     options: list[dict[str, Any]]
@@ -66,6 +67,7 @@ class OptimizerStep:
     own: dict[str, Any] = field(default_factory=dict)
     rng: RandomState | None = None
     loss: Any = None
+    choices: dict[str, int] = field(default_factory=dict)
 
     @property
     def lr(self) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning_hpo.dynamics.base import OptimizerStep
 from lightning_hpo.dynamics.generic import GenericDynamics
 from lightning_hpo.dynamics.state import THETA, State, entry
 from lightning_hpo.hyperparameters import (
+    CategoricalHyperparameter,
     Constraint,
     Hyperparameter,
     Interval,
@@ -82,7 +84,9 @@ class OptimizerOptions:
                     "for all"
                 )
             h = hyperparameter or self._default(option, values)
-            if h.raw.numel() != len(values):
+            if isinstance(h, CategoricalHyperparameter):
+                _check_choices(option, h, values)
+            elif h.raw.numel() != len(values):
                 raise ValueError(
                     f"The option {option!r} of {type(optimizer).__name__} has {len(values)} "
                     f"number(s), the value to be tuned or fixed has {h.raw.numel()}"
@@ -124,16 +128,28 @@ class OptimizerOptions:
         h = self._by_option[option]
         if not h.is_resolved:
             return  # the optimizer's own acts meanwhile
-        raw = self._raw(option)
-        start = self._starts.get(option)
-        is_first = start is not None and torch.equal(raw, start[0])
-        value = start[1] if is_first else _numbers(h.constraint(raw))  # type: ignore[index]
+        value: Any
+        if isinstance(h, CategoricalHyperparameter):
+            value = float(h())
+        else:
+            raw = self._raw(option)
+            start = self._starts.get(option)
+            is_first = start is not None and torch.equal(raw, start[0])
+            value = start[1] if is_first else _numbers(h.constraint(raw))  # type: ignore[index]
         for group in self._optimizer.param_groups:
             if option == "lr" and self._is_scale:
                 assert isinstance(value, float)
                 group[option] = value * float(group["lr"])
             else:
                 group[option] = value
+
+    def drawn(self) -> dict[str, int]:
+        """Returns the indices of the choices that are in force."""
+        return {
+            option: h.index
+            for option, h in self._by_option.items()
+            if isinstance(h, CategoricalHyperparameter)
+        }
 
     def unresolved(self) -> dict[str, Hyperparameter]:
         """The hyperparameters whose values are not known yet, by name."""
@@ -178,22 +194,49 @@ class OptimizerOptions:
         for option, h in self._by_option.items():
             if f"optimizer.{option}" not in names or not h.is_resolved:
                 continue
+            if isinstance(h, CategoricalHyperparameter):
+                result[f"optimizer.{option}"] = self._of_choice(step, option, h)
+                continue
             entries = []
             for i in range(h.raw.numel()):
                 ahead, behind = (
                     self._moved(step, option, h, i, sign * _EPSILON) for sign in (1.0, -1.0)
                 )
-                entries.append(
-                    {
-                        name: {
-                            at: (value - behind[name][at]) / (2 * _EPSILON)
-                            for at, value in values.items()
-                        }
-                        for name, values in ahead.items()
-                    }
-                )
+                entries.append(_difference(ahead, behind, 2 * _EPSILON))
             result[f"optimizer.{option}"] = entries
         return result
+
+    def _of_choice(
+        self, step: OptimizerStep, option: str, h: CategoricalHyperparameter
+    ) -> list[dict[str, dict[int, Tensor]]]:
+        """Returns (v − v̄) ∂s'/∂v ∇φ log p_φ(v) of a value v that was drawn, v̄ their mean.
+
+        Its mean over v is the derivative of the mean of s', where that is linear in the option, as
+        it is in a learning rate.
+        """
+        index = step.choices[option]
+        values = [float(choice) for choice in h.choices]
+        value = values[index]
+        mean = sum(p * v for p, v in zip(h.probabilities(), values, strict=True))
+        width = _EPSILON * max(map(abs, values))
+
+        def moved(distance: float) -> dict[str, dict[int, Tensor]]:
+            if option == "lr":
+                ratio = (value + distance) / value
+                options = [{**o, "lr": float(o["lr"]) * ratio} for o in step.options]
+            else:
+                options = [{**o, option: value + distance} for o in step.options]
+            return self._dynamics.run_in_double(step, options)
+
+        slope = _difference(moved(width), moved(-width), 2 * width / (value - mean or 1.0))
+        with torch.enable_grad():
+            raw = h.raw.detach().clone().requires_grad_()
+            (score,) = torch.autograd.grad(h.distribution(raw).logits[index], raw)
+        scores = score.flatten().tolist() if value != mean else [0.0] * score.numel()
+        return [
+            {n: {at: s * t for at, t in tensors.items()} for n, tensors in slope.items()}
+            for s in scores
+        ]
 
     def _moved(
         self, step: OptimizerStep, option: str, h: Hyperparameter, i: int, distance: float
@@ -210,6 +253,34 @@ class OptimizerOptions:
         else:
             options = [{**o, option: value} for o in step.options]
         return self._dynamics.run_in_double(step, options)
+
+
+def _difference(
+    ahead: dict[str, dict[int, Tensor]], behind: dict[str, dict[int, Tensor]], width: float
+) -> dict[str, dict[int, Tensor]]:
+    return {
+        name: {at: (value - behind[name][at]) / width for at, value in values.items()}
+        for name, values in ahead.items()
+    }
+
+
+def _check_choices(option: str, h: CategoricalHyperparameter, values: Sequence[Any]) -> None:
+    """Refuses choices that an option cannot take.
+
+    Raises:
+        ValueError: If they are no numbers, or the option is no single one.
+    """
+    least = 0.0 if option == "lr" else -math.inf
+    fits = [
+        isinstance(c, (int, float)) and not isinstance(c, bool) and least < c < math.inf
+        for c in h.choices
+    ]
+    if len(values) != 1 or not all(fits):
+        raise ValueError(
+            f"The option {option!r} of the optimizer is to be chosen among {list(h.choices)}, "
+            f"expected {'positive' if option == 'lr' else 'finite'} numbers for an option that is "
+            "a single number"
+        )
 
 
 def add_to_tangent_(

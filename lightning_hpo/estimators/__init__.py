@@ -3,6 +3,7 @@
 from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.estimators.clip import ClipR
 from lightning_hpo.estimators.implicit import Implicit, SolverOutcome
+from lightning_hpo.estimators.policy_gradient import PolicyGradient, serves_choices
 from lightning_hpo.estimators.t1t2 import T1T2
 from lightning_hpo.estimators.unroll import UnrollK
 
@@ -12,6 +13,8 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Implicit",
+    "PolicyGradient",
     "SolverOutcome",
     "UnrollK",
+    "serves_choices",
 ]

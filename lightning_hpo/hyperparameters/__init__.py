@@ -1,5 +1,11 @@
 """What is tuned: hyperparameters and the constraints on them."""
 
+from lightning_hpo.hyperparameters.categorical import (
+    BernoulliHyperparameter,
+    CategoricalHyperparameter,
+    Softmax,
+    described,
+)
 from lightning_hpo.hyperparameters.constraints import (
     Box,
     Constraint,
@@ -13,14 +19,18 @@ from lightning_hpo.hyperparameters.constraints import (
 from lightning_hpo.hyperparameters.hyperparameter import Hyperparameter, named_hyperparameters
 
 __all__ = [
+    "BernoulliHyperparameter",
     "Box",
+    "CategoricalHyperparameter",
     "Constraint",
     "Hyperparameter",
     "Interval",
     "L1Ball",
     "Positive",
     "Simplex",
+    "Softmax",
     "Unconstrained",
     "UnitInterval",
+    "described",
     "named_hyperparameters",
 ]

@@ -162,8 +162,7 @@ class Hyperparameter(nn.Module):
             TypeError: If what is assigned is no number and no tensor.
             ValueError: If it has another shape, or lies outside the constraint.
         """
-        value: Tensor = self()
-        return value.detach()
+        return self.constraint(self.raw).detach()
 
     @value.setter
     def value(self, value: float | Tensor) -> None:
@@ -188,6 +187,22 @@ class Hyperparameter(nn.Module):
             self.raw.copy_(raw)
         self._is_resolved = True
         self.is_initial = False
+
+    def fixed(self) -> Any:
+        """Returns the value as a number or nested lists, for :func:`fixed_values`."""
+        return self.value.tolist()
+
+    def raw_of(self, value: Any) -> Tensor:
+        """Returns the raw tensor of what :meth:`fixed` returned.
+
+        Raises:
+            ValueError: If it lies outside the constraint.
+        """
+        return self.constraint.inverse(torch.as_tensor(value, dtype=self.raw.dtype))
+
+    def settled(self, raw: Tensor) -> Tensor:
+        """Returns the raw tensor that stands for ``raw`` once nothing is tuned: that itself."""
+        return self.constraint.project(raw)
 
     def extra_repr(self) -> str:
         """Shows the value, the constraint, and whether it is frozen."""

@@ -12,11 +12,12 @@ from lightning_hpo.step.step import Step
 from lightning_hpo.step.tangents import Tangents
 from lightning_hpo.step.trace_check import TraceCheck
 from lightning_hpo.step.training_map import TrainingMap
-from lightning_hpo.step.validation import ValidationGradient
+from lightning_hpo.step.validation import ExpectedValidation, ValidationGradient
 from lightning_hpo.step.value_check import check_value
 
 __all__ = [
     "Effect",
+    "ExpectedValidation",
     "Observer",
     "Recorder",
     "Snapshot",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import filled, rows, separate, widened
+from lightning_hpo.choices import Choices, Indices
 from lightning_hpo.distributed import average_, sum_over_shards
 from lightning_hpo.held_out import HeldOutBatch
 from lightning_hpo.objectives import ValidationObjective
@@ -136,3 +137,61 @@ class ValidationGradient:
         loss = self._loss_to_average(result[0].dtype)
         average_(loss if self._training.sharded else [*result, *loss])
         return result
+
+
+class ExpectedValidation(ValidationGradient):
+    """g_V of the mean of L_V(θ, a) over choices a, and each of these losses.
+
+    Args:
+        training: What all steps of the training share.
+        objective: L_V.
+        batch: The held-out batch, the same for all choices.
+        choices: Those of the training.
+        drawn: The choices to look at, each with its weight in the mean.
+
+    Attributes:
+        drawn: See above.
+        asked: The names of those that L_V has asked for; empty before :meth:`losses`.
+    """
+
+    def __init__(
+        self,
+        training: TrainingMap,
+        objective: ValidationObjective,
+        batch: HeldOutBatch,
+        choices: Choices,
+        drawn: Sequence[tuple[Indices, float]],
+    ) -> None:
+        super().__init__(training, objective, batch, is_shared=True)
+        self.drawn = list(drawn)
+        self.asked: frozenset[str] = frozenset()
+        self._choices = choices
+        self._losses: list[float] = []
+
+    def losses(self) -> list[float]:
+        """Returns L_V(θ, a) of each choice, averaged over the ranks."""
+        self._shared()
+        return self._losses
+
+    def _take(self) -> list[Tensor]:
+        total: list[Tensor] = []
+        statistics: list[Tensor] = []
+        loss: Tensor | None = None
+        self._losses = []
+        for indices, weight in self.drawn:
+            with self._choices.at(indices):
+                gradients = super()._take()
+            assert self._statistics is not None
+            assert self._loss is not None
+            self.asked |= self._choices.names_of(self._objective.asked)
+            self._losses.append(float(self._loss))
+            torch._foreach_mul_([*gradients, *self._statistics], weight)
+            if loss is None:
+                loss, total, statistics = self._loss * weight, gradients, self._statistics
+            else:
+                loss = loss + self._loss * weight
+                torch._foreach_add_(total, gradients)
+                if statistics:
+                    torch._foreach_add_(statistics, self._statistics)
+        self._loss, self._statistics = loss, statistics
+        return total

@@ -1,0 +1,257 @@
+"""PolicyGradient: choices, learned by their probabilities."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_hpo._arguments import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_integer,
+    check_number,
+)
+from lightning_hpo.choices import Choices, Indices
+from lightning_hpo.estimators.base import Estimate, Estimator
+from lightning_hpo.estimators.implicit import Implicit
+from lightning_hpo.estimators.t1t2 import T1T2
+from lightning_hpo.estimators.unroll import UnrollK
+from lightning_hpo.hyperparameters import CategoricalHyperparameter
+from lightning_hpo.step import ExpectedValidation, Space, Step, ValidationGradient
+
+Baseline = Literal["average", "leave_one_out", "none"]
+BASELINES = get_args(Baseline)
+
+# How fast moving averages forget.
+_KEPT = 0.9
+
+
+class PolicyGradient(Estimator):
+    r"""dE[L_V]/dφ of choices a ~ p_φ (Adam & Lorraine 2018, eq. 2), direct and response gradient.
+
+        direct   = E[(L_V(θ, a) − b) ∇φ log p_φ(a)]
+        response = E[(⟨u, ∇θL_T(θ, a)⟩ − b') ∇φ log p_φ(a)]
+        estimate = direct + response − entropy · ∇φ H(p_φ)
+
+    The direct gradient is REINFORCE on held-out losses of choices that are drawn for the update, or
+    exact where all choices together are few: Σ_a L_V(θ, a) ∇φ p_φ(a). The response gradient, which
+    ENAS (Pham et al. 2018) takes to be 0, is what the choices of the training steps have done to θ:
+    Bᵀu with u of another estimator, B = E[∇θL_T(θ, a) ∇φ log p_φ(a)ᵀ]. An option of the optimizer
+    has a response only.
+
+    Cost per update: one validation gradient for each choice that is looked at, and the cost of the
+    other estimator. Memory: twice θ, and that of the other estimator.
+
+    Args:
+        estimator: Gives the response: :class:`T1T2` (the default), :class:`UnrollK` or
+            :class:`Implicit`.
+        response: With False, the response is left out: ENAS.
+        samples: How many choices are drawn for an update, where they are too many to look at all.
+        baseline: b. ``"average"``: a moving average of held-out losses; ``"leave_one_out"``: the
+            mean loss of the other samples; ``"none"``: 0. b' is a moving average of earlier
+            responses, or with ``"none"`` 0. They leave the mean of the estimate as it is.
+        entropy: A bonus for the entropy H of p_φ, in units of the loss, against early decisions.
+        enumerate_up_to: With at most so many combinations of choices the direct gradient is exact.
+
+    Raises:
+        TypeError: If ``estimator`` is none of these, or a flag or number is of the wrong type.
+        ValueError: If ``baseline`` is unknown, ``"leave_one_out"`` has fewer than two samples, or a
+            number is out of range.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator | None = None,
+        response: bool = True,
+        samples: int = 2,
+        baseline: Baseline = "average",
+        entropy: float = 0.0,
+        enumerate_up_to: int = 8,
+    ) -> None:
+        name = "PolicyGradient"
+        check_flag(name, response=response)
+        check_choice(name, BASELINES, baseline=baseline)
+        check_count(name, samples=samples)
+        check_integer(name, 0, enumerate_up_to=enumerate_up_to)
+        check_number(name, "a finite number ≥ 0", lambda x: 0 <= x < math.inf, entropy=entropy)
+        if baseline == "leave_one_out" and samples < 2:
+            raise ValueError(
+                f"{name}: baseline='leave_one_out' with samples={samples}, expected at least 2: it "
+                "is the mean of the others"
+            )
+        estimator = T1T2() if estimator is None else estimator
+        if not serves_choices(estimator):
+            raise TypeError(
+                f"{name}: estimator={estimator!r} cannot give the response of choices, expected "
+                "T1T2, UnrollK or Implicit: others would carry the noise of every earlier draw"
+            )
+        self.estimator = estimator
+        self.response = response
+        self.samples = samples
+        self.baseline = baseline
+        self.entropy = float(entropy)
+        self.enumerate_up_to = enumerate_up_to
+        self.horizon = estimator.horizon if response else 1
+        self.window = estimator.window if response else 0
+        self.uses_hessian = response and estimator.uses_hessian
+        self.restart = response and estimator.restart
+        self.follows_statistics = response and estimator.follows_statistics
+
+    def setup(self, space: Space) -> None:
+        """Starts a training."""
+        super().setup(space)
+        self._inner = copy.copy(self.estimator)
+        self._inner.setup(space)
+        self._policy = {
+            name: h
+            for name, h in space.hyperparameters.items()
+            if isinstance(h, CategoricalHyperparameter)
+        }
+        self._score = self._zeros()
+        self._mean_loss = math.nan
+        self._mean_response = 0.0
+
+    @property
+    def kind(self) -> str:
+        """That of the other estimator is a part of it."""
+        inner = self._inner.kind if self.response else "no response"
+        return f"PolicyGradient({inner})"
+
+    def draws(self, choices: Choices, *place: object) -> list[tuple[Indices, float]]:
+        """Returns the choices to look at in an update, each with its weight in the mean loss.
+
+        Args:
+            choices: Those of the training.
+            place: What identifies the update.
+        """
+        options = set(self.space.options)
+        names = [name for name in self._policy if name not in options]
+        number = math.prod(len(self._policy[name].choices) for name in names)
+        self._is_exact = number <= self.enumerate_up_to
+        if not self._is_exact:
+            return [(choices.sample(*place, i), 1 / self.samples) for i in range(self.samples)]
+        others = choices.sample(*place)
+        return [({**others, **own}, weight) for own, weight in choices.every(names)]
+
+    def observe(self, step: Step) -> None:
+        """Lets the other estimator see the step."""
+        self._inner.observe(step)
+        for total, score in zip(self._score, self._scores({}), strict=True):
+            total += score
+
+    def hypergradient(self, validation: ValidationGradient) -> Estimate | None:
+        """Returns direct and response gradient, with respect to raw λ: logits φ."""
+        assert isinstance(validation, ExpectedValidation)
+        total = self._zeros()
+        outcome = None
+        if self.response:
+            estimate = self._inner.hypergradient(validation)
+            score, self._score = self._score, self._zeros()
+            if estimate is None:
+                return None
+            outcome = estimate.outcome
+            torch._foreach_add_(total, estimate.gradients)
+            self._subtract_baseline_(total, score)
+        torch._foreach_add_(total, self._direct(validation))
+        if self.entropy:
+            torch._foreach_add_(total, self._entropy_slopes(), alpha=-self.entropy)
+        return Estimate(total, outcome=outcome)
+
+    def _subtract_baseline_(self, response: list[Tensor], score: list[Tensor]) -> None:
+        """Subtracts b' Σ ∇φ log p_φ(a) over the steps of the window, whose mean is 0."""
+        size = sum(float(s.square().sum()) for s in score)
+        if self.baseline == "none" or not size > 0:
+            return
+        pairs = zip(response, score, strict=True)
+        found = sum(float((r * s).sum()) for r, s in pairs) / size
+        torch._foreach_add_(response, score, alpha=-self._mean_response)
+        if math.isfinite(found):
+            self._mean_response += (1 - _KEPT) * (found - self._mean_response)
+
+    def _direct(self, validation: ExpectedValidation) -> list[Tensor]:
+        """Returns the direct gradient, of the choices that the held-out loss depends on."""
+        losses = validation.losses()
+        drawn = validation.drawn
+        if self._is_exact:
+            weights = [weight for _, weight in drawn]
+            mean = sum(w * loss for w, loss in zip(weights, losses, strict=True))
+            # Without a baseline the sum is the same, but for rounding.
+            factors = [w * (loss - mean) for w, loss in zip(weights, losses, strict=True)]
+        else:
+            factors = [
+                (loss - self._baseline(losses, i)) / len(losses) for i, loss in enumerate(losses)
+            ]
+            mean = sum(losses) / len(losses)
+        if math.isfinite(mean):
+            before = self._mean_loss if math.isfinite(self._mean_loss) else mean
+            self._mean_loss = _KEPT * before + (1 - _KEPT) * mean
+        total = self._zeros()
+        for (indices, _), factor in zip(drawn, factors, strict=True):
+            known = {name: indices[name] for name in validation.asked & indices.keys()}
+            torch._foreach_add_(total, self._scores(known, only=True), alpha=factor)
+        return total
+
+    def _baseline(self, losses: list[float], i: int) -> float:
+        if self.baseline == "leave_one_out":
+            return (sum(losses) - losses[i]) / (len(losses) - 1)
+        if self.baseline == "none" or not math.isfinite(self._mean_loss):
+            return 0.0
+        return self._mean_loss
+
+    def _scores(self, indices: Indices, *, only: bool = False) -> list[Tensor]:
+        """Returns ∇φ log p_φ(a) of each λ, for given choices, or for those in force.
+
+        Args:
+            indices: The choices.
+            only: Whether those that are not given have none; else they are those in force.
+        """
+        result = []
+        for name, h in self._policy.items():
+            index = indices.get(name, None if only else h.drawn)
+            if index is None:
+                result.append(torch.zeros_like(h.raw))
+                continue
+            with torch.enable_grad():
+                raw = h.raw.detach().clone().requires_grad_()
+                (score,) = torch.autograd.grad(h.distribution(raw).logits[index], raw)
+            result.append(score)
+        return result
+
+    def _entropy_slopes(self) -> list[Tensor]:
+        """Returns ∇φ H(p_φ) of each λ."""
+        result = []
+        for h in self._policy.values():
+            with torch.enable_grad():
+                raw = h.raw.detach().clone().requires_grad_()
+                (slope,) = torch.autograd.grad(h.distribution(raw).entropy(), raw)
+            result.append(slope)
+        return result
+
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros_like(raw) for raw in self.space.raws]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the moving averages, and the state of the other estimator."""
+        return {
+            "inner": self._inner.state_dict(),
+            "score": self._score,
+            "mean_loss": self._mean_loss,
+            "mean_response": self._mean_response,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores them."""
+        self._inner.load_state_dict(state["inner"])
+        self._score = [s.to(raw) for s, raw in zip(state["score"], self.space.raws, strict=True)]
+        self._mean_loss = state["mean_loss"]
+        self._mean_response = state["mean_response"]
+
+
+def serves_choices(estimator: Estimator) -> bool:
+    """Whether an estimator can give the response of choices."""
+    return isinstance(estimator, (T1T2, UnrollK, Implicit))

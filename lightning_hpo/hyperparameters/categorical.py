@@ -1,0 +1,228 @@
+"""Choices among a few: hyperparameters whose λ is the logits φ of a distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+from lightning_hpo.hyperparameters.constraints import Constraint, UnitInterval
+from lightning_hpo.hyperparameters.hyperparameter import Hyperparameter
+
+# The logits of a choice that is certain: the others have a probability of about 1e-13.
+_CERTAIN = 30.0
+
+
+@dataclass(frozen=True)
+class Softmax(Constraint):
+    """Probabilities that sum to 1: ``value = softmax(raw)``, raw being logits.
+
+    Args:
+        spread: Logits stay within so much of the largest, so that no choice is out of reach.
+
+    Raises:
+        ValueError: If ``spread`` is not positive and finite.
+    """
+
+    spread: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.spread < math.inf:
+            raise ValueError(f"Softmax needs a positive, finite spread, got {self}")
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Returns ``softmax(raw)`` over the last dimension."""
+        return raw.softmax(-1)
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """Returns ``log(value)``, with mean 0.
+
+        Raises:
+            ValueError: If these are no positive probabilities that sum to 1.
+        """
+        self._check(value, 0.0, 1.0)
+        total = float(value.sum())
+        if not math.isclose(total, 1.0, rel_tol=1e-4):
+            raise ValueError(f"the probabilities sum to {total:g}, expected 1")
+        logits = value.clamp(min=math.exp(-2 * _CERTAIN)).log()
+        return logits - logits.mean()
+
+    def project(self, raw: Tensor) -> Tensor:
+        """Lifts logits that are further than ``spread`` below the largest."""
+        return torch.maximum(raw, raw.max() - self.spread)
+
+    def unit(self, raw: Tensor, first: Tensor) -> float:
+        """Returns half a logit, as for the probability of :class:`UnitInterval`."""
+        return 0.5
+
+
+class CategoricalHyperparameter(Hyperparameter):
+    r"""One of a few choices, drawn for each training batch from p_φ = softmax(φ); λ is φ.
+
+    Calling it returns the choice that is in force: use it in ``training_step``, or in a layer, as
+    an activation, a width, a branch or a number of layers. All choices share the weights. With
+    :class:`OnlineHPOCallback` it is drawn anew for each batch; in a validation, and without the
+    callback, it is the most probable one. :class:`PolicyGradient` learns φ.
+
+        self.activation = CategoricalHyperparameter(["relu", "tanh"])
+        x = getattr(torch, self.activation())(x)
+
+    Given as an option of the optimizer, ``optimizer_hyperparameters={"lr":
+    CategoricalHyperparameter([1e-3, 1e-2])}``, it is drawn for each step.
+
+    Args:
+        choices: What to choose from: anything that can be compared, such as numbers or names. For
+            indices pass ``range(n)``.
+        logits: φ at the start, ``(n,)``. Default: zeros, which makes all equally probable.
+
+    Attributes:
+        choices: The choices.
+        drawn: The index of the one that has been drawn; None where none is in force.
+        was_asked: Whether it has been called since this was last set to False.
+
+    Raises:
+        TypeError: If ``choices`` is no sequence of several things, or ``logits`` no tensor of
+            floating-point numbers.
+        ValueError: If there are fewer than two choices, or the same one twice; or ``logits`` has
+            another shape or is not finite.
+    """
+
+    def __init__(self, choices: Iterable[Any], logits: Tensor | None = None) -> None:
+        found = _checked(choices)
+        shape = (len(found),)
+        if logits is None:
+            logits = torch.zeros(shape)
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            raise TypeError(
+                f"CategoricalHyperparameter: logits={logits!r}, expected a floating-point tensor "
+                f"of shape {shape}"
+            )
+        if logits.shape != shape:
+            raise ValueError(
+                f"CategoricalHyperparameter: logits have shape {tuple(logits.shape)}, expected "
+                f"{shape}: one for each of {list(found)}"
+            )
+        super().__init__(logits.softmax(-1), Softmax())
+        self.raw.copy_(logits)
+        self._begin(found)
+
+    def _begin(self, choices: tuple[Any, ...]) -> None:
+        self.choices = choices
+        self.drawn: int | None = None
+        self.was_asked = False
+
+    def distribution(self, raw: Tensor | None = None) -> Categorical:
+        """Returns p_φ over the indices of the choices.
+
+        Args:
+            raw: φ. Default: that of this hyperparameter.
+        """
+        # Checking its arguments would make the host wait for a device.
+        return Categorical(logits=self.raw if raw is None else raw, validate_args=False)
+
+    def best(self) -> int:
+        """Returns the index of the most probable choice."""
+        return int(self.distribution().logits.argmax())
+
+    @property
+    def index(self) -> int:
+        """The index of the choice that is in force."""
+        self.was_asked = True
+        return self.best() if self.drawn is None else self.drawn
+
+    def forward(self) -> Any:
+        """Returns the choice that is in force."""
+        return self.choices[self.index]
+
+    def fixed(self) -> Any:
+        """Returns the most probable choice, for :func:`fixed_values`."""
+        return self.choices[self.best()]
+
+    def raw_of(self, value: Any) -> Tensor:
+        """Returns φ that makes a choice certain.
+
+        Raises:
+            ValueError: If it is none of the choices.
+        """
+        for i, choice in enumerate(self.choices):
+            if choice == value:
+                return self._certain(i)
+        raise ValueError(f"got {value!r}, expected one of {list(self.choices)}")
+
+    def _certain(self, index: int) -> Tensor:
+        raw = torch.zeros_like(self.raw)
+        raw[index] = _CERTAIN
+        return raw
+
+    def settled(self, raw: Tensor) -> Tensor:
+        """Returns φ that makes the choice certain that is the most probable one under ``raw``."""
+        return self._certain(int(self.distribution(raw).logits.argmax()))
+
+    def extra_repr(self) -> str:
+        """Shows the choices with their probabilities, and whether it is frozen."""
+        return f"{described(self.choices, self.probabilities())}{', frozen' * self.frozen}"
+
+    def probabilities(self) -> list[float]:
+        """Returns p_φ of each choice."""
+        numbers: list[float] = self.distribution().probs.tolist()
+        return numbers
+
+
+class BernoulliHyperparameter(CategoricalHyperparameter):
+    r"""Yes or no, drawn for each training batch; λ is the logit φ of yes, p = 1 / (1 + e^(−φ)).
+
+    For a skip connection, a layer that may be left out, an augmentation that is made or not; see
+    :class:`CategoricalHyperparameter`. Calling it returns True or False.
+
+    Args:
+        probability: p at the start.
+
+    Raises:
+        TypeError: If ``probability`` is not a number.
+        ValueError: If it lies outside of [1e-4, 1 − 1e-4].
+    """
+
+    def __init__(self, probability: float = 0.5) -> None:
+        Hyperparameter.__init__(self, probability, UnitInterval())
+        self._begin((False, True))
+
+    def distribution(self, raw: Tensor | None = None) -> Categorical:
+        """Returns p_φ over (no, yes)."""
+        logit = self.raw if raw is None else raw
+        return Categorical(
+            logits=torch.stack([torch.zeros_like(logit), logit], -1), validate_args=False
+        )
+
+    def _certain(self, index: int) -> Tensor:
+        return torch.full_like(self.raw, _CERTAIN if index else -_CERTAIN)
+
+
+def _checked(choices: Any) -> tuple[Any, ...]:
+    if isinstance(choices, (str, bytes)) or not isinstance(choices, Iterable):
+        raise TypeError(
+            f"CategoricalHyperparameter: choices={choices!r}, expected several, in a list"
+        )
+    found = tuple(choices)
+    if len(found) < 2:
+        raise ValueError(
+            f"CategoricalHyperparameter: choices={list(found)}, expected at least two; what is not "
+            "to be chosen needs no hyperparameter"
+        )
+    for i, choice in enumerate(found):
+        if choice in found[:i]:
+            raise ValueError(
+                f"CategoricalHyperparameter: choices={list(found)} has {choice!r} twice"
+            )
+    return found
+
+
+def described(choices: Sequence[Any], probabilities: Sequence[float]) -> str:
+    """Returns choices with their probabilities, the most probable ones first."""
+    pairs = sorted(zip(probabilities, choices, strict=True), key=lambda pair: -pair[0])
+    shown = [f"{choice} {p:.2f}" for p, choice in pairs[:4]]
+    return ", ".join(shown) + (", …" if len(pairs) > 4 else "")
