@@ -306,7 +306,7 @@ class OnlineHPOCallback(pl.Callback):
         diagnosis = Diagnosis(
             subjects={
                 name: Subject.of(name, h, run.initial[name], estimators.get(name))
-                for name, h in run.hyperparameters.items()
+                for name, h in (run.hyperparameters | run.shown).items()
             },
             clock=run.clock,
             is_told=trainer.is_global_zero,
@@ -356,7 +356,7 @@ class OnlineHPOCallback(pl.Callback):
         if run.served:
             self._diagnosis.steps = run.steps
         if self.history and not self._is_logged and log_interval(trainer) > 0:
-            log_record(trainer, self.history[-1], trainer.global_step)
+            log_record(trainer, self.history[-1], trainer.global_step, run.choices.chances())
             self._is_logged = True
         run.close()
         self._phase = Finished(self.state_dict())
@@ -422,7 +422,7 @@ class OnlineHPOCallback(pl.Callback):
             self._skip(update.step)
         record = make_record(
             run.first_step + update.step,
-            run.resolved,
+            run.shown,
             update.gradients,
             update.norms,
             self.skipped,
@@ -436,11 +436,11 @@ class OnlineHPOCallback(pl.Callback):
         self._diagnosis.look_at_update(
             self.history, record, run.training.theta, sharded=run.training.sharded
         )
-        show_record(trainer, pl_module, record)
+        show_record(trainer, pl_module, record, run.choices.chances())
         every = log_interval(trainer)
         self._is_logged = every > 0 and record.step // every > previous // every
         if self._is_logged:
-            log_record(trainer, record, trainer.global_step)
+            log_record(trainer, record, trainer.global_step, run.choices.chances())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the loss of a validation on data that λ has not seen."""

@@ -22,7 +22,12 @@ from lightning_hpo.auto import is_adaptive, is_decoupled
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
 from lightning_hpo.dynamics import Dynamics, GenericDynamics, OptimizerStep, is_elementwise
 from lightning_hpo.estimators import Estimator, PolicyGradient, serves_choices
-from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
+from lightning_hpo.hyperparameters import (
+    CategoricalHyperparameter,
+    Hyperparameter,
+    LSTMController,
+    named_hyperparameters,
+)
 from lightning_hpo.regularizers import IndexedDataset, Penalty, PenaltyMixin
 from lightning_hpo.regularizers.constants import SHARDED
 
@@ -393,6 +398,63 @@ def check_dependence(
                 f"(its value is self.{name}()), or remove it"
             )
         findings.append(f"The hyperparameter {name!r} has no effect on the training: {reason}")
+    return findings
+
+
+def check_asked(module: pl.LightningModule, tuned: Sequence[str], asked: Set[str]) -> list[str]:
+    """Lists choices that ``training_step`` never asks for.
+
+    Args:
+        module: The LightningModule.
+        tuned: The names of the choices that are tuned.
+        asked: Those that the step was seen to ask for.
+
+    Returns:
+        One sentence, or none.
+    """
+    idle = [name for name in tuned if name not in asked]
+    if not idle:
+        return []
+    return [
+        f"The choices {idle} have no effect on the training: training_step of "
+        f"{type(module).__name__} never asks for them; call them there (what is chosen is "
+        f"self.{idle[0]}()), or remove them"
+    ]
+
+
+def check_controllers(
+    module: pl.LightningModule, choices: Mapping[str, CategoricalHyperparameter]
+) -> list[str]:
+    """Lists decisions of networks that are not made in this training, or made twice.
+
+    Args:
+        module: The LightningModule.
+        choices: All that the training has, by name.
+
+    Returns:
+        One sentence per finding.
+    """
+    findings = []
+    known = set(choices.values())
+    made: set[Hyperparameter] = set()
+    for controller in (m for m in module.modules() if isinstance(m, LSTMController)):
+        for name, h in controller.decisions.items():
+            if h not in known:
+                where = (
+                    f"pass it to OnlineHPOCallback: optimizer_hyperparameters="
+                    f"{{{name.removeprefix('optimizer.')!r}: …}}, the same object"
+                    if name.startswith("optimizer.")
+                    else "assign it to the module"
+                )
+                findings.append(
+                    f"The LSTMController decides {name!r}, which this training does not have; "
+                    f"{where}"
+                )
+            elif h in made:
+                findings.append(
+                    f"Two decisions of LSTMController are {name!r}, expected one for each choice"
+                )
+            made.add(h)
     return findings
 
 

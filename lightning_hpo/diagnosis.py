@@ -77,9 +77,7 @@ class Subject:
     choices: tuple[Any, ...] = ()
 
     @classmethod
-    def of(
-        cls, name: str, h: Hyperparameter, initial: Any, estimator: Estimator | None
-    ) -> Subject:
+    def of(cls, name: str, h: Hyperparameter, initial: Any, estimator: Estimator | None) -> Subject:
         """Describes a hyperparameter and the estimator that serves it."""
         subject = cls(h.constraint, initial, is_option=name.startswith("optimizer."))
         if isinstance(h, CategoricalHyperparameter):

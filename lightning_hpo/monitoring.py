@@ -277,13 +277,19 @@ def make_record(
     )
 
 
-def log_record(trainer: pl.Trainer, record: HistoryRecord, step: int) -> None:
+def log_record(
+    trainer: pl.Trainer,
+    record: HistoryRecord,
+    step: int,
+    chances: Mapping[str, Mapping[str, float]],
+) -> None:
     """Sends a record to every logger.
 
     Names: ``hpo/<name>`` (the value), ``hpo/<name>_grad`` and ``hpo/<name>_tangent_norm``. A
-    hyperparameter of several elements is logged as its mean, minimum and maximum.
+    hyperparameter of several elements is logged as its mean, minimum and maximum; one that is
+    chosen among a few, as the probability ``hpo/<name>/<choice>`` of each and their entropy.
     """
-    values = _flat_values(record)
+    values = _flat_values(record, chances)
     others: dict[str, float] = {}
     for name in record.values:
         # Of several estimators one may have had no estimate, or keep no tangents.
@@ -300,7 +306,12 @@ def log_interval(trainer: pl.Trainer) -> int:
     return int(getattr(trainer, "log_every_n_steps", 1))
 
 
-def show_record(trainer: pl.Trainer, module: pl.LightningModule, record: HistoryRecord) -> None:
+def show_record(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    record: HistoryRecord,
+    chances: Mapping[str, Mapping[str, float]],
+) -> None:
     """Gives the first values of a record to the progress bar, and to callbacks that watch them."""
     if trainer.barebones:
         return  # Lightning warns of every module.log then
@@ -309,15 +320,17 @@ def show_record(trainer: pl.Trainer, module: pl.LightningModule, record: History
     # put plain ones, the host would have to wait for that.
     shown = {
         name: torch.tensor(value, device="cpu")
-        for name, value in list(_flat_values(record).items())[:_PROGRESS_BAR_NAMES]
+        for name, value in list(_flat_values(record, chances).items())[:_PROGRESS_BAR_NAMES]
     }
     module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
 
-def _flat_values(record: HistoryRecord) -> dict[str, float]:
+def _flat_values(
+    record: HistoryRecord, chances: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
     values: dict[str, float] = {}
     for name, value in record.values.items():
-        values.update(_flat(f"hpo/{name}", value))
+        values.update(chances[name] if name in chances else _flat(f"hpo/{name}", value))
     return values
 
 

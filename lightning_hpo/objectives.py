@@ -25,6 +25,7 @@ from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
 from lightning_hpo._trainer import progress_of, progressed_to, stage
 from lightning_hpo.batch_copy import copy_batch
+from lightning_hpo.choices import Choices
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
 from lightning_hpo.exchange import ModuleState, pack_state, place_state
 from lightning_hpo.held_out import HeldOutBatch
@@ -85,8 +86,10 @@ class TrainingObjective:
         trainer: The trainer.
         module: The LightningModule.
         hyperparameters: Those that are tuned.
+        choices: What the choices in the module are drawn by; None where there are none.
 
     Attributes:
+        choices: See above.
         statistics: The running statistics that a step moves.
     """
 
@@ -95,6 +98,7 @@ class TrainingObjective:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         hyperparameters: Sequence[Hyperparameter],
+        choices: Choices | None = None,
     ) -> None:
         wrapper = trainer.strategy.model
         self.statistics = RunningStatistics(
@@ -104,7 +108,8 @@ class TrainingObjective:
         self._trainer = trainer
         self._module = module
         self._hyperparameters = list(hyperparameters)
-        self._choices = [h for h in hyperparameters if isinstance(h, CategoricalHyperparameter)]
+        self.choices = Choices(nn.Module(), {}, 0) if choices is None else choices
+        self._categorical = _choices_of(module)
         self.shield = Shield(trainer, module)
         self._previous: tuple[ModuleState, RandomState] | None = None
 
@@ -349,7 +354,7 @@ class TrainingObjective:
                     self._without_autocast() if full_precision else nullcontext(),
                     self.shield.gradients_aside(),
                 ):
-                    for h in self._choices:
+                    for h in self._categorical:
                         h.was_asked = False
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
                     value = _training_loss(step(*arguments))
@@ -368,14 +373,17 @@ class TrainingObjective:
         With it the loss has the mixed derivative B = ∇θL ∇φ log p_φ(a)ᵀ, whose mean over a is that
         of the expected loss.
         """
-        factors = [
-            h.distribution(raw).logits[h.drawn] - h.distribution(own).logits[h.drawn].detach()
-            for h, raw, own in zip(self._hyperparameters, lam, at_rest, strict=True)
-            if isinstance(h, CategoricalHyperparameter) and h.was_asked and h.drawn is not None
-        ]
-        if loss is None or not factors:
+        if loss is None or not self.choices:
             return loss
-        return loss * torch.stack(factors).sum().exp()
+        asked = self.choices.names_of(h for h in self._categorical if h.was_asked)
+        drawn = self.choices.drawn()
+        new, old = (
+            self.choices.log_probability(
+                dict(zip(self._hyperparameters, raws, strict=True)), drawn, asked
+            )
+            for raws in (lam, [raw.detach() for raw in at_rest])
+        )
+        return loss if new is None or old is None else loss * (new - old).exp()
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
         if self.rounding is None:
@@ -414,6 +422,10 @@ class TrainingObjective:
             if loss is None:
                 return None
             return _unscaled(gradient(loss, [*theta, *(leaves or ())]), self.scale)
+
+
+def _choices_of(module: nn.Module) -> list[CategoricalHyperparameter]:
+    return [m for m in module.modules() if isinstance(m, CategoricalHyperparameter)]
 
 
 def _scaler_factor(trainer: pl.Trainer) -> float:
@@ -484,7 +496,7 @@ class ValidationObjective:
         self._monitor = monitor
         self._shield = shield or Shield(trainer, module)
         self._entry = ValidationEntry(trainer, module)
-        self._choices = [m for m in module.modules() if isinstance(m, CategoricalHyperparameter)]
+        self._categorical = _choices_of(module)
         self._metrics_keep_graphs = False
 
     def settle(self, batch: HeldOutBatch, theta: Sequence[Tensor]) -> None:
@@ -562,10 +574,10 @@ class ValidationObjective:
                 self._trainer.precision_plugin.val_step_context(),
                 self._shield.gradients_aside(),
             ):
-                for h in self._choices:
+                for h in self._categorical:
                     h.was_asked = False
                 loss = self._evaluate(batch, logged)
-                self.asked = [h for h in self._choices if h.was_asked]
+                self.asked = [h for h in self._categorical if h.was_asked]
             self.loss = loss.detach()
             # As in training: without its factor, gradients in float16 would vanish.
             scale = _scaler_factor(self._trainer)

@@ -179,9 +179,17 @@ class Run:
         # In the loss of a step whose gradient is there, they move when it is over.
         self._waiting: list[Hyperparameter] = []
         self._start: Snapshot | None = None  # where the window began, if θ is to return there
-        known = named_hyperparameters(module)
-        self.hyperparameters = {name: h for name, h in known.items() if not h.frozen}
         tuned = self._tuned_options()
+        given = {f"optimizer.{option}": h for option, h in tuned.items()}
+        known = {n: h for n, h in named_hyperparameters(module).items() if h not in given.values()}
+        drawn = {
+            n: h for n, h in (known | given).items() if isinstance(h, CategoricalHyperparameter)
+        }
+        compatibility.refuse(compatibility.check_controllers(module, drawn))
+        self.choices = Choices(module, drawn, settings.seed)
+        self.hyperparameters = {
+            n: h for n, h in known.items() if not h.frozen and n not in self.choices.driven
+        }
         self.held_out = HeldOut(
             trainer,
             module,
@@ -190,16 +198,14 @@ class Run:
             settings.seed,
             moves=settings.validation_loss is not None,
         )
-        names = [*self.hyperparameters, *(f"optimizer.{option}" for option in tuned)]
+        names = [*self.hyperparameters, *(n for n in given if n not in self.choices.driven)]
         frozen = [*(known.keys() - self.hyperparameters), *fixed_options(module)]
         findings = compatibility.check_steps(module)
         assigned = None
-        every = {**known, **{f"optimizer.{option}": h for option, h in tuned.items()}}
-        drawn = {n: h for n, h in every.items() if isinstance(h, CategoricalHyperparameter)}
-        self.choices = Choices(drawn, settings.seed)
         if settings.estimators is not None:
             assigned, more = compatibility.assign(settings.estimators, names, frozen)
-            assigned, others = compatibility.assign_choices(assigned, drawn.keys())
+            policy = [n for n, h in (known | given).items() if getattr(h, "is_policy", False)]
+            assigned, others = compatibility.assign_choices(assigned, policy)
             findings += more + others
         findings += compatibility.check_trainer(trainer, module, names, settings.derivatives)
         findings += compatibility.check_auto(trainer.optimizers, tuned)
@@ -226,7 +232,9 @@ class Run:
         self.assigned = self.strategy.assigned
         compatibility.warn_of_resets(trainer, [estimator for _, estimator, _ in self.assigned])
         self.training = TrainingMap(
-            objective=TrainingObjective(trainer, module, list(self.hyperparameters.values())),
+            objective=TrainingObjective(
+                trainer, module, list(self.hyperparameters.values()), self.choices
+            ),
             hyperparameters=self.hyperparameters,
             penalties=penalties,
             dynamics=make_dynamics(trainer.optimizers[0]),
@@ -247,7 +255,8 @@ class Run:
         )
         dry = trainer.fast_dev_run  # type: ignore[attr-defined]
         self._kept = [h.kept() for h in self.hyperparameters.values()] if dry else []
-        self.initial = {name: as_numbers(h.value) for name, h in self.hyperparameters.items()}
+        every = self.hyperparameters | self.shown
+        self.initial = {name: as_numbers(h.value) for name, h in every.items()}
         self._unresolved = self.hyperparameters.keys() - self.resolved.keys()
         if self.strategy.drifts and not resumed.state:
             self._replace_guesses(list(self._typical))
@@ -286,6 +295,11 @@ class Run:
         """Those of the hyperparameters that have a value; the others wait for a gradient."""
         return {name: h for name, h in self.hyperparameters.items() if h.is_resolved}
 
+    @property
+    def shown(self) -> dict[str, Hyperparameter]:
+        """What the history shows: those that have a value, and choices that a network decides."""
+        return self.resolved | {name: self.choices[name] for name in self.choices.driven}
+
     def _make_options(
         self, tuned: dict[str, Hyperparameter | Literal["auto"] | None]
     ) -> OptimizerOptions | None:
@@ -300,7 +314,8 @@ class Run:
             options = OptimizerOptions(self._trainer.optimizers[0], given, scheduled=scheduled)
             for h in options.hyperparameters.values():
                 h.to(self._module.device)
-            self.hyperparameters |= options.hyperparameters
+            own = options.hyperparameters.items()
+            self.hyperparameters |= {n: h for n, h in own if n not in self.choices.driven}
         remember_options(self._module, {} if options is None else options.hyperparameters)
         return options
 
@@ -447,12 +462,16 @@ class Run:
             if g is not None
         )
         training.in_loss |= read_as_numbers(training, moment)
-        training.in_loss |= self._asked_for(moment)
+        self._ask_for_choices(moment)
         options = {} if training.options is None else training.options.hyperparameters
         compatibility.refuse(
             compatibility.check_dependence(
                 self._module,
-                {n: h for n, h in self.hyperparameters.items() if n not in options},
+                {
+                    n: h
+                    for n, h in self.hyperparameters.items()
+                    if n not in options and not h.is_policy
+                },
                 training.in_loss,
                 training.penalties,
                 theta,
@@ -461,24 +480,31 @@ class Run:
         warn_of_other_paths(training, moment, gradients[: len(theta)])
         return gradients[: len(theta)]
 
-    def _asked_for(self, moment: Moment) -> frozenset[str]:
-        """Names choices that the step has not asked for, but does under some other choices."""
-        objective = self.training.objective
+    def _ask_for_choices(self, moment: Moment) -> None:
+        """Finds out which choices the step asks for, at least under some others.
+
+        Raises:
+            MisconfigurationException: If it never asks for one that is tuned.
+        """
+        training = self.training
+        options = [] if training.options is None else training.options.choices
+        policy = {name: h for name, h in self.hyperparameters.items() if h.is_policy}
+        wanted = [n for n in self.choices.decided_by(policy.values()) if n not in options]
         raws = [h.raw for h in self.hyperparameters.values()]
-        missing = {
-            name: h
-            for name, h in self.hyperparameters.items()
-            if isinstance(h, CategoricalHyperparameter) and name not in self.training.in_loss
-        }
-        found: set[str] = set()
-        for i in range(LOOKS_FOR_CHOICES if missing else 0):
+        asked: set[str] = set()
+        for i in range(LOOKS_FOR_CHOICES):
+            if asked.issuperset(wanted):
+                break
             with (
                 self.choices.at(self.choices.sample("look", i)),
-                objective.evaluations(moment, []) as evaluate,
+                training.objective.evaluations(moment, []) as evaluate,
             ):
                 evaluate([], raws)
-                found |= {name for name, h in missing.items() if h.was_asked}
-        return frozenset(found)
+                asked |= {name for name in wanted if self.choices[name].was_asked}
+        compatibility.refuse(compatibility.check_asked(self._module, wanted, asked))
+        training.in_loss |= {
+            name for name, h in policy.items() if asked.intersection(self.choices.decided_by([h]))
+        }
 
     # --------------------------------------------------------------------------------------- steps
 
@@ -576,6 +602,7 @@ class Run:
             scale = self.recorder.lr if self._settings.scale_lr_with_model else 1.0
             found = [gradients.get(name) for name in self.hyperparameters]
             is_applied = self._hyper_optimizer.step(found, scale)
+            self.choices.show()
             self._averages.follow()
         if self._start is not None:
             self._start.restore()

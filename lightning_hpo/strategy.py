@@ -20,7 +20,6 @@ from lightning_hpo.auto import Starts, agreed
 from lightning_hpo.estimators import T1T2, ClipR, Estimator, PolicyGradient
 from lightning_hpo.hyper_optimizer import DEFAULT_RATE
 from lightning_hpo.hyperparameters import (
-    CategoricalHyperparameter,
     Constraint,
     Hyperparameter,
     Interval,
@@ -175,7 +174,7 @@ def choose_estimators(
     Returns:
         The estimators, each with a name and the hyperparameters that it serves, and the interval.
     """
-    choices = [n for n, h in hyperparameters.items() if isinstance(h, CategoricalHyperparameter)]
+    choices = [n for n, h in hyperparameters.items() if h.is_policy]
     hyperparameters = {n: h for n, h in hyperparameters.items() if n not in choices}
     sizes = {name: h.raw.numel() for name, h in hyperparameters.items()}
     masked = sum(sizes[n] for n, h in hyperparameters.items() if h.difference_step is not None)

@@ -51,7 +51,7 @@ class OptimizerStep:
             belongs to no parameter.
         rng: The random state before this step, of an optimizer that draws numbers.
         loss: What the optimizer's closure has returned; None where it had none.
-        choices: The options of the optimizer that were drawn for this step, by index.
+        choices: The indices of the choices that were drawn for this step, by name.
     """
 
     options: list[dict[str, Any]]

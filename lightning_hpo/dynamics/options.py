@@ -102,6 +102,12 @@ class OptimizerOptions:
         """The hyperparameters, by name."""
         return {f"optimizer.{option}": h for option, h in self._by_option.items()}
 
+    @property
+    def choices(self) -> list[str]:
+        """The names of those that are chosen among a few."""
+        every = self.hyperparameters.items()
+        return [name for name, h in every if isinstance(h, CategoricalHyperparameter)]
+
     def _default(self, option: str, values: list[Any]) -> Hyperparameter:
         numbers = [float(v) for v in values]
         constraint: Constraint
@@ -143,14 +149,6 @@ class OptimizerOptions:
             else:
                 group[option] = value
 
-    def drawn(self) -> dict[str, int]:
-        """Returns the indices of the choices that are in force."""
-        return {
-            option: h.index
-            for option, h in self._by_option.items()
-            if isinstance(h, CategoricalHyperparameter)
-        }
-
     def unresolved(self) -> dict[str, Hyperparameter]:
         """The hyperparameters whose values are not known yet, by name."""
         return {name: h for name, h in self.hyperparameters.items() if not h.is_resolved}
@@ -184,7 +182,7 @@ class OptimizerOptions:
 
         Args:
             step: The step.
-            names: Which of the hyperparameters are meant.
+            names: Which of the hyperparameters are meant. Choices are left out.
 
         Returns:
             For each hyperparameter, one entry per element: by the name of the state tensor and the
@@ -192,10 +190,8 @@ class OptimizerOptions:
         """
         result = {}
         for option, h in self._by_option.items():
-            if f"optimizer.{option}" not in names or not h.is_resolved:
-                continue
-            if isinstance(h, CategoricalHyperparameter):
-                result[f"optimizer.{option}"] = self._of_choice(step, option, h)
+            is_choice = isinstance(h, CategoricalHyperparameter)
+            if f"optimizer.{option}" not in names or is_choice or not h.is_resolved:
                 continue
             entries = []
             for i in range(h.raw.numel()):
@@ -206,19 +202,27 @@ class OptimizerOptions:
             result[f"optimizer.{option}"] = entries
         return result
 
-    def _of_choice(
-        self, step: OptimizerStep, option: str, h: CategoricalHyperparameter
-    ) -> list[dict[str, dict[int, Tensor]]]:
-        """Returns (v − v̄) ∂s'/∂v ∇φ log p_φ(v) of a value v that was drawn, v̄ their mean.
+    def displacement(
+        self, step: OptimizerStep, name: str, baseline: float
+    ) -> dict[str, dict[int, Tensor]]:
+        """Returns (v − v̄) ∂s'/∂v of an option v that was drawn for a step.
 
-        Its mean over v is the derivative of the mean of s', where that is linear in the option, as
-        it is in a learning rate.
+        Times ∇φ log p_φ(v), its mean over v is the derivative of the mean of s' where that is
+        linear in the option, as it is in a learning rate.
+
+        Args:
+            step: The step.
+            name: Of the hyperparameter.
+            baseline: v̄, which does not change that mean.
+
+        Returns:
+            By the name of the state tensor and the position of the parameter, a tensor like it.
         """
-        index = step.choices[option]
-        values = [float(choice) for choice in h.choices]
-        value = values[index]
-        mean = sum(p * v for p, v in zip(h.probabilities(), values, strict=True))
-        width = _EPSILON * max(map(abs, values))
+        option = name.removeprefix("optimizer.")
+        h = self._by_option[option]
+        assert isinstance(h, CategoricalHyperparameter)
+        value = float(h.choices[step.choices[name]])
+        width = _EPSILON * max(abs(float(choice)) for choice in h.choices)
 
         def moved(distance: float) -> dict[str, dict[int, Tensor]]:
             if option == "lr":
@@ -228,15 +232,11 @@ class OptimizerOptions:
                 options = [{**o, option: value + distance} for o in step.options]
             return self._dynamics.run_in_double(step, options)
 
-        slope = _difference(moved(width), moved(-width), 2 * width / (value - mean or 1.0))
-        with torch.enable_grad():
-            raw = h.raw.detach().clone().requires_grad_()
-            (score,) = torch.autograd.grad(h.distribution(raw).logits[index], raw)
-        scores = score.flatten().tolist() if value != mean else [0.0] * score.numel()
-        return [
-            {n: {at: s * t for at, t in tensors.items()} for n, tensors in slope.items()}
-            for s in scores
-        ]
+        slope = _difference(moved(width), moved(-width), 2 * width)
+        return {
+            state: {at: (value - baseline) * t for at, t in tensors.items()}
+            for state, tensors in slope.items()
+        }
 
     def _moved(
         self, step: OptimizerStep, option: str, h: Hyperparameter, i: int, distance: float

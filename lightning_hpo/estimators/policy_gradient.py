@@ -21,7 +21,6 @@ from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.estimators.implicit import Implicit
 from lightning_hpo.estimators.t1t2 import T1T2
 from lightning_hpo.estimators.unroll import UnrollK
-from lightning_hpo.hyperparameters import CategoricalHyperparameter
 from lightning_hpo.step import ExpectedValidation, Space, Step, ValidationGradient
 
 Baseline = Literal["average", "leave_one_out", "none"]
@@ -107,11 +106,11 @@ class PolicyGradient(Estimator):
         super().setup(space)
         self._inner = copy.copy(self.estimator)
         self._inner.setup(space)
-        self._policy = {
-            name: h
-            for name, h in space.hyperparameters.items()
-            if isinstance(h, CategoricalHyperparameter)
-        }
+        self._policy = list(space.hyperparameters.values())
+        self._choices = space.training.choices
+        options = space.training.options
+        of_optimizer = set() if options is None else set(options.choices)
+        self._names = [n for n in self._choices.decided_by(self._policy) if n not in of_optimizer]
         self._score = self._zeros()
         self._mean_loss = math.nan
         self._mean_response = 0.0
@@ -129,20 +128,18 @@ class PolicyGradient(Estimator):
             choices: Those of the training.
             place: What identifies the update.
         """
-        options = set(self.space.options)
-        names = [name for name in self._policy if name not in options]
-        number = math.prod(len(self._policy[name].choices) for name in names)
-        self._is_exact = number <= self.enumerate_up_to
+        number = math.prod(len(choices[name].choices) for name in self._names)
+        self._is_exact = number <= self.enumerate_up_to and not self._choices.is_mixed(self._names)
         if not self._is_exact:
             return [(choices.sample(*place, i), 1 / self.samples) for i in range(self.samples)]
         others = choices.sample(*place)
-        return [({**others, **own}, weight) for own, weight in choices.every(names)]
+        return [({**others, **own}, weight) for own, weight in choices.every(self._names)]
 
     def observe(self, step: Step) -> None:
         """Lets the other estimator see the step."""
         self._inner.observe(step)
-        for total, score in zip(self._score, self._scores({}), strict=True):
-            total += score
+        drawn = step.point.choices
+        torch._foreach_add_(self._score, self._choices.score(self._policy, drawn, drawn.keys()))
 
     def hypergradient(self, validation: ValidationGradient) -> Estimate | None:
         """Returns direct and response gradient, with respect to raw λ: logits φ."""
@@ -159,7 +156,8 @@ class PolicyGradient(Estimator):
             self._subtract_baseline_(total, score)
         torch._foreach_add_(total, self._direct(validation))
         if self.entropy:
-            torch._foreach_add_(total, self._entropy_slopes(), alpha=-self.entropy)
+            slope = self._choices.entropy_slope(self._policy, validation.drawn[0][0])
+            torch._foreach_add_(total, slope, alpha=-self.entropy)
         return Estimate(total, outcome=outcome)
 
     def _subtract_baseline_(self, response: list[Tensor], score: list[Tensor]) -> None:
@@ -177,6 +175,7 @@ class PolicyGradient(Estimator):
         """Returns the direct gradient, of the choices that the held-out loss depends on."""
         losses = validation.losses()
         drawn = validation.drawn
+        factors: list[float]
         if self._is_exact:
             weights = [weight for _, weight in drawn]
             mean = sum(w * loss for w, loss in zip(weights, losses, strict=True))
@@ -192,8 +191,8 @@ class PolicyGradient(Estimator):
             self._mean_loss = _KEPT * before + (1 - _KEPT) * mean
         total = self._zeros()
         for (indices, _), factor in zip(drawn, factors, strict=True):
-            known = {name: indices[name] for name in validation.asked & indices.keys()}
-            torch._foreach_add_(total, self._scores(known, only=True), alpha=factor)
+            score = self._choices.score(self._policy, indices, validation.asked & indices.keys())
+            torch._foreach_add_(total, score, alpha=factor)
         return total
 
     def _baseline(self, losses: list[float], i: int) -> float:
@@ -202,35 +201,6 @@ class PolicyGradient(Estimator):
         if self.baseline == "none" or not math.isfinite(self._mean_loss):
             return 0.0
         return self._mean_loss
-
-    def _scores(self, indices: Indices, *, only: bool = False) -> list[Tensor]:
-        """Returns ∇φ log p_φ(a) of each λ, for given choices, or for those in force.
-
-        Args:
-            indices: The choices.
-            only: Whether those that are not given have none; else they are those in force.
-        """
-        result = []
-        for name, h in self._policy.items():
-            index = indices.get(name, None if only else h.drawn)
-            if index is None:
-                result.append(torch.zeros_like(h.raw))
-                continue
-            with torch.enable_grad():
-                raw = h.raw.detach().clone().requires_grad_()
-                (score,) = torch.autograd.grad(h.distribution(raw).logits[index], raw)
-            result.append(score)
-        return result
-
-    def _entropy_slopes(self) -> list[Tensor]:
-        """Returns ∇φ H(p_φ) of each λ."""
-        result = []
-        for h in self._policy.values():
-            with torch.enable_grad():
-                raw = h.raw.detach().clone().requires_grad_()
-                (slope,) = torch.autograd.grad(h.distribution(raw).entropy(), raw)
-            result.append(slope)
-        return result
 
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros_like(raw) for raw in self.space.raws]

@@ -92,6 +92,8 @@ class CategoricalHyperparameter(Hyperparameter):
             another shape or is not finite.
     """
 
+    is_policy = True
+
     def __init__(self, choices: Iterable[Any], logits: Tensor | None = None) -> None:
         found = _checked(choices)
         shape = (len(found),)
@@ -117,7 +119,7 @@ class CategoricalHyperparameter(Hyperparameter):
         self.was_asked = False
 
     def distribution(self, raw: Tensor | None = None) -> Categorical:
-        """Returns p_φ over the indices of the choices.
+        """Returns p_φ over the indices of the choices; its ``logits`` are log p_φ.
 
         Args:
             raw: φ. Default: that of this hyperparameter.

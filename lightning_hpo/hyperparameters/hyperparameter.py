@@ -43,6 +43,7 @@ class Hyperparameter(nn.Module):
     """
 
     raw: Tensor
+    is_policy = False  # whether it holds φ, the logits of choices or what decides them
     _is_resolved = True
 
     def __init__(

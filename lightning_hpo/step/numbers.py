@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import filled, widened
-from lightning_hpo.hyperparameters import CategoricalHyperparameter, Hyperparameter
+from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.objectives import Moment
 from lightning_hpo.step.training_map import TrainingMap
 
@@ -58,7 +58,7 @@ def warn_of_other_paths(
     """
     known = {name: training.hyperparameters[name] for name in sorted(training.in_loss)}
     raws = {  # that of a choice stands in the factor that replays add to the loss
-        name: h.raw for name, h in known.items() if not isinstance(h, CategoricalHyperparameter)
+        name: h.raw for name, h in known.items() if not h.is_policy
     }
     if not raws or not _depends(training, moment, gradients, list(raws.values())):
         return

@@ -308,8 +308,7 @@ class Recorder:
 
     def _show(self, entry: Entry | None, loss: Any) -> None:
         point = self._training.dynamics.capture()
-        if self._training.options is not None:
-            point.choices = self._training.options.drawn()
+        point.choices = self._training.choices.drawn()
         if entry is not None:
             # A copy, for whoever adds to the loss in place.
             point.loss = loss.detach().clone() if isinstance(loss, Tensor) else loss

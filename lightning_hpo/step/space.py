@@ -11,6 +11,7 @@ from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo._tensors import stacked_zeros
 from lightning_hpo.distributed import average_, sum_over_shards
 from lightning_hpo.dynamics import OptimizerStep
+from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.regularizers import Penalty
 from lightning_hpo.step.tangents import Tangents
 from lightning_hpo.step.training_map import TrainingMap
@@ -72,10 +73,16 @@ class Space:
 
     @property
     def options(self) -> list[str]:
-        """The names of the λ that are options of the model's optimizer."""
+        """The names of the λ that are options of the model's optimizer, or decide about some."""
         options = self.training.options
-        known = {} if options is None else options.hyperparameters
-        return [name for name in self.hyperparameters if name in known]
+        if options is None:
+            return []
+        known, chosen = options.hyperparameters, set(options.choices)
+
+        def decides(h: Hyperparameter) -> bool:
+            return h.is_policy and not chosen.isdisjoint(self.training.choices.decided_by([h]))
+
+        return [name for name, h in self.hyperparameters.items() if name in known or decides(h)]
 
     @property
     def replays(self) -> bool:

@@ -84,6 +84,13 @@ class Step:
         for name, i, derivative in self._option_derivatives():
             rates = tangents.unit[name].reshape(tangents.count, -1)[:, i]
             add_to_tangent_(tangents.state, derivative, rates)
+        for scores, derivative in self._chosen_options():
+            parts = [
+                tangents.unit[name].reshape(tangents.count, -1)
+                @ s.flatten().to(tangents.unit[name])
+                for name, s in scores.items()
+            ]
+            add_to_tangent_(tangents.state, derivative, torch.stack(parts).sum(0))
         tangents.end_step()
 
     def _advance(
@@ -167,6 +174,10 @@ class Step:
         for name, i, derivative in self._option_derivatives():
             row = total[name].reshape(m, -1)[:, i]
             row += sum_over_shards(pull_back(adjoint, derivative), space.training.sharded).to(row)
+        for scores, derivative in self._chosen_options():
+            dots = sum_over_shards(pull_back(adjoint, derivative), space.training.sharded)
+            for name, score in scores.items():
+                total[name] += torch.tensordot(dots.to(score), score, dims=0)
         g_bar = self._pull_gradient(adjoint, state_part=state_part)
         if state_part:
             for tensors in adjoint.values():
@@ -290,6 +301,24 @@ class Step:
             for name, entries in self.space.training.options.derivatives(self.point, names).items():
                 for i, derivative in enumerate(entries):
                     yield name, i, derivative
+
+    def _chosen_options(
+        self,
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, dict[int, Tensor]]]]:
+        """Yields, for each option of the optimizer that was drawn, ∇φ log p_φ and what it did.
+
+        The first by the names of the λ of this space; their product is ∂s'/∂φ in the mean.
+        """
+        training = self.space.training
+        policy = {n: h for n, h in self.space.hyperparameters.items() if h.is_policy}
+        if training.options is None or not policy:
+            return
+        for name in training.options.choices:
+            if name in self.point.choices:
+                score = training.choices.score(list(policy.values()), self.point.choices, [name])
+                baseline = training.choices.mean(name)
+                derivative = training.options.displacement(self.point, name, baseline)
+                yield dict(zip(policy, score, strict=True)), derivative
 
     # ---------------------------------------------------------------------------- after the step
 

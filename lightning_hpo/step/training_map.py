@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import widened
+from lightning_hpo.choices import Choices
 from lightning_hpo.distributed import is_sharded, local
 from lightning_hpo.dynamics import Dynamics, OptimizerOptions, OptimizerStep
 from lightning_hpo.hyperparameters import Hyperparameter, UnitInterval
@@ -68,6 +69,11 @@ class TrainingMap:
     def theta(self) -> list[Tensor]:
         """The parameters that the optimizer moves, in its order; more may join them."""
         return self.dynamics.theta
+
+    @property
+    def choices(self) -> Choices:
+        """What is drawn for each batch."""
+        return self.objective.choices
 
     @property
     def statistics(self) -> RunningStatistics:
