@@ -67,7 +67,7 @@ def test_what_the_progress_bar_shows_lies_on_the_host():
     trainer = SimpleNamespace(loggers=[], barebones=False)
     put = record(3)
     with torch.device("meta"):
-        show_record(trainer, module, put)
+        show_record(trainer, module, put, {})
     assert shown["hpo/l2"].device.type == "cpu"
     assert shown["hpo/l2"].item() == pytest.approx(0.3)
 

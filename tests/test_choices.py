@@ -1,0 +1,542 @@
+"""Choices: drawn for each batch, and learned by policy gradients that are right in the mean."""
+
+import copy
+import itertools
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from cases import (
+    MemoryLogger,
+    Mlp,
+    Recorder,
+    frozen,
+    make_trainer,
+    train_loader,
+    valid_loader,
+    weights,
+)
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_hpo import (
+    T1T2,
+    BernoulliHyperparameter,
+    CategoricalHyperparameter,
+    ClipR,
+    Implicit,
+    IndependentController,
+    LSTMController,
+    OnlineHPOCallback,
+    PolicyGradient,
+    UnrollK,
+    fixed_values,
+    freeze,
+)
+from lightning_hpo.choices import Choices
+
+# ----------------------------------------------------------------------- a problem to be enumerated
+
+START = torch.tensor([0.2, 0.1, -0.4], dtype=torch.float64)
+CURVATURE = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+# What training wants under each choice; the validation wants something else, and the first choice.
+TARGETS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TRUTH = torch.tensor([0.5, -1.0, 0.3], dtype=torch.float64)
+FACTORS = torch.tensor([0.9, 1.4, 0.8, 1.0], dtype=torch.float64)
+LOGITS = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64)
+# The derivative of what a step does to L_V is right to first order in its length.
+RATE = 2e-3
+
+
+def training_loss(theta, choice):
+    return 0.5 * (CURVATURE * (theta - TARGETS[choice]).square()).sum()
+
+
+def validation_loss(theta, choice):
+    return FACTORS[choice] * 0.5 * (theta - TRUTH).square().sum()
+
+
+class Quadratic(pl.LightningModule):
+    """Every window starts at the same θ, so that each update is a draw of the same estimate."""
+
+    def __init__(self, start=START, rate=RATE):
+        super().__init__()
+        self.theta = nn.Parameter(start.clone())
+        self.choice = CategoricalHyperparameter(range(4), LOGITS.clone())
+        self.start, self.rate = start, rate
+
+    def training_step(self, batch, batch_idx):
+        return training_loss(self.theta, self.choice())
+
+    def validation_step(self, batch, batch_idx):
+        return validation_loss(self.theta, self.choice())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+
+class Returns(Quadratic):
+    def on_train_batch_end(self, *_):
+        self.theta.data.copy_(self.start)
+
+
+def estimates(model, estimator, steps, name="choice", **options):
+    """Returns the estimates of a training in which λ stands still, one row for each update."""
+    callback = OnlineHPOCallback(
+        estimator, optimizer=frozen, dataloader=[torch.zeros(1)], **options
+    )
+    trainer = make_trainer(steps, callbacks=callback)
+    trainer.fit(model, DataLoader(torch.zeros(steps)))
+    return torch.stack([record.hypergradients[name].flatten() for record in callback.history])
+
+
+def expected_loss(logits, window, *, response=True):
+    """Returns E[L_V] at the end of a window of whole trainings, over all paths of choices.
+
+    Without the response, of trainings under other logits, which stand still.
+    """
+    p = logits.softmax(0)
+    trained = p if response else LOGITS.softmax(0)
+    total = 0.0
+    for path in itertools.product(range(4), repeat=window):
+        theta, weight = START, 1.0
+        for a in path:
+            theta = theta - RATE * CURVATURE * (theta - TARGETS[a])
+            weight = weight * trained[a]
+        total = total + weight * sum(p[a] * validation_loss(theta, a) for a in range(4))
+    return total
+
+
+def stationary_loss(logits, *, response=True):
+    p = logits.softmax(0)
+    theta = (p if response else LOGITS.softmax(0)) @ TARGETS  # where the expected gradient vanishes
+    return sum(p[a] * validation_loss(theta, a) for a in range(4))
+
+
+def differences(loss, at, width=1e-5):
+    """Takes central differences over φ."""
+    rows = width * torch.eye(len(at), dtype=at.dtype)
+    return torch.stack([(loss(at + e) - loss(at - e)) / (2 * width) for e in rows])
+
+
+def deviations(samples, truth):
+    """Returns by how many standard errors a mean is off."""
+    return ((samples.mean(0) - truth) / (samples.std(0) / len(samples) ** 0.5)).abs()
+
+
+WINDOWS = {
+    "T1T2": (lambda: T1T2(), 1, Returns),
+    "UnrollK": (lambda: UnrollK(3, "reverse", restart=True), 3, Quadratic),
+    "forward": (lambda: UnrollK(3, "forward", restart=True), 3, Quadratic),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "baseline"),
+    [
+        ("T1T2", "average"),
+        ("T1T2", "leave_one_out"),
+        ("T1T2", "none"),
+        ("UnrollK", "average"),
+        ("UnrollK", "none"),
+        ("forward", "leave_one_out"),
+    ],
+)
+def test_the_mean_is_the_derivative_of_the_expected_loss(case, baseline):
+    make, window, module = WINDOWS[case]
+    exact = differences(lambda phi: expected_loss(phi, window), LOGITS)
+    policy = PolicyGradient(make(), baseline=baseline, enumerate_up_to=0)
+    found = estimates(module(), policy, 120 * window)
+    assert deviations(found, exact).max() < 3
+
+    # An exact direct gradient leaves only the noise of the response, which is small: it shows that
+    # without the response the mean is another.
+    found = estimates(module(), PolicyGradient(make(), baseline=baseline), 120 * window)
+    assert deviations(found, exact).max() < 3
+    direct = differences(lambda phi: expected_loss(phi, window, response=False), LOGITS)
+    assert deviations(found, direct).max() > 6
+    plain = estimates(module(), PolicyGradient(make(), response=False), 2 * window)
+    assert (plain[0] - exact).abs().max() > 0.5 * (exact - direct).abs().max()
+
+
+def test_implicit():
+    start = LOGITS.softmax(0) @ TARGETS
+    exact = differences(stationary_loss, LOGITS)
+    model = Quadratic(start, rate=1e-9)
+    found = estimates(model, PolicyGradient(Implicit()), 200)
+    assert deviations(found, exact).max() < 3
+    direct = differences(lambda phi: stationary_loss(phi, response=False), LOGITS)
+    assert deviations(found, direct).max() > 10
+    plain = estimates(Quadratic(start, rate=1e-9), PolicyGradient(Implicit(), response=False), 2)
+    assert torch.allclose(plain[0], direct, atol=1e-8)
+
+
+def test_baselines_take_variance_away():
+    def variance(**options):
+        policy = PolicyGradient(response=False, enumerate_up_to=0, samples=2, **options)
+        return estimates(Returns(), policy, 150)[20:].var(0).sum()
+
+    none = variance(baseline="none")
+    assert variance(baseline="average") < 0.2 * none
+    assert variance(baseline="leave_one_out") < 0.3 * none
+    exact = estimates(Returns(), PolicyGradient(response=False), 20)
+    assert exact.var(0).sum() < 1e-6 * none
+
+
+class Joint(pl.LightningModule):
+    """Choices of the network and of the learning rate, decided one after the other."""
+
+    RATES = (5e-4, 3e-3)
+
+    def __init__(self, joint):
+        super().__init__()
+        self.theta = nn.Parameter(START.clone())
+        self.skip = BernoulliHyperparameter(0.3)
+        self.which = CategoricalHyperparameter(range(3), LOGITS[:3].clone())
+        self.lr = CategoricalHyperparameter(self.RATES, LOGITS[:2].clone())
+        kind = LSTMController if joint else None
+        if kind:
+            self.controller = kind({"skip": self.skip, "which": self.which}, {"lr": self.lr}, 3)
+            noise = torch.Generator().manual_seed(1)
+            raw = self.controller.weights.raw
+            raw += 0.5 * torch.randn(raw.shape, generator=noise)
+
+    def training_step(self, batch, batch_idx):
+        return training_loss(self.theta, self.skip() + self.which())
+
+    def validation_step(self, batch, batch_idx):
+        return validation_loss(self.theta, self.skip() + self.which())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def probabilities(self, phi):
+        """Returns p of every (skip, which, lr)."""
+        found = {}
+        for path in itertools.product(range(2), range(3), range(2)):
+            known = dict(zip(("skip", "which", "optimizer.lr"), path, strict=True))
+            if hasattr(self, "controller"):
+                weights = {self.controller.weights: phi}
+                log_p = self.controller.walk(weights, lambda name, _, known=known: known[name])
+                parts = [log_p[name][i] for name, i in known.items()]
+            else:
+                hs = (self.skip, self.which, self.lr)
+                pieces = (phi[0], phi[1:4], phi[4:])
+                parts = [
+                    h.distribution(x).logits[i] for h, x, i in zip(hs, pieces, path, strict=True)
+                ]
+            found[path] = sum(parts).exp()
+        return found
+
+    def expected(self, phi):
+        p = self.probabilities(phi)
+        total = 0.0
+        for (skip, which, lr), weight in p.items():
+            step = self.RATES[lr] * CURVATURE * (START - TARGETS[skip + which])
+            total = total + weight * sum(
+                q * validation_loss(START - step, s + w) for (s, w, _), q in p.items()
+            )
+        return total
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["independent", "LSTM"])
+def test_choices_of_network_and_optimizer(joint):
+    model = Joint(joint)
+    if joint:
+        phi = model.controller.weights.raw.clone()
+    else:
+        phi = torch.cat([h.raw.flatten() for h in (model.skip, model.which, model.lr)])
+    leaf = phi.requires_grad_()
+    (exact,) = torch.autograd.grad(model.expected(leaf), leaf)
+    policy = PolicyGradient(UnrollK(1, restart=True), samples=4, enumerate_up_to=0)
+    callback = OnlineHPOCallback(
+        policy,
+        optimizer=frozen,
+        dataloader=[torch.zeros(1)],
+        optimizer_hyperparameters={"lr": model.lr},
+    )
+    make_trainer(400, callbacks=callback).fit(model, DataLoader(torch.zeros(400)))
+    names = ["controller.weights"] if joint else ["skip", "which", "optimizer.lr"]
+    found = torch.stack(
+        [torch.cat([r.hypergradients[n].flatten() for n in names]) for r in callback.history]
+    )
+    matters = exact.abs() > 0.05 * exact.abs().max()
+    # Of many numbers with common noise some are further off than three standard errors.
+    assert deviations(found, exact)[matters].square().mean().sqrt() < 2
+    assert deviations(found, torch.zeros_like(exact))[matters].square().mean().sqrt() > 4
+    if joint:
+        best = max(model.probabilities(phi.detach()).items(), key=lambda item: item[1])[0]
+        assert model.controller.best() == {
+            "skip": bool(best[0]),
+            "which": best[1],
+            "optimizer.lr": model.RATES[best[2]],
+        }
+
+
+# -------------------------------------------------------------------------------- in real trainings
+
+
+class Searched(Mlp):
+    """A network whose activation is chosen, with L2 besides."""
+
+    def __init__(self, logits=None):
+        super().__init__()
+        self.activation = CategoricalHyperparameter(["tanh", "sigmoid", "relu"], logits)
+        self.net = nn.Sequential(*self.net[:1], Chosen(self.activation), *self.net[2:])
+
+
+class Chosen(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x):
+        return getattr(torch, self.activation())(x)
+
+
+def searched(**options):
+    torch.manual_seed(1)
+    return Searched(**options)
+
+
+def tune(model, callback, steps=10, **options):
+    trainer = make_trainer(steps, callbacks=callback, **options)
+    torch.manual_seed(2)
+    trainer.fit(model, train_loader(shuffle=True), valid_loader())
+    return torch.rand(1)
+
+
+def test_choices_beside_strengths():
+    model = searched()
+    callback = OnlineHPOCallback({"activation": PolicyGradient(), "*": T1T2()})
+    tune(model, callback)
+    record = callback.history[-1]
+    assert {"activation", "l2.net.0"} <= record.values.keys()
+    assert sum(record.values["activation"]) == pytest.approx(1)
+    assert all(g.isfinite().all() for g in record.hypergradients.values())
+    assert callback.history[0].values["activation"] != record.values["activation"]
+
+
+def test_an_estimator_for_all_serves_choices_too():
+    callback = OnlineHPOCallback(UnrollK(2))
+    tune(searched(), callback)
+    assert [(p, type(e).__name__) for p, e, _ in callback.strategy.assigned] == [
+        ("*", "UnrollK"),
+        ("* (choices)", "PolicyGradient"),
+    ]
+
+
+def test_the_default_learns_choices():
+    callback = OnlineHPOCallback()
+    tune(searched(), callback, 40)
+    assert "PolicyGradient" in str(callback.strategy)
+    assert len(callback.history) > 2
+
+
+def test_invisible_but_for_the_draws():
+    results = []
+    for is_frozen in (False, True):
+        model = searched()
+        model.activation.frozen = is_frozen
+        callback = OnlineHPOCallback(T1T2(), optimizer=frozen)
+        after = tune(model, callback)
+        results.append((weights(model), after))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+    model = searched()
+    after = tune(model, [])
+    assert not torch.equal(weights(model), results[0][0])  # it has drawn
+    assert torch.equal(after, results[0][1])  # from numbers of its own
+
+
+def test_draws_follow_the_probabilities():
+    h = CategoricalHyperparameter(["a", "b", "c"], torch.tensor([0.0, 1.0, 2.0]))
+    choices = Choices(nn.Module(), {"letter": h}, seed=3)
+    drawn = [choices.sample("batch", i)["letter"] for i in range(3000)]
+    shares = torch.tensor(drawn).bincount() / 3000
+    assert shares == pytest.approx(h.value.tolist(), abs=0.03)
+    again = Choices(nn.Module(), {"letter": h}, seed=3)
+    assert [again.sample("batch", i)["letter"] for i in range(50)] == drawn[:50]
+    other = Choices(nn.Module(), {"letter": h}, seed=4)
+    assert [other.sample("batch", i)["letter"] for i in range(50)] != drawn[:50]
+
+
+def test_in_force_during_steps_alone():
+    seen = Recorder()
+
+    class Watched(Searched):
+        def training_step(self, batch, batch_idx):
+            seen.calls.append(("train", self.activation()))
+            return super().training_step(batch, batch_idx)
+
+    class Watch(pl.Callback):
+        def __init__(self):
+            self.validated = []
+
+        def on_validation_batch_start(self, trainer, module, *_):
+            self.validated.append(module.activation())
+
+    model = searched(logits=torch.tensor([0.0, 0.0, 0.1]))
+    watch = Watch()
+    trainer = make_trainer(
+        10, callbacks=[OnlineHPOCallback(T1T2(), optimizer=frozen), watch], limit_val_batches=1
+    )
+    trainer.fit(model, train_loader(), valid_loader())
+    assert set(watch.validated) == {"relu"}
+    assert model.activation() == "relu"
+    assert model.activation.drawn is None
+
+
+def test_resumes_bit_for_bit(tmp_path):
+    def make():
+        return OnlineHPOCallback({"act*": PolicyGradient(UnrollK(2), entropy=0.1), "*": T1T2()})
+
+    def go(model, callback, epochs, **options):
+        torch.manual_seed(2)
+        trainer = make_trainer(-1, max_epochs=epochs, callbacks=callback)
+        trainer.fit(model, train_loader(), valid_loader(), **options)
+        return trainer
+
+    whole, callback = searched(), make()
+    go(whole, callback, 4)
+    trainer = go(searched(), make(), 2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest, second = searched(), make()
+    go(rest, second, 4, ckpt_path=str(tmp_path / "half.ckpt"))
+    assert torch.equal(weights(rest), weights(whole))
+    assert str(second.history.columns()) == str(callback.history.columns())
+
+
+def test_loggers_get_probabilities_and_entropy():
+    logger = MemoryLogger()
+    callback = OnlineHPOCallback(T1T2())
+    tune(searched(), callback, logger=logger, log_every_n_steps=1)
+    metrics = {k: v for _, logged in logger.entries for k, v in logged.items()}
+    names = [f"hpo/activation/{choice}" for choice in ("tanh", "sigmoid", "relu")]
+    assert sum(metrics[name] for name in names) == pytest.approx(1)
+    assert 1.0 < metrics["hpo/activation/entropy"] < math.log(3)
+    assert "hpo/activation/mean" not in metrics
+    assert "relu 0." in callback.summary()
+    assert callback.plot()[0] is not None
+
+
+def test_an_entropy_bonus_spreads_probabilities():
+    logits = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64)
+
+    def last(entropy):
+        model = searched(logits=logits)
+        policy = PolicyGradient(response=False, entropy=entropy)
+        callback = OnlineHPOCallback(
+            {"act*": policy, "*": T1T2()}, optimizer=lambda raw: torch.optim.SGD(raw, lr=0.5)
+        )
+        tune(model, callback)
+        return float(model.activation.distribution().entropy())
+
+    assert last(1.0) > last(0.0) + 0.1
+
+
+def test_values_found_are_frozen_into_a_fresh_module():
+    model = searched(logits=torch.tensor([0.0, 3.0, 0.0]))
+    values = fixed_values(model)
+    assert values["activation"] == "sigmoid"
+    fresh = freeze(searched(), values)
+    assert fresh.activation() == "sigmoid"
+    assert fresh.activation.probabilities()[1] > 1 - 1e-12
+    # It is drawn again and again, and always the same.
+    choices = Choices(nn.Module(), {"activation": fresh.activation}, 0)
+    assert {choices.sample(i)["activation"] for i in range(50)} == {1}
+    with pytest.raises(ValueError, match=r"'gelu', expected one of \['tanh', 'sigmoid', 'relu'\]"):
+        freeze(searched(), {"activation": "gelu"})
+    copied = copy.deepcopy(model)
+    assert copied.activation() == "sigmoid"
+
+
+def test_a_choice_under_another_choice():
+    class Nested(Searched):
+        def __init__(self):
+            super().__init__()
+            self.deep = BernoulliHyperparameter(0.1)
+            self.extra = CategoricalHyperparameter(["tanh", "relu"])
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if self.deep():
+                loss = loss + 0.1 * getattr(torch, self.extra())(self.net[0].weight).square().sum()
+            return loss
+
+    torch.manual_seed(1)
+    callback = OnlineHPOCallback(T1T2())
+    tune(Nested(), callback)
+    assert {"deep", "extra"} <= callback.history[-1].values.keys()
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((["relu"],), ValueError, "expected at least two"),
+        ((["a", "b", "a"],), ValueError, "has 'a' twice"),
+        (("ab", torch.zeros(3)), TypeError, "expected several, in a list"),
+        ((["a", "b"], torch.zeros(3)), ValueError, r"shape \(3,\), expected \(2,\)"),
+        ((["a", "b"], torch.tensor([1, 2])), TypeError, "floating-point tensor"),
+        ((["a", "b"], torch.tensor([0.0, math.nan])), ValueError, "not finite"),
+        ((3,), TypeError, "expected several"),
+    ],
+)
+def test_bad_choices(arguments, error, message):
+    with pytest.raises(error, match=message):
+        CategoricalHyperparameter(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"estimator": ClipR()}, TypeError, "expected T1T2, UnrollK or Implicit"),
+        ({"baseline": "mean"}, ValueError, "expected one of"),
+        ({"baseline": "leave_one_out", "samples": 1}, ValueError, "expected at least 2"),
+        ({"samples": 0}, ValueError, "positive integer"),
+        ({"entropy": -1.0}, ValueError, "finite number ≥ 0"),
+        ({"response": 1}, TypeError, "True or False"),
+    ],
+)
+def test_bad_policy_gradients(arguments, error, message):
+    with pytest.raises(error, match=message):
+        PolicyGradient(**arguments)
+
+
+def refused(model, estimator, message, **options):
+    before = weights(model).clone()
+    callback = OnlineHPOCallback(estimator, **options)
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
+        tune(model, callback)
+    assert torch.equal(weights(model), before)
+
+
+def test_refused_at_the_start():
+    refused(searched(), ClipR(), r"ClipR cannot learn choices such as \['activation'\]")
+    refused(searched(), PolicyGradient(), r"PolicyGradient learns choices, but \['l2.net.0', 'l2.net.2'\] are none")
+
+    model = searched()
+    model.idle = CategoricalHyperparameter([1, 2])
+    refused(model, T1T2(), r"choices \['idle'\] have no effect .* never asks for them")
+
+    lr = {"lr": CategoricalHyperparameter(["fast", "slow"])}
+    refused(searched(), T1T2(), "expected positive numbers", optimizer_hyperparameters=lr)
+
+    model = searched()
+    model.controller = LSTMController(
+        {"activation": model.activation}, {"lr": CategoricalHyperparameter([0.1, 0.2])}
+    )
+    refused(model, T1T2(), "decides 'optimizer.lr', which this training does not have")
+
+
+def test_independent_controllers_tell_the_best():
+    model = searched(logits=torch.tensor([0.0, 1.0, 0.0]))
+    controller = IndependentController({"activation": model.activation})
+    assert controller.best() == {"activation": "sigmoid"}
+    assert "sigmoid 0.58" in repr(model.activation)
