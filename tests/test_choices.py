@@ -519,7 +519,11 @@ def refused(model, estimator, message, **options):
 
 def test_refused_at_the_start():
     refused(searched(), ClipR(), r"ClipR cannot learn choices such as \['activation'\]")
-    refused(searched(), PolicyGradient(), r"PolicyGradient learns choices, but \['l2.net.0', 'l2.net.2'\] are none")
+    refused(
+        searched(),
+        PolicyGradient(),
+        r"PolicyGradient learns choices, but \['l2.net.0', 'l2.net.2'\] are none",
+    )
 
     model = searched()
     model.idle = CategoricalHyperparameter([1, 2])
