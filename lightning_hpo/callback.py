@@ -212,9 +212,10 @@ class OnlineHPOCallback(pl.Callback):
     def plot(self, names: Sequence[str] | None = None) -> tuple[Any, Any]:
         """Draws the last training: each λ on its own scale, its hypergradients, and L_V.
 
-        The first row has the values, with the bounds of their constraints where these are near; the
-        second the hypergradients with respect to raw λ, their mean over a twentieth of the updates,
-        and one standard deviation to both sides; below, L_V on the held-out batches.
+        The first row has the values, with the bounds of their constraints where these are near, or
+        the probabilities of choices; the second the hypergradients with respect to raw λ, their
+        mean over a twentieth of the updates, and one standard deviation to both sides; below, L_V
+        on the held-out batches.
 
         Args:
             names: The hyperparameters to draw. Default: the first four.
@@ -227,8 +228,10 @@ class OnlineHPOCallback(pl.Callback):
             RuntimeError: Before the first update.
             KeyError: If a name is unknown.
         """
-        constraints = {n: s.constraint for n, s in self._diagnosis.subjects.items()}
-        return plot(self.history, constraints, names)
+        subjects = self._diagnosis.subjects.items()
+        constraints = {n: s.constraint for n, s in subjects}
+        choices = {n: s.choices for n, s in subjects}
+        return plot(self.history, constraints, names, choices)
 
     def summary(self) -> str:
         """Returns, in a few lines, what the last training has shown; its end logs them.

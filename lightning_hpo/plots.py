@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ _COLUMNS = 4
 
 
 def plot(
-    history: History, constraints: Mapping[str, Constraint], names: Sequence[str] | None
+    history: History,
+    constraints: Mapping[str, Constraint],
+    names: Sequence[str] | None,
+    choices: Mapping[str, Sequence[Any]],
 ) -> tuple[Any, Any]:
     """Draws a history; see :meth:`OnlineHPOCallback.plot`."""
     try:
@@ -52,7 +56,7 @@ def plot(
     )
     for column, name in zip(axes.T, names, strict=True):
         series = _series(columns, name)
-        _draw_values(column[0], steps, series, constraints.get(name))
+        _draw_values(column[0], steps, series, constraints.get(name), choices.get(name, ()))
         column[0].set_title(name)
         _draw_hypergradients(column[1], steps, _series(columns, name, "_grad"))
         _draw_loss(column[2], steps, columns["loss"])
@@ -76,10 +80,18 @@ def _series(columns: Mapping[str, list[Any]], name: str, suffix: str = "") -> li
 
 
 def _draw_values(
-    ax: Any, steps: list[int], series: list[list[float]], constraint: Constraint | None
+    ax: Any,
+    steps: list[int],
+    series: list[list[float]],
+    constraint: Constraint | None,
+    choices: Sequence[Any],
 ) -> None:
-    for values in series:
-        ax.plot(steps, values, lw=1.4)
+    # Of yes and no, the probability of yes alone.
+    labels = [str(choice) for choice in choices][: len(series)] if len(series) > 1 else []
+    for values, label in zip_longest(series, labels):
+        ax.plot(steps, values, lw=1.4, label=label)
+    if labels:
+        ax.legend(fontsize=8, title="probability of", title_fontsize=8)
     low, high = (getattr(constraint, bound, math.nan) for bound in ("low", "high"))
     if isinstance(constraint, UnitInterval):
         low, high = 0.0, 1.0

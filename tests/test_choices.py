@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from cases import (
+    EachRank,
     MemoryLogger,
     Mlp,
     Recorder,
@@ -410,6 +411,28 @@ def test_resumes_bit_for_bit(tmp_path):
     assert str(second.history.columns()) == str(callback.history.columns())
 
 
+class OnRanks(EachRank, Searched):
+    pass
+
+
+@pytest.mark.usefixtures("within_two_minutes")
+@pytest.mark.parametrize("samples", [0, 8], ids=["drawn", "all"])
+def test_two_ranks_equal_one_process_on_the_whole_batch(samples):
+    def train(devices):
+        model = OnRanks()
+        policy = PolicyGradient(UnrollK(2), enumerate_up_to=samples)
+        callback = OnlineHPOCallback(
+            {"act*": policy, "*": T1T2()}, optimizer=lambda raw: torch.optim.SGD(raw, lr=1.0)
+        )
+        strategy = "ddp_fork" if devices > 1 else "auto"
+        make_trainer(callbacks=callback, devices=devices, strategy=strategy).fit(model)
+        return torch.cat([model.activation.raw, weights(model)])
+
+    one, two = train(1), train(2)
+    assert torch.allclose(two, one, rtol=1e-9, atol=1e-12)
+    assert not one[:3].allclose(torch.zeros(3, dtype=one.dtype), atol=1e-3)
+
+
 def test_loggers_get_probabilities_and_entropy():
     logger = MemoryLogger()
     callback = OnlineHPOCallback(T1T2())
@@ -420,7 +443,12 @@ def test_loggers_get_probabilities_and_entropy():
     assert 1.0 < metrics["hpo/activation/entropy"] < math.log(3)
     assert "hpo/activation/mean" not in metrics
     assert "relu 0." in callback.summary()
-    assert callback.plot()[0] is not None
+    _, axes = callback.plot(["activation"])
+    assert [text.get_text() for text in axes[0, 0].get_legend().get_texts()] == [
+        "tanh",
+        "sigmoid",
+        "relu",
+    ]
 
 
 def test_an_entropy_bonus_spreads_probabilities():
