@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
@@ -192,8 +193,16 @@ class Tangents:
             name: take_slices(stacks, parameters[: len(stacks)])
             for name, stacks in state["tangents"].items()
         }
-        for t, saved in zip(self.statistics, state["statistics"], strict=True):
-            t.copy_(saved)
+        saved = state["statistics"]
+        if [t.shape for t in saved] == [t.shape for t in self.statistics]:
+            for t, value in zip(self.statistics, saved, strict=True):
+                t.copy_(value)
+        else:  # steps write to a buffer now and then only
+            warnings.warn(
+                "OnlineHPOCallback: the first step of the resumed training writes to other buffers "
+                "than those of which the checkpoint has tangents; these start from zero",
+                stacklevel=2,
+            )
         self.is_zero = bool(state["is_zero"])
         self._has_moved = bool(state["has_moved"])
         norms = state["norms"]
