@@ -6,7 +6,17 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Mlp, fit, frozen, last_hypergradient, observe, relative_error, truth
+from cases import (
+    Mlp,
+    StopAfter,
+    fit,
+    frozen,
+    last_hypergradient,
+    observe,
+    relative_error,
+    train_loader,
+    truth,
+)
 from torch import nn
 
 from lightning_hpo import T1T2, ClipR, Implicit, OnlineHPOCallback, UnrollK
@@ -394,7 +404,43 @@ def test_what_is_first_written_later_is_followed_from_then_on(kind, estimator, o
     with pytest.warns(UserWarning, match="from this step on .*writes to the buffers") as caught:
         result = observe(ESTIMATORS[estimator](), kind(), steps=STEPS, **options)
     assert sum("from this step on" in str(w.message) for w in caught) == 1
-    assert relative_error(last_hypergradient(result), truth(kind, steps=STEPS)) < 1e-5
+    trainer = {k: v for k, v in options.items() if k.startswith("accumulate")}
+    assert relative_error(last_hypergradient(result), truth(kind, steps=STEPS, **trainer)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", LATE)
+@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.filterwarnings("ignore:.*(uses finite differences|from this step on)")
+def test_a_training_that_is_resumed_before_or_after(kind, at, tmp_path):
+    def trained(path=None, others=()):
+        callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen)
+        loader = train_loader(batch_size=20)  # epochs of two steps
+        fit(kind(), [callback, *others], steps=STEPS, ckpt_path=path, train=loader)
+        return last_hypergradient(callback)
+
+    path = str(tmp_path / "half.ckpt")
+    trained(others=[StopAfter(at, path)])
+    assert torch.equal(trained(path), trained())
+
+
+class Alternating(LateCentres):
+    """Writes to its centres at some steps only."""
+
+    def term(self, hidden, y):
+        if self.global_step % 2:
+            return hidden.square().mean()
+        return ClassCentres.term(self, hidden, y)
+
+
+def test_tangents_that_a_checkpoint_lacks_are_named(tmp_path):
+    path = str(tmp_path / "half.ckpt")
+    for others, ckpt_path, what in (
+        ([StopAfter(5, path)], None, "finite differences"),
+        ([], path, "of 'centres' start from zero"),
+    ):
+        callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen)
+        with pytest.warns(UserWarning, match=what):
+            fit(Alternating(), [callback, *others], steps=STEPS, ckpt_path=ckpt_path)
 
 
 @pytest.mark.parametrize("kind", LATE)

@@ -129,8 +129,17 @@ def follow_newly_written(
         stacklevel=2,
     )
     tangents = [each for space in spaces if space.replays for each in space.followed]
+    # In the order that they would have, had they been found together: after a resumption they are.
+    places, buffers = statistics.places, statistics.buffers()
+    is_layer = [isinstance(owner, _NormBase) for owner, _ in places]
+    labels = [
+        "" if layer else objective.name_of(p) for layer, p in zip(is_layer, places, strict=True)
+    ]
+    order = sorted(range(len(places)), key=labels.__getitem__)
+    statistics.follow(places[i] for i in order)
     for each in tangents:
-        each.statistics += stacked_zeros(statistics.buffers()[len(known) :], each.count)
+        every = [*each.statistics, *stacked_zeros(buffers[len(known) :], each.count)]
+        each.statistics = [every[i] for i in order]
     check_buffers(training, moment, spaces)
     return True
 
