@@ -34,6 +34,7 @@ from lightning_hpo.outside import Outside, Variable, entries_of
 from lightning_hpo.parts import TrainerParts
 from lightning_hpo.private_state import is_library
 from lightning_hpo.rng import RandomState
+from lightning_hpo.step.written_files import files_written
 from lightning_hpo.stores import is_writable
 
 # Looks at each place: the first two steps, and one that comes this many steps later.
@@ -129,8 +130,12 @@ class TraceCheck:
         if step not in looks:
             looks.append(step)
         before = _Look(self._trainer, self._module, batch)
-        yield
-        self._report(before.changes(), refuses=step == 1 and place != "update")
+        with files_written() as files:
+            yield
+        changes = before.changes()
+        if files:
+            changes["shared"] = [*changes.get("shared", []), *map(repr, dict.fromkeys(files))]
+        self._report(changes, refuses=step == 1 and place != "update")
 
     def _report(self, changes: dict[str, list[str]], *, refuses: bool) -> None:
         sentences = []
