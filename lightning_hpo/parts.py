@@ -80,6 +80,7 @@ class TrainerParts:
         return {
             f"{path}.{name}": value
             for path, part in self._parts.items()
+            if not path.endswith("_signal_connector")  # signals may come at any time
             for name, value in vars(part).items()
             if issubclass(type(value), _PLAIN)
         }
