@@ -259,3 +259,8 @@ def write_slots(value: Any, held: dict[types.MemberDescriptorType, Any]) -> None
             member.__set__(value, held[member])
         elif member in read_slots(value):
             member.__delete__(value)
+
+
+def is_of_lightning(cls: type, *, itself: bool = False) -> bool:
+    """Whether a class, or (unless ``itself``) one of its bases, is defined by Lightning."""
+    return any(_root(base) in _HOST for base in ((cls,) if itself else cls.__mro__))

@@ -44,6 +44,7 @@ from lightning_hpo.holders import (
     read_class,
     read_trainer,
 )
+from lightning_hpo.parts import TrainerParts
 from lightning_hpo.stores import is_same_store, is_writable, read_objects, size_of
 
 # Tensors and arrays up to this many elements, kept as plain attributes, are copied for a replay. A
@@ -67,6 +68,8 @@ _FEW = 32
 # Walks of each kind at which that happens in any case. Several come before θ moves, and a teacher
 # that follows θ does not change before.
 _FIRST = 5
+
+PARTS = Holder(TrainerParts.read, TrainerParts.write, dict.values)
 
 _WITH_CLASS = {Kind.MODULE, Kind.OBJECT, Kind.HOST}
 _WITH_ATTRIBUTES = {*_WITH_CLASS, Kind.DICT, Kind.LIST, Kind.ARRAY, Kind.TENSOR}
@@ -142,8 +145,9 @@ class Walker:
     the end of a container, only the length of that one is kept. So what a replay costs does not
     grow with a vocabulary, a history or a frozen backbone.
 
-    What callbacks, datamodules and loaders hold comes last: a step gets at it by the trainer. Of
-    the data there, entries of large containers are not looked into.
+    What callbacks, datamodules and loaders hold comes last, and what somebody has set on loops and
+    other parts of the trainer: a step gets at it by the trainer. Of the data there, entries of
+    large containers are not looked into.
 
     Args:
         root: The module, or any other object.
@@ -160,6 +164,7 @@ class Walker:
         self._judged: dict[int, Any] = {}
         self._volatile: dict[int, Any] = {}
         self._seen: set[int] = set()
+        self._parts: TrainerParts | None = None
 
     def walk(self, *, looks: str | bool = False) -> Reached:
         """Walks.
@@ -277,7 +282,7 @@ class Walker:
             elif (
                 weight.get(key, 0) > _LARGE
                 and (key in reached.held or key in reached.tuples)
-                and not (key in reached.held and reached.held[key].holder is TRAINER)
+                and not (key in reached.held and reached.held[key].holder in (TRAINER, PARTS))
                 and key not in live
                 and key not in below
                 and key not in self._moving
@@ -425,6 +430,11 @@ class Walker:
             elif kind is Kind.TRAINER and is_data:
                 hold(value, TRAINER)
                 push((value.train_dataloader, value.val_dataloaders, *value.optimizers), key)
+                if self._parts is None or reached.is_thorough:  # some come later
+                    self._parts = TrainerParts(value)
+                seen.add(id(self._parts))
+                parents[id(self._parts)] = key
+                hold(self._parts, PARTS)
             elif kind is Kind.OPTIMIZER:
                 hold(value, OPTIMIZER)
                 push((value.defaults,), key)
@@ -523,6 +533,9 @@ def _named_children(value: Any) -> Iterator[tuple[str, Any]]:
         )
     if kind is Kind.TRAINER:
         yield from ((f".{name}", child) for name, child in read_trainer(value).items())
+        parts = TrainerParts(value)
+        for key, child in parts.read().items():
+            yield parts.path_of(key).removeprefix("trainer"), child
         yield ".train_dataloader", value.train_dataloader
         yield ".val_dataloaders", value.val_dataloaders
         yield from ((f".optimizers[{i}]", child) for i, child in enumerate(value.optimizers))

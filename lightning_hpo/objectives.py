@@ -91,6 +91,8 @@ class TrainingObjective:
     Attributes:
         choices: See above.
         statistics: The running statistics that a step moves.
+        unwritten: Buffers that no step has been seen to write to.
+        newly_written: Those of them that a replay has, taken from ``unwritten``.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class TrainingObjective:
         hyperparameters: Sequence[Hyperparameter],
         choices: Choices | None = None,
     ) -> None:
+        self.unwritten: list[Place] = []
+        self.newly_written: list[Place] = []
         wrapper = trainer.strategy.model
         self.statistics = RunningStatistics(
             module,
@@ -212,26 +216,31 @@ class TrainingObjective:
         names = [name for name, m in self._module.named_modules() if m is owner]
         return f"{names[0]}.{own}".strip(".") if names else own
 
+    def other_buffers(self) -> Iterator[Place]:
+        """Yields the places of buffers, but for statistics and raw λ; there may be None in them."""
+        known = {(id(owner), name) for owner, name in self.statistics.places}
+        raws = self._raws()
+        for owner in self._module.modules():
+            if isinstance(owner, torch.jit.ScriptModule):
+                continue
+            for name, b in owner._buffers.items():
+                if id(b) not in raws and (id(owner), name) not in known:
+                    yield owner, name
+
     def written_buffers(self, moment: Moment, theta: Sequence[Tensor]) -> dict[str, Tensor]:
         """Returns what a step leaves in the buffers that it changes, but for statistics and raw λ.
 
+        Some may have another shape than before, or may not have been there at all.
+
         Costs a forward pass, where there are such buffers of floating point numbers.
         """
-        known = {(id(owner), name) for owner, name in self.statistics.places}
-        raws = self._raws()
-        found = {
-            f"{prefix}.{name}".strip("."): (owner, name)
-            for prefix, owner in self._module.named_modules()
-            if not isinstance(owner, torch.jit.ScriptModule)
-            for name, b in owner._buffers.items()
-            if isinstance(b, Tensor)
-            and b.numel()
-            and id(b) not in raws
-            and (id(owner), name) not in known
-        }
+        found = {self.name_of(place): place for place in self.other_buffers()}
         present = {name: owner._buffers[own] for name, (owner, own) in found.items()}
-        before = {name: (b.clone(), b._version) for name, b in present.items()}
-        if not any(b.is_floating_point() for b in present.values()):
+        before = {
+            name: (None if b is None else b.clone(), -1 if b is None else b._version)
+            for name, b in present.items()
+        }
+        if not any(b is None or b.is_floating_point() for b in present.values()):
             return {}
         with torch.enable_grad(), self.evaluations(moment, theta) as evaluate:
             evaluate(theta, self.leaves())
@@ -239,12 +248,11 @@ class TrainingObjective:
                 name: after.detach().clone()
                 for name, (owner, own) in found.items()
                 if isinstance(after := owner._buffers.get(own), Tensor)
-                and after.shape == before[name][0].shape
                 # What is written may be the same by chance: a copy that is averaged from now on.
                 and (
                     after is not present[name]
                     or after._version != before[name][1]
-                    or not torch.equal(after, before[name][0])
+                    or not torch.equal(after, before[name][0])  # type: ignore[arg-type]
                 )
             }
 
@@ -357,8 +365,11 @@ class TrainingObjective:
                     for h in self._categorical:
                         h.was_asked = False
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
+                    before = _versions(self.unwritten)
                     value = _training_loss(step(*arguments))
                     value = self._weighted(value, lam, at_rest)
+                    if before != (after := _versions(self.unwritten)):
+                        self._note_written(before, after)
                 # The step may have put others in their place.
                 return value, self.statistics.buffers() if followed else []
 
@@ -384,6 +395,11 @@ class TrainingObjective:
             for raws in (lam, [raw.detach() for raw in at_rest])
         )
         return loss if new is None or old is None else loss * (new - old).exp()
+
+    def _note_written(self, before: Sequence[Any], after: Sequence[Any]) -> None:
+        pairs = zip(self.unwritten, before, after, strict=True)
+        self.newly_written += [place for place, then, now in pairs if then != now]
+        self.unwritten = [place for place in self.unwritten if place not in self.newly_written]
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
         if self.rounding is None:
@@ -426,6 +442,12 @@ class TrainingObjective:
 
 def _choices_of(module: nn.Module) -> list[CategoricalHyperparameter]:
     return [m for m in module.modules() if isinstance(m, CategoricalHyperparameter)]
+
+
+def _versions(places: Sequence[Place]) -> list[tuple[int, int]]:
+    """Returns what is another number where something has been written to a buffer."""
+    buffers = [owner._buffers.get(name) for owner, name in places]
+    return [(id(b), 0 if b is None else b._version) for b in buffers]
 
 
 def _scaler_factor(trainer: pl.Trainer) -> float:

@@ -51,9 +51,11 @@ from lightning_hpo.step import (
     check_forward,
     check_value,
     find_buffers,
+    follow_newly_written,
     read_as_numbers,
     settle,
     settle_statistics,
+    warn_of_newly_written,
     warn_of_other_paths,
 )
 from lightning_hpo.strategy import LOGIT_STEP, LOOKS, TypicalValues, choose
@@ -384,6 +386,10 @@ class Run:
         follow = [each.space for each in served if each.estimator.follows_statistics]
         if follow and len(training.statistics):
             check_buffers(training, moment, follow)
+        if self._trainer.world_size == 1:  # ranks would have to agree at each step
+            training.follow_newly_written = lambda at: follow_newly_written(
+                training, at, lambda buffers: self._validate([], buffers), follow
+            )
         if self._resumed:
             self._restore(self._resumed, served)
             self._resumed = {}
@@ -597,6 +603,7 @@ class Run:
         self.recorder.shifts.look(may_wait=True)
         with self._traces("update", self.steps):
             gradients, norms, outcomes, loss = self._estimate()
+        warn_of_newly_written(self.training)
         is_applied = False
         if gradients:
             scale = self.recorder.lr if self._settings.scale_lr_with_model else 1.0
@@ -726,5 +733,6 @@ class Run:
         """
         self.recorder.close()
         self.choices.forget()
+        self.training.follow_newly_written = None
         for put_back in self._kept:
             put_back()

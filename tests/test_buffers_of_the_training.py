@@ -6,7 +6,17 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Mlp, fit, frozen, last_hypergradient, observe, relative_error, truth
+from cases import (
+    Mlp,
+    StopAfter,
+    fit,
+    frozen,
+    last_hypergradient,
+    observe,
+    relative_error,
+    train_loader,
+    truth,
+)
 from torch import nn
 
 from lightning_hpo import T1T2, ClipR, Implicit, OnlineHPOCallback, UnrollK
@@ -323,3 +333,190 @@ def count_calls(patch):
 
     patch.setattr("lightning_hpo.step.buffers.gradient", counted)
     return calls
+
+
+# ------------------------------------------------------------------------------ written later only
+
+
+class LateCentred(Centred):
+    """Replaces its centre, from the third step on."""
+
+    def term(self, hidden, y):
+        if self.global_step < 2:
+            return self.net[2](hidden).square().mean()
+        return super().term(hidden, y)
+
+
+class LateCentres(ClassCentres):
+    """Writes to its centres in place."""
+
+    def term(self, hidden, y):
+        if self.global_step < 2:
+            return hidden.square().mean()
+        return super().term(hidden, y)
+
+
+class LateSecond(ClassCentres):
+    """Has one from the start, and another one later."""
+
+    def make(self):
+        super().make()
+        self.register_buffer("mean", torch.zeros(5))
+
+    def term(self, hidden, y):
+        first = super().term(hidden, y)
+        if self.global_step < 3:
+            return first
+        with torch.no_grad():
+            self.mean.lerp_(hidden.mean(0), 0.3)
+        return first + (hidden - self.mean).square().sum(-1).mean()
+
+
+class LateBesideMoments(Whitened):
+    """Has running moments besides, which it writes to from the start."""
+
+    def make(self):
+        super().make()
+        self.register_buffer("centre", torch.zeros(5))
+
+    def term(self, hidden, y):
+        first = super().term(hidden, y)
+        if self.global_step < 3:
+            return first
+        first = first + (hidden - self.centre.clone()).square().sum(-1).mean()
+        with torch.no_grad():
+            self.centre.lerp_(hidden.mean(0), 0.3)
+        return first
+
+
+LATE = [LateCentred, LateCentres, LateSecond, LateBesideMoments]
+
+
+@pytest.mark.parametrize("kind", LATE)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    "options", [{}, {"derivatives": "finite_difference"}, {"every_n_steps": 3}]
+)
+@pytest.mark.filterwarnings("ignore:.*uses finite differences")
+def test_what_is_first_written_later_is_followed_from_then_on(kind, estimator, options):
+    if options.get("every_n_steps") and estimator == "forward":
+        options = {}  # it begins anew after each update
+    with pytest.warns(UserWarning, match="from this step on .*writes to the buffers") as caught:
+        result = observe(ESTIMATORS[estimator](), kind(), steps=STEPS, **options)
+    assert sum("from this step on" in str(w.message) for w in caught) == 1
+    trainer = {k: v for k, v in options.items() if k.startswith("accumulate")}
+    assert relative_error(last_hypergradient(result), truth(kind, steps=STEPS, **trainer)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", LATE)
+@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.filterwarnings("ignore:.*(uses finite differences|from this step on)")
+def test_a_training_that_is_resumed_before_or_after(kind, at, tmp_path):
+    def trained(path=None, others=()):
+        callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen)
+        loader = train_loader(batch_size=20)  # epochs of two steps
+        fit(kind(), [callback, *others], steps=STEPS, ckpt_path=path, train=loader)
+        return last_hypergradient(callback)
+
+    path = str(tmp_path / "half.ckpt")
+    trained(others=[StopAfter(at, path)])
+    assert torch.equal(trained(path), trained())
+
+
+class Alternating(LateCentres):
+    """Writes to its centres at some steps only."""
+
+    def term(self, hidden, y):
+        if self.global_step % 2:
+            return hidden.square().mean()
+        return ClassCentres.term(self, hidden, y)
+
+
+def test_tangents_that_a_checkpoint_lacks_are_named(tmp_path):
+    path = str(tmp_path / "half.ckpt")
+    for others, ckpt_path, what in (
+        ([StopAfter(5, path)], None, "finite differences"),
+        ([], path, "of 'centres' start from zero"),
+    ):
+        callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen)
+        with pytest.warns(UserWarning, match=what):
+            fit(Alternating(), [callback, *others], steps=STEPS, ckpt_path=ckpt_path)
+
+
+@pytest.mark.parametrize("kind", LATE)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.filterwarnings("ignore:.*(uses finite differences|from this step on)")
+def test_the_training_stays_bit_identical(kind, estimator):
+    test_the_training_is_bit_identical(kind, estimator)
+
+
+@pytest.mark.parametrize("kind", [LateCentred, LateCentres, LateSecond])
+@pytest.mark.filterwarnings("ignore:.*without a graph")
+def test_reverse_mode_says_what_it_misses_once(kind):
+    with pytest.warns(UserWarning, match="as constants, because .*after the first step") as caught:
+        observe(UnrollK(3, "reverse"), kind(), steps=9, every_n_steps=3)
+    assert sum("after the first step" in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize("estimator", [T1T2, Implicit])
+@pytest.mark.parametrize("kind", LATE[:2])
+def test_one_step_alone_is_not_warned_about(kind, estimator):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(from this step on|after the first step)")
+        observe(estimator(), kind(), steps=4)
+
+
+class AnnealedLater(Annealed):
+    def term(self, hidden, y):
+        return super().term(hidden, y) if self.global_step > 1 else hidden.square().mean()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_later_ones_that_do_not_carry_parameters_on_are_left_alone(estimator, monkeypatch):
+    monkeypatch.setattr(RunningStatistics, "follow", refuse)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(from this step on|without a graph)")
+        result = observe(ESTIMATORS[estimator](), AnnealedLater(), steps=STEPS)
+    assert relative_error(last_hypergradient(result), truth(AnnealedLater, steps=STEPS)) < 1e-5
+
+
+class Growing(Base):
+    """A bank that begins with nothing and grows."""
+
+    since = -1
+
+    def make(self):
+        self.register_buffer("bank", torch.zeros(0, 5))
+
+    def term(self, hidden, y):
+        loss = hidden.square().mean()
+        if len(self.bank):
+            loss = loss + (hidden @ self.bank.T).square().mean()
+        if self.global_step > self.since:
+            self.bank = torch.cat([self.bank, hidden.detach()])[-20:]
+        return loss
+
+
+class Appearing(Growing):
+    """One that is None before."""
+
+    def make(self):
+        self.register_buffer("bank", None)
+
+    def term(self, hidden, y):
+        if self.bank is None:
+            self.bank = torch.zeros(0, 5)
+        return super().term(hidden, y)
+
+
+class GrowingLater(Growing):
+    since = 2
+
+
+@pytest.mark.parametrize("kind", [Growing, Appearing, GrowingLater])
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "reverse"])
+def test_banks_whose_shape_changes_are_named(kind, estimator):
+    make = {**ESTIMATORS, "reverse": lambda: UnrollK(STEPS, "reverse")}[estimator]
+    why = "(their shape|after the first step)"
+    with pytest.warns(UserWarning, match=f"buffers 'bank' as constants.*{why}.*hypergradients"):
+        observe(make(), kind(), steps=STEPS, every_n_steps=STEPS)

@@ -1,7 +1,12 @@
 """One training step as a map, and its derivative."""
 
 from lightning_hpo.step.backends import settle, settle_statistics
-from lightning_hpo.step.buffers import check_buffers, find_buffers
+from lightning_hpo.step.buffers import (
+    check_buffers,
+    find_buffers,
+    follow_newly_written,
+    warn_of_newly_written,
+)
 from lightning_hpo.step.effect import Effect
 from lightning_hpo.step.forward_check import check_forward
 from lightning_hpo.step.numbers import read_as_numbers, warn_of_other_paths
@@ -31,8 +36,10 @@ __all__ = [
     "check_forward",
     "check_value",
     "find_buffers",
+    "follow_newly_written",
     "read_as_numbers",
     "settle",
     "settle_statistics",
+    "warn_of_newly_written",
     "warn_of_other_paths",
 ]

@@ -40,6 +40,7 @@ class Batches:
         self._training = training
         self._sums: dict[Tangents, list[Tensor]] = {}
         self._network: Network | None = None
+        self._expected: tuple[Moment, Sequence[Tangents]] | None = None
         self._left = 0
 
     def multiply(self, moment: Moment, weight: float, followed: Sequence[Tangents]) -> None:
@@ -71,6 +72,7 @@ class Batches:
         """Prepares the replay of a micro-batch that products will be formed with."""
         names = dict.fromkeys(name for tangents in followed for name in tangents.unit)
         self._network = Network(self._training, moment, list(names))
+        self._expected = moment, followed
         self._left = sum(1 for tangents in followed for _ in tangents.portions())
 
     def late(self, tangents: Tangents) -> Iterator[Product]:
@@ -109,16 +111,44 @@ class Batches:
         y = None if tangents.is_zero else [t[part] for t in tangents.state[THETA]]
         e = {name: t[part] for name, t in tangents.unit.items()}
         weights = None
-        if norms is not None and y is not None:
-            products, weights = self._network.one_sided(y, e, norms[part])
-        else:
-            r = [t[part] for t in tangents.statistics]
-            products, moved = self._network.tangent(y, e, r, is_last=self._left == 0)
-            for t, new in zip(r, moved, strict=True):
-                t.copy_(new)
+        products, moved, weights = self._formed(tangents, part, y, e, norms)
+        if self._follow_newly_written():
+            products, moved, weights = self._formed(tangents, part, y, e, None)
+        for t, new in zip(tangents.statistics, moved, strict=True):
+            t[part].copy_(new)
         if tangents.sync and not self._training.sharded:
             average_(products)
         return products, weights
+
+    def _formed(
+        self,
+        tangents: Tangents,
+        part: slice,
+        y: list[Tensor] | None,
+        e: dict[str, Tensor],
+        norms: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Returns H y + B, what becomes of the statistics' tangents, and see :data:`Product`."""
+        assert self._network is not None
+        if norms is not None and y is not None and not tangents.statistics:
+            products, weights = self._network.one_sided(y, e, norms[part])
+            return products, [], weights
+        r = [t[part] for t in tangents.statistics]
+        products, moved = self._network.tangent(y, e, r, is_last=self._left == 0)
+        return products, moved, None
+
+    def _follow_newly_written(self) -> bool:
+        """Looks for buffers that this step writes to as the first; returns whether they matter."""
+        training = self._training
+        if not training.objective.newly_written or training.follow_newly_written is None:
+            return False
+        assert self._expected is not None
+        self._end_replay()
+        is_new = training.follow_newly_written(self._expected[0])
+        left = self._left
+        self.expect(*self._expected)
+        self._left = left
+        return is_new
 
     def _complete(self, sums: list[Tensor], m: int) -> list[Tensor]:
         """Adds zeros for parameters that have joined since, or for all where there is nothing."""

@@ -6,15 +6,17 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_hpo._tensors import filled
+from lightning_hpo._tensors import filled, stacked_zeros
 from lightning_hpo.derivatives import gradient, is_missing_derivative
 from lightning_hpo.distributed import average_, gather
 from lightning_hpo.objectives import Moment
+from lightning_hpo.statistics import Place
 from lightning_hpo.step.backends import fall_back
 from lightning_hpo.step.space import Space
 from lightning_hpo.step.training_map import TrainingMap
@@ -46,7 +48,17 @@ def find_buffers(
     objective, statistics = training.objective, training.statistics
     if training.sharded:
         return
+    objective.unwritten = []
+    before = {place: _shape_of(place) for place in objective.other_buffers()}
     after = objective.written_buffers(moment, training.theta)
+    reshaped = [n for n, b in after.items() if before[objective.place_of(n)] != b.shape]
+    for name in reshaped:
+        del after[name]
+    if is_read_later:
+        written = {objective.place_of(name) for name in (*after, *reshaped)}
+        objective.unwritten = [p for p in before if p not in written and _may_be_state(p)]
+        if reshaped:
+            _warn_of_constants(reshaped, "training_step changes their shape")
     # All ranks must follow the same: they exchange what they follow.
     names = sorted(set().union(*gather([n for n, b in after.items() if b.is_floating_point()])))
     places = [objective.place_of(name) for name in names]
@@ -59,6 +71,86 @@ def find_buffers(
     statistics.follow(
         [*statistics.places, *(p for p, flag in zip(places, flags, strict=True) if flag)]
     )
+
+
+def _shape_of(place: Place) -> torch.Size | None:
+    owner, name = place
+    buffer = owner._buffers[name]
+    return None if buffer is None else buffer.shape
+
+
+def _may_be_state(place: Place) -> bool:
+    owner, name = place
+    buffer = owner._buffers[name]
+    return buffer is None or buffer.is_floating_point()
+
+
+def _warn_of_constants(names: Sequence[str], reason: str) -> None:
+    warnings.warn(
+        f"OnlineHPOCallback takes the buffers {', '.join(map(repr, names[:4]))} as constants, "
+        f"because {reason}. If losses depend on them, hypergradients miss how λ moves them; give "
+        "them their shape in __init__, and write to them from the first step on",
+        stacklevel=3,
+    )
+
+
+def follow_newly_written(
+    training: TrainingMap,
+    moment: Moment,
+    validate: Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
+    spaces: Sequence[Space],
+) -> bool:
+    """Follows buffers that a step writes to for the first time, if a loss depends on them.
+
+    Called once a replay has shown them, with the tangents still where the step starts.
+
+    Args:
+        training: What all steps of the training share.
+        moment: The micro-batch, at the present θ.
+        validate: As for :func:`find_buffers`.
+        spaces: Those of the estimators that follow statistics.
+
+    Returns:
+        Whether tangents have to be moved anew, with more statistics than before.
+    """
+    objective, statistics = training.objective, training.statistics
+    names = [objective.name_of(place) for place in objective.newly_written]
+    objective.newly_written = []
+    known = statistics.places
+    # The module may hold what the step has left already, in other objects than before.
+    moment = replace(moment, state=None)
+    find_buffers(training, moment, validate, is_read_later=True)
+    new = statistics.places[len(known) :]
+    if not new:
+        return False
+    warnings.warn(
+        f"OnlineHPOCallback: from this step on training_step writes to the buffers "
+        f"{', '.join(map(repr, names[:4]))}, which hypergradients follow from now on",
+        stacklevel=2,
+    )
+    tangents = [each for space in spaces if space.replays for each in space.followed]
+    # In the order that they would have, had they been found together: after a resumption they are.
+    places, buffers = statistics.places, statistics.buffers()
+    is_layer = [isinstance(owner, _NormBase) for owner, _ in places]
+    labels = [
+        "" if layer else objective.name_of(p) for layer, p in zip(is_layer, places, strict=True)
+    ]
+    order = sorted(range(len(places)), key=labels.__getitem__)
+    statistics.follow(places[i] for i in order)
+    for each in tangents:
+        every = [*each.statistics, *stacked_zeros(buffers[len(known) :], each.count)]
+        each.statistics = [every[i] for i in order]
+    check_buffers(training, moment, spaces)
+    return True
+
+
+def warn_of_newly_written(training: TrainingMap) -> None:
+    """Names buffers that steps have begun to write to, where nothing follows them."""
+    objective = training.objective
+    names = [objective.name_of(place) for place in objective.newly_written]
+    objective.newly_written = []
+    if names:
+        _warn_of_constants(names, "training_step has begun to write to them after the first step")
 
 
 def _agreed(found: Sequence[bool], training: TrainingMap) -> list[bool]:
@@ -192,14 +284,15 @@ def check_buffers(training: TrainingMap, moment: Moment, spaces: Sequence[Space]
         "torch.no_grad(), by .detach() or .data)"
     )
     tangents = [each for space in spaces if space.replays for each in space.followed]
-    if training.is_automatic and training.derivatives == "auto" and tangents:
+    if training.is_automatic and training.derivatives != "finite_difference" and tangents:
         training.derivatives = fall_back(f"{reason}, which other derivatives miss")
     if training.derivatives == "finite_difference":
         statistics.follow_by_value(reason)
         return
     statistics.follow(place for place, flag in places if not flag)
     for each in tangents:
-        each.statistics = statistics.zeros(each.count)
+        kept = zip(each.statistics, flags, strict=True)
+        each.statistics = [t for t, flag in kept if not flag]
     warnings.warn(
         f"OnlineHPOCallback takes buffers that a loss depends on as constants, because {reason}. "
         "Hypergradients miss how λ moves them; derivatives='auto' or 'finite_difference' with "

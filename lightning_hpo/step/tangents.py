@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
@@ -169,6 +170,9 @@ class Tangents:
         if self.statistics:
             yield self.statistics
 
+    def _names_of_statistics(self) -> list[str]:
+        return [self._training.objective.name_of(p) for p in self._training.statistics.places]
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the tangents.
 
@@ -178,6 +182,7 @@ class Tangents:
         return {
             "tangents": {name: gather_stacks(s, parameters) for name, s in self.state.items()},
             "statistics": self.statistics,
+            "names": self._names_of_statistics(),
             "is_zero": self.is_zero,
             "has_moved": self._has_moved,
             # After clipping they are not those of the tangents to the last bit.
@@ -192,8 +197,18 @@ class Tangents:
             name: take_slices(stacks, parameters[: len(stacks)])
             for name, stacks in state["tangents"].items()
         }
-        for t, saved in zip(self.statistics, state["statistics"], strict=True):
-            t.copy_(saved)
+        own = self._names_of_statistics()
+        saved = dict(zip(state.get("names", own), state["statistics"], strict=True))
+        for name, t in zip(own, self.statistics, strict=True):
+            if name in saved:
+                t.copy_(saved[name])
+        if saved.keys() != set(own):  # steps write to a buffer now and then only
+            names = ", ".join(map(repr, sorted(saved.keys() ^ set(own))))
+            warnings.warn(
+                "OnlineHPOCallback: the checkpoint and the first step of the resumed training do "
+                f"not follow the same buffers; tangents of {names} start from zero",
+                stacklevel=2,
+            )
         self.is_zero = bool(state["is_zero"])
         self._has_moved = bool(state["has_moved"])
         norms = state["norms"]

@@ -31,8 +31,10 @@ from lightning_hpo.distributed import is_sharded, reshard
 from lightning_hpo.holders import Held, read_generator
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.outside import Outside, Variable, entries_of
+from lightning_hpo.parts import TrainerParts
 from lightning_hpo.private_state import is_library
 from lightning_hpo.rng import RandomState
+from lightning_hpo.step.written_files import files_written
 from lightning_hpo.stores import is_writable
 
 # Looks at each place: the first two steps, and one that comes this many steps later.
@@ -54,6 +56,10 @@ _REMEDIES = {
     "gradients": (
         "gradients of the training",
         "Change them in on_before_optimizer_step",
+    ),
+    "trainer": (
+        "parts of the trainer",
+        "Keep what steps change as attributes of the module, or change it in on_train_batch_end",
     ),
     "optimizer": (
         "the optimizer's state",
@@ -124,8 +130,12 @@ class TraceCheck:
         if step not in looks:
             looks.append(step)
         before = _Look(self._trainer, self._module, batch)
-        yield
-        self._report(before.changes(), refuses=step == 1 and place != "update")
+        with files_written() as files:
+            yield
+        changes = before.changes()
+        if files:
+            changes["shared"] = [*changes.get("shared", []), *map(repr, dict.fromkeys(files))]
+        self._report(changes, refuses=step == 1 and place != "update")
 
     def _report(self, changes: dict[str, list[str]], *, refuses: bool) -> None:
         sentences = []
@@ -203,6 +213,7 @@ class _Look:
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        self._trainer = trainer
         self._device = trainer.strategy.root_device
         self._random = RandomState.capture(self._device)
         (self._optimizer,) = trainer.optimizers
@@ -239,6 +250,8 @@ class _Look:
         self._shown = _shown(self._values)
         self._variables = [] if shards else Outside(module).variables
         self._outside = _outside(self._variables)
+        self._parts = TrainerParts(trainer)
+        self._plain, self._own = self._parts.plain(), self._parts.paths()
 
     def changes(self) -> dict[str, list[str]]:
         """Returns the names of what is another now, by what it belongs to."""
@@ -281,6 +294,11 @@ class _Look:
         ]
         if outside:
             found["outside"] = list(dict.fromkeys(outside))
+        parts = TrainerParts(self._trainer)  # a step may have had some made
+        plain = parts.plain()
+        moved = [n for n, value in self._plain.items() if n in plain and plain[n] != value]
+        if moved or parts.paths() != self._own:
+            found["trainer"] = [*map(repr, moved), *map(repr, sorted(parts.paths() ^ self._own))]
         differing = self._random.differences(RandomState.capture(self._device))
         if differing:
             found["random"] = [f"that of {name}" for name in differing]

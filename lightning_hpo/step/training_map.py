@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from lightning_hpo.choices import Choices
 from lightning_hpo.distributed import is_sharded, local
 from lightning_hpo.dynamics import Dynamics, OptimizerOptions, OptimizerStep
 from lightning_hpo.hyperparameters import Hyperparameter, UnitInterval
-from lightning_hpo.objectives import TrainingObjective
+from lightning_hpo.objectives import Moment, TrainingObjective
 from lightning_hpo.regularizers import Penalty
 from lightning_hpo.statistics import RunningStatistics
 
@@ -38,6 +38,8 @@ class TrainingMap:
         reuses_gradient: Whether the gradient of the real step has been seen to be that of a replay.
         scales_gradient: Whether a factor of the loss is one of its gradient. Hooks inside of the
             network that clip gradients see to it that it is not.
+        follow_newly_written: Follows buffers that a step, at a moment, is the first to write to;
+            returns whether tangents have to be moved anew. None where nobody can.
         logit_step: Differences over a logit (random masks) reach at least so far to either side.
     """
 
@@ -53,6 +55,7 @@ class TrainingMap:
     reuses_gradient: bool = False
     scales_gradient: bool = True
     logit_step: float = 0.0
+    follow_newly_written: Callable[[Moment], bool] | None = None
 
     def __post_init__(self) -> None:
         self.is_automatic = self.derivatives == "auto"
