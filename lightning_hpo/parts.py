@@ -117,7 +117,8 @@ def _is_part(cls: type) -> bool:
     """
     kinds = (Kind.ATOM, Kind.OBJECT, Kind.DICT, Kind.OPTIMIZER)
     is_machinery = kind_of(cls) in kinds and has_dict(cls)
-    is_other = issubclass(cls, enum.Enum) or any(b.__name__ == "Logger" for b in cls.__mro__)
+    names = {base.__name__ for base in cls.__mro__}  # those of this package are atoms elsewhere
+    is_other = issubclass(cls, enum.Enum) or not names.isdisjoint({"Logger", "Callback"})
     return is_machinery and is_of_lightning(cls) and not is_other
 
 
