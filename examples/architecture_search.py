@@ -1,9 +1,10 @@
 """Architecture and learning rate chosen in one training, and retrained from scratch.
 
-A network of three hidden layers, whose activations, widths and skip connection are choices, shares
-its weights between all of them. So is the learning rate one of four. One training learns which are
-best on held-out data (Adam & Lorraine 2018), with and without the response gradient, which ENAS
-leaves out; the most probable architecture is then trained anew.
+A network of three hidden layers shares its weights between all choices of activations, widths and
+a skip connection; the learning rate is one of four as well: 13 824 combinations. One training
+learns which are best on held-out data (Adam & Lorraine 2018); the most probable ones are then
+trained anew. ENAS (Pham et al. 2018) leaves the response gradient out: it cannot choose the
+learning rate, which has no other effect on the held-out loss, and keeps the 0.03 of the module.
 
     python examples/architecture_search.py             # three seeds, under two minutes
     python examples/architecture_search.py --baseline  # and 64 random architectures, trained alike
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,12 +30,14 @@ from lightning_hpo import (
     CategoricalHyperparameter,
     OnlineHPOCallback,
     PolicyGradient,
+    UnrollK,
     fixed_values,
     freeze,
     named_hyperparameters,
 )
 
 STEPS = 1500
+FIRST_SEED = 10  # the settings of the search were chosen on the first few
 WIDTH = 64
 ACTIVATIONS = {
     "relu": torch.relu,
@@ -86,10 +90,10 @@ def search(seed: int, response: bool) -> tuple[dict[str, Any], OnlineHPOCallback
     lightning.seed_everything(seed, verbose=False)
     module = Searched()
     callback = OnlineHPOCallback(
-        PolicyGradient(response=response, samples=4),
-        optimizer=lambda logits: torch.optim.Adam(logits, lr=0.05),
-        every_n_steps=5,
-        optimizer_hyperparameters={"lr": CategoricalHyperparameter(RATES)},
+        PolicyGradient(UnrollK(10), response=response, samples=4),
+        optimizer=lambda logits: torch.optim.Adam(logits, lr=0.3),
+        every_n_steps=30,
+        optimizer_hyperparameters={"lr": CategoricalHyperparameter(RATES)} if response else (),
     )
     train, held_out, _ = DATA
     fit(module, batches(train, 50), batches(held_out, 200), STEPS, [callback])
@@ -126,7 +130,7 @@ def plot(callbacks: dict[str, OnlineHPOCallback], path: Path) -> None:
             ax.plot(steps, ps, label=decision)
         ax.set(title=name, xlabel="step", ylim=(0, 1))
     axes[0].set_ylabel("probability of the choice that wins")
-    axes[-1].legend(fontsize=8, loc="lower right")
+    axes[0].legend(fontsize=7, loc="lower right", ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -146,26 +150,28 @@ def main() -> None:
     callbacks = {}
     for name, response in (("direct and response", True), ("direct alone (ENAS)", False)):
         results = []
-        for seed in range(options.seeds):
+        begin = time.process_time()
+        for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
             choices, callback = search(seed, response)
             results.append(train_anew(choices, seed))
             print_row(f"  {name}, seed {seed}", *results[-1])
             print("    " + ", ".join(f"{n} {c}" for n, c in choices.items()), flush=True)
             callbacks[name] = callback
-        show(name, results)
+        show(name, results, (time.process_time() - begin) / options.seeds)
     plot(callbacks, options.plot)
     if options.baseline:
-        generator = random.Random(0)
+        generator, begin = random.Random(0), time.process_time()
         found = [train_anew(drawn(generator), 0) for _ in range(64)]
-        best = min(found)
-        print_row("best of 64 random ones", *best)
-        show("all 64", found)
+        print_row("best of 64 random ones", *min(found))
+        show("all 64", found, time.process_time() - begin)
 
 
-def show(name: str, results: list[tuple[float, float, float]]) -> None:
+def show(name: str, results: list[tuple[float, float, float]], seconds: float) -> None:
+    """Prints means with their standard errors, and what one result has cost."""
     columns = list(zip(*results, strict=True))
     error = [stdev(c) / len(c) ** 0.5 if len(c) > 1 else 0.0 for c in columns]
     print_row(name, *(f"{mean(c):.3f} ± {e:.3f}" for c, e in zip(columns, error, strict=True)))
+    print(f"    {seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
