@@ -1,4 +1,4 @@
-"""Data hyper-cleaning: which of the training labels are wrong? (Franceschi et al. 2017, §5.1)
+"""Data hyper-cleaning, §5.1 of Franceschi et al. (2017): which training labels are wrong?
 
 Half of 5 000 training labels of MNIST are wrong. Each training example has a weight λ_i in [0, 1],
 and Σ λ_i ≤ R. The weights are tuned by the loss on 5 000 validation examples: softmax regression is
@@ -17,7 +17,7 @@ testing.
     python examples/papers/hyper_cleaning.py --data-dir DATA --scale paper   # better with a GPU
 
 At ``--scale small`` the data are the paper's, but a training has 40 steps with momentum instead of
-1 000 without, and λ moves 18 times instead of 500 times.
+1 000 without, and λ moves 24 times instead of 500 times.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "tiny": Scale(400, 0.9, 20, 8, 1.5, 100),
-    "small": Scale(5000, 0.9, 40, 18, 1.5, 200),
+    "small": Scale(5000, 0.9, 40, 24, 1.5, 200),
     "paper": Scale(5000, 0.0, 1000, 500, 0.1, 2000),
 }
 # Rate times steps, over 1 − momentum: how far gradient descent goes with weights that sum to N, and
