@@ -134,7 +134,7 @@ def test_hyper_cleaning(run):
     assert float(found["Oracle"]["f1"]) == 1
     assert (found["Oracle"]["kept"], found["Oracle"]["kept_wrong"]) == ("200", "0")
     assert (found["Baseline"]["kept"], found["Baseline"]["kept_wrong"]) == ("400", "200")
-    assert float(found["DH-1000"]["f1"]) > 0.8
+    assert float(found["DH-1000"]["f1"]) > 0.75  # it would be 2/3 if all were found
     assert float(found["DH-1000"]["accuracy"]) > float(found["Baseline"]["accuracy"])
     assert files == {"hyper_cleaning_tiny.csv", "hyper_cleaning_tiny.md", "hyper_cleaning_tiny.png"}
 
