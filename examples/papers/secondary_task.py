@@ -3,15 +3,17 @@
 The paper classifies phones of TIMIT, and learns an embedding of their context beside it; the second
 loss has a weight ρ. During a single training ρ, the learning rate η and the momentum μ are tuned by
 forward-mode hypergradients (RTHO). TIMIT cannot be had freely, so this keeps the structure and
-takes other data: 1 000 labeled images of MNIST. The secondary target is the image at a quarter of
-its resolution (7×7, standardized), which a linear layer predicts from the last hidden layer: like
-the paper's context, it says how things of one class differ.
+takes other data: 1 000 labeled images of MNIST. The secondary target is an embedding of the image,
+which another network has learned from 10 000 other images, as the paper's embedding of the context
+was learned before: 32 standardized numbers, its last hidden layer. A linear layer predicts them
+from the last hidden layer of ours; half their mean square error is the second loss.
 
 - Vanilla: ρ = 0, η = 0.075, μ = 0.5.
-- RS: random search, ρ ~ U(0, 4), η ~ Exp(0.1), μ ~ U(0, 1); the best by its validation loss of as
-  many trainings as fit into the CPU time of RTHO.
+- RS: random search, ρ ~ U(0, 4), η ~ Exp(0.1), μ ~ U(0, 1); the best by its validation accuracy of
+  as many trainings as fit into the CPU time of RTHO.
 - RTHO: from Vanilla's η and μ, and ρ = 1.6; ``ClipR(radius=inf)``.
-- RTHO-NT, "null teacher": from ρ = 0 and η = μ = 1e-6 (derivatives at exactly 0 are not defined).
+- RTHO-NT, "null teacher": from ρ = 0 and η = μ = 1e-6. At 0 nothing would be trained, and the
+  optimizer would keep no momentum, so that there would be no derivatives.
 - ``OnlineHPOCallback()``: as RTHO, but it chooses everything by itself.
 
     python examples/papers/secondary_task.py --data-dir DATA
@@ -57,7 +59,7 @@ STARTS: dict[str, tuple[float, float, float]] = {
     "RTHO-NT": (0.0, 1e-6, 1e-6),
     DEFAULT: (1.6, 0.075, 0.5),
 }
-# Of random search; more than fit into the time of RTHO.
+# Of random search; about as many as fit into the time of RTHO.
 TRIALS = 8
 BATCH = 100
 EMBEDDING = 32

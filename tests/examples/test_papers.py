@@ -129,7 +129,7 @@ def test_hyper_cleaning(run):
     table, cells, files = run("hyper_cleaning")
     rows = {row[0]: row for row in table}
     assert rows["DH-1500"][1:3] == ["90.06", "0.9244"]  # the paper's
-    assert len(cells) == 7
+    assert len(cells) == 8
     found = {cell["method"]: cell for cell in cells}
     assert float(found["Oracle"]["f1"]) == 1
     assert (found["Oracle"]["kept"], found["Oracle"]["kept_wrong"]) == ("200", "0")
