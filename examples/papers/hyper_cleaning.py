@@ -315,7 +315,7 @@ def draw(experiment: Experiment) -> None:
     except ImportError:
         note("no picture: matplotlib is not there")
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.6))
     for method in METHODS[2:]:
         traces = [json.loads(row["trace"]) for row in experiment.where(method=method)]
         if traces:
@@ -332,9 +332,9 @@ def draw(experiment: Experiment) -> None:
     right.invert_yaxis()
     handles, labels = right.get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))
-    right.legend(by_label.values(), by_label.keys())
-    figure.legend(*left.get_legend_handles_labels(), loc="upper left", ncols=len(METHODS) - 2)
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    right.legend(by_label.values(), by_label.keys(), loc="center left")
+    figure.legend(*left.get_legend_handles_labels(), loc="upper center", ncols=3)
+    figure.tight_layout(rect=(0, 0, 1, 0.89))
     figure.savefig(experiment.output / f"{experiment.name}.png", dpi=110)
 
 
