@@ -77,7 +77,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "tiny": Scale(400, 0.9, 40, 8, 0.7, 100),
+    "tiny": Scale(300, 0.9, 40, 6, 0.5, 60),
     "small": Scale(5000, 0.9, 40, 24, 1.5, 200),
     "paper": Scale(5000, 0.0, 1000, 500, 0.1, 2000),
 }

@@ -132,8 +132,8 @@ def test_hyper_cleaning(run):
     assert len(cells) == 8
     found = {cell["method"]: cell for cell in cells}
     assert float(found["Oracle"]["f1"]) == 1
-    assert (found["Oracle"]["kept"], found["Oracle"]["kept_wrong"]) == ("200", "0")
-    assert (found["Baseline"]["kept"], found["Baseline"]["kept_wrong"]) == ("400", "200")
+    assert (found["Oracle"]["kept"], found["Oracle"]["kept_wrong"]) == ("150", "0")
+    assert (found["Baseline"]["kept"], found["Baseline"]["kept_wrong"]) == ("300", "150")
     assert float(found["DH-1000"]["f1"]) > 0.75  # it would be 2/3 if all were found
     assert float(found["DH-1000"]["accuracy"]) > float(found["Baseline"]["accuracy"])
     assert files == {"hyper_cleaning_tiny.csv", "hyper_cleaning_tiny.md", "hyper_cleaning_tiny.png"}
