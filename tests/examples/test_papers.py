@@ -68,6 +68,7 @@ def run(monkeypatch, tmp_path, capsys, data_dir):
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(sys.modules)
     threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float32)  # as it is in a process of the script
 
     def run(name, *arguments, needs_data=True, output=tmp_path):
         options = ["--data-dir", str(data_dir)] if needs_data else []
@@ -122,3 +123,42 @@ def test_data(monkeypatch, data_dir):
     assert kinds == 21
     loader = batches(torch.utils.data.TensorDataset(labels), 100)
     assert torch.cat([batch for (batch,) in loader]).equal(labels)
+
+
+def test_hyper_cleaning(run):
+    table, cells, files = run("hyper_cleaning")
+    rows = {row[0]: row for row in table}
+    assert rows["DH-1500"][1:3] == ["90.06", "0.9244"]  # the paper's
+    assert len(cells) == 8
+    found = {cell["method"]: cell for cell in cells}
+    assert float(found["Oracle"]["f1"]) == 1
+    assert (found["Oracle"]["kept"], found["Oracle"]["kept_wrong"]) == ("150", "0")
+    assert (found["Baseline"]["kept"], found["Baseline"]["kept_wrong"]) == ("300", "150")
+    assert float(found["DH-1000"]["f1"]) > 0.75  # it would be 2/3 if all were found
+    assert float(found["DH-1000"]["accuracy"]) > float(found["Baseline"]["accuracy"])
+    assert files == {"hyper_cleaning_tiny.csv", "hyper_cleaning_tiny.md", "hyper_cleaning_tiny.png"}
+
+
+def test_projection_of_the_hyper_cleaner(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from hyper_cleaning import CappedL1Ball
+
+    project = CappedL1Ball(3.0).project
+    inside = torch.tensor([0.5, 1.0, 0.0])
+    assert project(inside).equal(inside)
+    assert project(torch.tensor([2.0, -1.0, 0.5])).tolist() == [1, 0, 0.5]
+    # They are moved by 0.5, cut off at 1, and sum to 3.
+    far = project(torch.tensor([1.7, 1.5, 1.0, 0.8, 0.7, -2.0]))
+    torch.testing.assert_close(far, torch.tensor([1.0, 1.0, 0.5, 0.3, 0.2, 0.0]))
+
+
+def test_secondary_task(run):
+    table, cells, files = run("secondary_task")
+    rows = {row[0]: row for row in table}
+    assert rows["RTHO"][1:3] == ["61.97", "164"]  # the paper's
+    assert len(cells) == 6
+    found = {cell["method"]: cell for cell in cells}
+    assert [float(found["Vanilla"][f"last_{name}"]) for name in "ρημ"] == [0, 0.075, 0.5]
+    # Nothing was known: learning rate, momentum and ρ have left 0, Adam's 0.005 at each update.
+    assert float(found["RTHO-NT"]["last_η"]) > 0.01
+    assert files == {"secondary_task_tiny.csv", "secondary_task_tiny.md", "secondary_task_tiny.png"}
