@@ -48,14 +48,14 @@ METHODS = {
     # Every 10 steps, which is the default's choice, an example is seen only twice.
     EXAMPLES: (FIXED, PLAIN, DEFAULT, EVERY, ADDED, ORACLE),
 }
-# Strengths start in the middle of where random search draws them, uniformly on a log scale; weights
-# start at 1, and are drawn from [0, 1].
-RANGE = (1e-5, 1e-1)
+# All methods have the same space. Strengths start in its middle, and random search draws them
+# uniformly on a log scale; weights start at 1, and it draws them from [0, 1].
+RANGE = (1e-6, 1.0)
 START = {STRENGTHS: 1e-3, EXAMPLES: 1.0}
 WRONG = 0.4
 BATCH = 100
 # Rates of T1–T2's λ-optimizer, Adam: of the logarithms of strengths, and of weights.
-HYPER_RATE = {STRENGTHS: 0.05, EXAMPLES: 0.01}
+HYPER_RATE = {STRENGTHS: 0.01, EXAMPLES: 0.01}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class PenalizedWeights(Classifier):
 
     def __init__(self, width: int, values: Tensor) -> None:
         super().__init__(width)
-        self.lam = Hyperparameter(values, Positive())
+        self.lam = Hyperparameter(values, Positive(*RANGE))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels, _ = batch
