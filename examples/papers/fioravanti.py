@@ -354,7 +354,7 @@ def draw(experiment: Experiment, timed: Experiment) -> None:
             both[0].scatter(fixed, rerun, label=f"{size}, {method}", **style)
             both[1].scatter(tuned, rerun, **style)
     for axes, what in zip(both, ("with the start fixed", "of the tuned run"), strict=True):
-        axes.set(xscale="log", yscale="log", xlabel=f"test error {what}, %")
+        axes.set_xlabel(f"test error {what}, %")
         low = min(*axes.get_xlim(), *axes.get_ylim())
         high = max(*axes.get_xlim(), *axes.get_ylim())
         axes.plot((low, high), (low, high), color="gray", linewidth=1)
@@ -383,7 +383,7 @@ def draw(experiment: Experiment, timed: Experiment) -> None:
     axes.axhline(report, color="black", linestyle=":", linewidth=1, label="T1–T2, report")
     axes.set_xticks([i + 0.3 for i in range(len(SIZES))], SIZES)
     axes.set_ylabel("CPU time of an epoch\nover that with λ fixed")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     save(figure, experiment, "time")
 
 

@@ -330,7 +330,7 @@ def draw(experiment: Experiment) -> None:
                     axes.axhline(
                         height, color="#c8373d", linestyle=style, label=method, linewidth=1
                     )
-            axes.set(title=part, ylabel=f"{column} loss", xscale="log")
+            axes.set(title=part[0].upper() + part[1:], ylabel=f"{column} loss", xscale="log")
     for axes in grid[-1]:
         axes.set_xlabel("CPU time, in trainings with fixed values")
         axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
@@ -355,7 +355,7 @@ def main() -> None:
         for method in (*methods, EACH, SHARED)
         for k in range(draws.get(method, 1))
     )
-    tables = [f"## {part.capitalize()}\n\n{results(experiment, part)}" for part in METHODS]
+    tables = [f"## {part[0].upper()}{part[1:]}\n\n{results(experiment, part)}" for part in METHODS]
     experiment.report("Ten thousand hyperparameters and more", tables)
     draw(experiment)
 
