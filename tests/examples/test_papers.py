@@ -140,7 +140,7 @@ def test_fioravanti(run):
         assert -5.5 <= log_l2 <= -2.5
         assert ([noise, log_l2] == end) == (row["method"] == "fixed")
         assert (row["rerun error"] == "") == (row["method"] == "fixed")
-    pictures = {f"fioravanti_tiny_{what}.png" for what in ("trajectories", "errors", "time")}
+    pictures = {f"fioravanti_tiny_{what}.png" for what in ("trajectories", "errors")}
     assert pictures < files
 
 
