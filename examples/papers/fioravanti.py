@@ -78,7 +78,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(40, 300, 200, 4, 1, 1),
-    "small": Scale(10, 5_000, 2_000, 20, 3, 3),
+    "small": Scale(10, 5_000, 2_000, 20, 3, 2),
     "paper": Scale(1, 50_000, 10_000, 30, 3, 2),
 }
 
