@@ -267,10 +267,10 @@ def results(experiment: Experiment, part: str) -> str:
     draws = SCALES[experiment.options.scale].draws
     found = {method: trained(experiment, part, method) for method in METHODS[part]}
     lines = [(method, rows) for method, rows in found.items() if method != ORACLE]
-    costs = [row["cost"] for row in found[PLAIN]]
-    budget = min(draws, ceil(fmean(costs))) if costs else 1
+    costs = [fmean(row["cost"] for row in found[m]) for m in (PLAIN, DEFAULT) if found[m]]
+    budgets = {min(draws, ceil(cost)) for cost in costs}
     for method in (EACH, SHARED):
-        for count in sorted({budget, draws}):
+        for count in sorted(budgets):
             rows = searched(experiment, part, method, count)
             lines.append((f"{method}: best of {count}", rows))
     lines += [(method, rows) for method, rows in found.items() if method == ORACLE]
@@ -334,6 +334,7 @@ def draw(experiment: Experiment) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("CPU time, in trainings with fixed values")
         axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        axes.set_xticks([], minor=True)
     entries = {}
     for axes in grid.flat:
         entries |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
