@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ def data_dir(tmp_path_factory):
 def run(monkeypatch, tmp_path, capsys, data_dir):
     """Runs a script in this process; returns the rows of its tables, its CSV, and its files."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    torch.set_default_dtype(torch.float32)  # as it is in a process of its own
     before = set(sys.modules)
     threads = torch.get_num_threads()
     torch.set_default_dtype(torch.float32)  # as it is in a process of the script
@@ -162,3 +164,35 @@ def test_secondary_task(run):
     # Nothing was known: learning rate, momentum and ρ have left 0, Adam's 0.005 at each update.
     assert float(found["RTHO-NT"]["last_η"]) > 0.01
     assert files == {"secondary_task_tiny.csv", "secondary_task_tiny.md", "secondary_task_tiny.png"}
+def test_fioravanti(run):
+    table, cells, files = run("fioravanti", "--seeds", "1")
+    rows = {tuple(row[:2]): row for row in table}
+    assert rows["all", "T1–T2, report"][5:9] == ["~3 %", "–", "20%", "58%"]
+    assert rows["all", "report"][2:4] == ["15.14 s", "16.99 s, +12.22 %"]
+    assert rows["deep", "OnlineHPOCallback()"][2] == "1"
+    assert len(cells) == 9
+    for row in cells:
+        path = json.loads(row["path"])
+        (noise, log_l2), end = path[0], path[-1]
+        assert 0 <= noise <= 0.8
+        assert -5.5 <= log_l2 <= -2.5
+        assert ([noise, log_l2] == end) == (row["method"] == "fixed")
+        assert (row["rerun error"] == "") == (row["method"] == "fixed")
+    pictures = {f"fioravanti_tiny_{what}.png" for what in ("trajectories", "errors")}
+    assert pictures < files
+
+
+def test_many(run):
+    table, cells, files = run("many", "--seeds", "1")
+    assert [row[1] for row in table if row[0] == "T1T2()"] == [str(20 * 794), "200"]
+    # Every search of one draw costs one training, and two draws are all: the better of the two.
+    names = [row[0] for row in table]
+    assert "random search, each: best of 2" in names
+    searched = [row for row in cells if row["method"] == "random search, one for all"]
+    best = min(float(row["held-out"]) for row in searched if row["part"] == "an L2 per weight")
+    line = table[names.index("random search, one for all: best of 2")]
+    assert line[1:4] == ["1", "2.0", f"{best:.3f}"]
+    # The weights of the right labels alone are 1, where these are known.
+    oracle = next(row for row in cells if "oracle" in row["method"])
+    assert (float(oracle["low"]), float(oracle["high"])) == (0, 1)
+    assert files == {"many_tiny.csv", "many_tiny.md", "many_tiny.png"}
