@@ -61,7 +61,7 @@ class Scale:
 SCALES = {
     "tiny": Scale(1, 8, 5, 40, 4, (0.3, 0.5, 0.7), (0.5,), kinds=15, words=1000),
     "small": Scale(
-        1, 64, 20, 1500, 30, (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9), (0.3, 0.6, 0.9), 1000, 20_000
+        1, 96, 20, 800, 16, (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9), (0.3, 0.6, 0.9), 1000, 8000
     ),
     # The tutorial's network; the paper's figures show 250 000 steps and its decay.
     "paper": Scale(
@@ -79,9 +79,31 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "Clip10": lambda: ClipR(10.0),
     "Clip20": lambda: ClipR(20.0),
     "Clip5, c / 10": lambda: ClipR(5.0),
+    "Clip20, decay=0.99": lambda: ClipR(20.0, decay=0.99),
 }
-RATES = {"Unroll1-gTgV": 0.1, "Unroll": 0.1, "Clip5, c / 10": 0.01, "Clip": 0.1}
-"""c, by the first letters of the method: λ moves with the rate c η."""
+RATES = {"Unroll1-gTgV": 0.01, "Unroll": 0.03, "Clip5, c / 10": 0.0003, "Clip": 0.003}
+"""c, by the first letters of the method: the logit of λ moves with the rate c η."""
+LINES: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in METHODS if name != "Clip5, c / 10"},
+    "Clip5, LR scale in {1.0, 0.1}": ("Clip5", "Clip5, c / 10"),
+    DEFAULT: (DEFAULT,),
+}
+"""The lines of the table below the fixed ones: over which methods each is the mean."""
+PAPER: dict[str, tuple[float, float, float]] = {
+    "Fixed λ, below the best": (84.9, 85.2, 0.4),
+    "Fixed λ, the best": (84.3, 86.3, 2.3),
+    "Fixed λ, above the best": (85.5, 88.2, 3.1),
+    "Unroll1-gTgV": (85.6, 95.8, 11.9),
+    "Unroll1": (86.1, 92.6, 7.6),
+    "Unroll5": (84.3, 89.1, 5.6),
+    "Unroll10": (84.2, 87.4, 3.8),
+    "Clip5": (83.2, 83.8, 0.8),
+    "Clip10": (83.1, 83.7, 0.7),
+    "Clip20": (84.2, 84.7, 0.6),
+    "Clip5, LR scale in {1.0, 0.1}": (83.7, 84.4, 0.8),
+}
+"""Table 3: with early stopping, without, and the gap in percent; fixed are 0.35, 0.40 and 0.45."""
+DRAWN = ("Unroll1-gTgV", "Unroll1", "Unroll5", "Clip5", "Clip20, decay=0.99", DEFAULT)
 
 
 class LanguageModel(DropoutMixin, lightning.LightningModule):
@@ -178,6 +200,8 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
                 METHODS[method](),
                 optimizer=lambda raw: torch.optim.SGD(raw, lr=rate),
                 scale_lr_with_model=True,
+                warmup_steps=scale.steps // 10,
+                derivatives="finite_difference",
             )
         )
     lightning_trainer = trainer(
@@ -193,3 +217,98 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         "keep": module.keep().item(),
         "curve": json.dumps([[float(f"{x:.5g}") for x in point] for point in curve.points]),
     }
+
+
+def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Lists all cells, those of the grid first."""
+    scale = SCALES[options.scale]
+    found = [(FIXED, keep) for keep in scale.grid]
+    found += [(method, start) for start in scale.starts for method in [*METHODS, DEFAULT]]
+    seeds = range(options.seeds)
+    return [{"method": m, "start": start, "seed": s} for s in seeds for m, start in found]
+
+
+def line(name: str, rows: list[Row]) -> list[str]:
+    """Makes a line of the table: the paper's figures, and ours."""
+    paper = PAPER.get(name.split(":")[0])
+    known = ["–"] * 3 if paper is None else [f"{paper[0]}", f"{paper[1]}", f"{paper[2]:+.1f} %"]
+    if not rows:
+        return [name, *known, *["–"] * 5, "0"]
+    best, last, held_out = (
+        fmean(float(row[column]) for row in rows) for column in ("best", "last", "held out")
+    )
+    keeps = sorted(float(row["keep"]) for row in rows)
+    keep = " … ".join(dict.fromkeys(f"{x:.2f}" for x in (keeps[0], keeps[-1])))
+    numbers = [f"{best:.1f}", f"{last:.1f}", f"{100 * (last / best - 1):+.1f} %"]
+    return [name, *known, *numbers, f"{held_out:.1f}", keep, str(len(rows))]
+
+
+def lines_of(experiment: Experiment) -> list[list[str]]:
+    """Makes the table: the best fixed keep probability with its neighbours, and the methods."""
+    by_keep = {k: experiment.where(method=FIXED, start=k) for k in experiment.options.grid}
+    # The best one is that of the held-out words, as for the methods; not of those to report.
+    score = {k: fmean(float(r["held out"]) for r in rows) for k, rows in by_keep.items() if rows}
+    lines = []
+    if score:
+        grid = sorted(score)
+        best = grid.index(min(grid, key=lambda k: score[k]))
+        for shift, place in ((-1, "below the best"), (0, "the best"), (1, "above the best")):
+            if 0 <= best + shift < len(grid):
+                keep = grid[best + shift]
+                lines.append(line(f"Fixed λ, {place}: {keep}", by_keep[keep]))
+    for name, methods in LINES.items():
+        lines.append(line(name, [row for m in methods for row in experiment.where(method=m)]))
+    return lines
+
+
+def draw(experiment: Experiment) -> None:
+    """Draws the loss over the keep probability while both change, as in appendix B.2."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        note("no picture: matplotlib is not there")
+        return
+    figure, panels = plt.subplots(2, 3, figsize=(11, 6.5), sharex=True, sharey=True)
+    fixed = sorted((float(r["start"]), float(r["last"])) for r in experiment.where(method=FIXED))
+    lowest = []
+    for axes, method in zip(panels.flat, DRAWN, strict=True):
+        axes.plot(*zip(*fixed, strict=True), ":", color="gray", label="fixed, at the end")
+        for color, start in enumerate(experiment.options.starts):
+            for row in experiment.where(method=method, start=start, seed=0):
+                _, keeps, losses = zip(*json.loads(row["curve"]), strict=True)
+                values = [exp(loss) for loss in losses]
+                lowest.append(min(values))
+                style = {"color": f"C{color}", "label": f"from {start}"}
+                axes.plot(keeps, values, linewidth=1, marker=".", markersize=3, **style)
+                axes.plot(keeps[-1], values[-1], "o", color=f"C{color}")
+        axes.set(title=method, xlim=(0, 1))
+    if lowest:
+        panels[0, 0].set_ylim(0.96 * min(lowest), 1.6 * min(lowest))
+    for axes in panels[-1]:
+        axes.set_xlabel("keep probability")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("perplexity (disc: the end)")
+    panels[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(experiment.output / f"{experiment.name}.png", dpi=90)
+
+
+def main() -> None:
+    options = parser(__doc__, seeds=1).parse_args()
+    options.grid, options.starts = SCALES[options.scale].grid, SCALES[options.scale].starts
+    experiment = Experiment(
+        f"penn_treebank_{options.scale}",
+        ("method", "start", "seed"),
+        train,
+        options,
+        options.output,
+    )
+    experiment.run(cells(options))
+    ours = ("early stopping", "last", "gap")
+    headers = ["method", *(f"paper: {c}" for c in ours), *ours, "held out", "λ at the end", "cells"]
+    experiment.report("LSTM on the Penn Treebank", [table(headers, lines_of(experiment))])
+    draw(experiment)
+
+
+if __name__ == "__main__":
+    main()
