@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from io import BytesIO
 from itertools import pairwise
@@ -52,17 +53,24 @@ def cifar(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def penn_treebank(folder: Path) -> tuple[Tensor, Tensor, int]:
-    """Returns the words of the Penn Treebank's test and validation parts, and how many they know.
+def penn_treebank(
+    folder: Path, part: str = "test", kinds: int | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """Returns the words to train on and those of the validation part, and how many are known.
 
-    Words are numbers; a sentence ends with one of its own. The training part (930 000 words) is not
-    used: experiments train on the test part. Words that it does not have are unknown ones.
+    Words are numbers; a sentence ends with one of its own. All that are not known are one word.
+
+    Args:
+        folder: ``DATA``; ``DATA/ptb`` has ``ptb.test.txt`` and so on.
+        part: To train on: ``"test"`` (79 000 words) or ``"train"`` (930 000).
+        kinds: How many are known at most, the most frequent ones. Default: all of ``part``.
     """
     train, other = (
-        (folder / "ptb" / f"ptb.{part}.txt").read_text().replace("\n", " <eos> ").split()
-        for part in ("test", "valid")
+        (folder / "ptb" / f"ptb.{name}.txt").read_text().replace("\n", " <eos> ").split()
+        for name in (part, "valid")
     )
-    numbers = {word: i for i, word in enumerate(sorted(set(train)))}
+    known = {"<unk>"} | {word for word, _ in Counter(train).most_common(kinds)}
+    numbers = {word: i for i, word in enumerate(sorted(known))}
     texts = [[numbers.get(w, numbers["<unk>"]) for w in words] for words in (train, other)]
     return torch.tensor(texts[0]), torch.tensor(texts[1]), len(numbers)
 

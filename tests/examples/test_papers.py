@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy
@@ -196,3 +197,32 @@ def test_many(run):
     oracle = next(row for row in cells if "oracle" in row["method"])
     assert (float(oracle["low"]), float(oracle["high"])) == (0, 1)
     assert files == {"many_tiny.csv", "many_tiny.md", "many_tiny.png"}
+def test_penn_treebank(run, data_dir):
+    table, cells, files = run("penn_treebank")
+    rows = {row[0].partition(":")[0]: row for row in table}
+    assert rows["Clip10"][1:4] == ["83.1", "83.7", "+0.7 %"]  # the paper's
+    assert rows["OnlineHPOCallback()"][1:4] == ["–"] * 3
+    assert rows["Clip5, LR scale in {1.0, 0.1}"][-1] == "2"
+    # The best of the grid is that of the held-out words, and its neighbours stand beside it.
+    fixed = {float(c["start"]): c for c in cells if c["method"] == "Fixed"}
+    best = min(fixed, key=lambda keep: float(fixed[keep]["held out"]))
+    assert f"Fixed λ, the best: {best}" in {row[0] for row in table}
+    assert rows["Fixed λ, the best"][8] == f"{best:.2f}"
+    # A fixed keep probability stays, a tuned one moves; all perplexities are below guessing.
+    assert all(float(cell["keep"]) == pytest.approx(keep, abs=1e-6) for keep, cell in fixed.items())
+    assert all(float(c["keep"]) != 0.5 for c in cells if c["method"] in ("Unroll5", "Clip5"))
+    assert all(1 < float(c["best"]) <= float(c["last"]) < 15 for c in cells)
+    assert files == {f"penn_treebank_tiny.{kind}" for kind in ("csv", "md", "png")}
+
+
+def test_penn_treebank_knows_the_most_frequent_words(monkeypatch, data_dir):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from _data import penn_treebank
+
+    text = (data_dir / "ptb" / "ptb.test.txt").read_text().replace("\n", " <eos> ").split()
+    train, _, kinds = penn_treebank(data_dir, "test", 5)
+    known = {word for word, _ in Counter(text).most_common(5)} | {"<unk>"}
+    names = [word if word in known else "<unk>" for word in text]
+    numbers = dict(zip(names, train.tolist(), strict=True))
+    assert [numbers[name] for name in names] == train.tolist()
+    assert sorted(numbers.values()) == list(range(kinds))
