@@ -165,6 +165,8 @@ def test_secondary_task(run):
     # Nothing was known: learning rate, momentum and ρ have left 0, Adam's 0.005 at each update.
     assert float(found["RTHO-NT"]["last_η"]) > 0.01
     assert files == {"secondary_task_tiny.csv", "secondary_task_tiny.md", "secondary_task_tiny.png"}
+
+
 def test_fioravanti(run):
     table, cells, files = run("fioravanti", "--seeds", "1")
     rows = {tuple(row[:2]): row for row in table}
@@ -197,6 +199,8 @@ def test_many(run):
     oracle = next(row for row in cells if "oracle" in row["method"])
     assert (float(oracle["low"]), float(oracle["high"])) == (0, 1)
     assert files == {"many_tiny.csv", "many_tiny.md", "many_tiny.png"}
+
+
 def test_penn_treebank(run, data_dir):
     table, cells, files = run("penn_treebank")
     rows = {row[0].partition(":")[0]: row for row in table}
