@@ -33,7 +33,6 @@ def jpeg(image):
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """Small files in the form of the real ones: scikit-learn's digits, enlarged, and words."""
-
     folder = tmp_path_factory.mktemp("data")
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * 15.9
@@ -71,7 +70,6 @@ def run(monkeypatch, tmp_path, capsys, data_dir):
     torch.set_default_dtype(torch.float32)  # as it is in a process of its own
     before = set(sys.modules)
     threads = torch.get_num_threads()
-    torch.set_default_dtype(torch.float32)  # as it is in a process of the script
 
     def run(name, *arguments, needs_data=True, output=tmp_path):
         options = ["--data-dir", str(data_dir)] if needs_data else []
