@@ -297,12 +297,15 @@ def evaluate(module: Lit, data: TensorDataset) -> float:
     was_training = module.training
     module.eval()
     total = 0.0
-    for batch in zip(
-        *(tensor.to(module.device).split(500) for tensor in data.tensors), strict=True
-    ):
+    tensors = [tensor.to(module.device).split(500) for tensor in data.tensors]
+    for batch in zip(*tensors, strict=True):
         total += module.validation_step(list(batch), 0).item() * len(batch[0])
     module.train(was_training)
     return total / len(data)
+
+
+# So many times the examples to train on, as far as there are, and so many times the steps.
+SCALES = {"tiny": (0.5, 0.03), "small": (1.0, 1.0), "paper": (10.0, 5.0)}
 
 
 def make(task: Task, start: Values, seed: int, scale: str, folder: Path) -> Problem:
@@ -315,14 +318,12 @@ def make(task: Task, start: Values, seed: int, scale: str, folder: Path) -> Prob
         task: What is trained.
         start: A strength for each axis; axes of one kind start alike.
         seed: Of the training.
-        scale: ``"tiny"``, ``"small"`` or ``"paper"`` (ten times the examples, five times the steps).
+        scale: Of ``SCALES``.
         folder: Of the data.
     """
-    more, longer, most = {"tiny": (0.5, 0.03, 200), "small": (1, 1, 2000), "paper": (10, 5, 5000)}[
-        scale
-    ]
+    more, longer = SCALES[scale]
     x, y = task.data(folder)
-    held_out = min(task.held_out * (2 if scale == "paper" else 1), most, len(x) // 3)
+    held_out = min(task.held_out, len(x) // 3)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     pool = order[2 * held_out :]
     drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
@@ -332,6 +333,11 @@ def make(task: Task, start: Values, seed: int, scale: str, folder: Path) -> Prob
     kinds = {name.split(".")[0]: value for name, value in to_module(start).items()}
     module = task.make(kinds, int(task.steps * longer))
     return Problem(module, *sets, task.batch, "auto" if scale == "paper" else "cpu")
+
+
+def start_of(task: Task, which: str) -> dict[str, float]:
+    """Returns the sensible or the bad start of each axis."""
+    return {name: getattr(axis, which) for name, axis in task.axes.items()}
 
 
 def to_module(values: Values) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""Against what people use today: one training that tunes itself, or a search of up to 30 trainings.
+"""Against what people use today: one training that tunes itself, or searches of 30 trainings.
 
-Five tasks; the same model, data, initial weights and batches for every method of a seed. Ours is one
-training with ``OnlineHPOCallback()`` as it is, from a sensible start and from a bad one. The others:
+Five tasks; the same model, data, initial weights and batches for every method of a seed. Ours is
+one training with ``OnlineHPOCallback()`` as it is, from a sensible start and from a bad one. The
+others:
 
 - random search, TPE, and TPE with Hyperband pruning, of Optuna (Akiba et al. 2019; Bergstra et al.
   2011; Li et al. 2018),
@@ -10,8 +11,9 @@ training with ``OnlineHPOCallback()`` as it is, from a sensible start and from a
 - marginal-likelihood training of laplace-torch (Immer et al. 2021), where a task has an L2 strength
   per layer, or is a regression: it needs no held-out data, and is one training too.
 
-What is compared is the loss on all held-out examples at the end of a training, as a function of how
-many trainings were spent; searches show the best so far. The test loss is that of the same training.
+What is compared is the loss on all held-out examples at the end of a training, as a function of
+how many trainings were spent; searches show the best so far. The test loss is that of the same
+training.
 
     pip install -e ".[examples,compare]"
     python examples/papers/compare.py --data-dir DATA
@@ -25,239 +27,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
-import time
-import warnings
-from collections.abc import Callable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
-import lightning
-import torch
-from _compare_tasks import (
-    L2,
-    TASKS,
-    Axis,
-    Lit,
-    Problem,
-    Task,
-    Values,
-    cosine,
-    evaluate,
-    fix,
-    loader,
-    make,
-)
+from _compare_peers import NEEDS, PEERS
+from _compare_tasks import TASKS, Lit, Task, fix, loader, make, start_of
 from _experiment import Experiment, Row, note, parser, table
-from lightning.pytorch.callbacks import Callback
-from torch.nn import functional as F
 from torch.utils.data import RandomSampler
 
 from lightning_hpo import ClipR, OnlineHPOCallback, named_hyperparameters
 
 BUDGETS = (1, 2, 5, 10, 20, 30)
-# Of population-based training. Jaderberg et al. take 10 to 80 members, truncation selection of 20 %
-# and factors of 0.8 and 1.2; a quarter of the copied strengths is drawn anew, as in Ray Tune.
-POPULATION, ROUNDS, QUANTILE, RESAMPLE = 10, 10, 0.2, 0.25
-# Of Hyperband: trials are looked at after each ninth of a training; one third of them goes on.
-PIECES, REDUCTION = 9, 3
-# Of marginal-likelihood training: how often strengths move, and by how many steps each time.
-LOOKS, HYPERSTEPS = 20, 50
-
-Curve = list[list[float]]
-"""For each training that came to its end: trainings spent so far (pruned ones are parts of one),
-CPU seconds so far, its held-out loss, and its test loss."""
-
-
-def start_of(task: Task, which: str) -> dict[str, float]:
-    return {name: getattr(axis, which) for name, axis in task.axes.items()}
-
-
-def search(
-    task: Task,
-    options: argparse.Namespace,
-    seed: int,
-    propose: Callable[[], tuple[Any, Values]],
-    report: Callable[[Any, list[float] | None], None],
-    watch: Callable[[Any, Problem], list[Callback]] = lambda trial, problem: [],
-) -> Curve:
-    """Trains with one proposal after another until the budget is spent."""
-    curve: Curve = []
-    spent = seconds = 0.0
-    while spent < options.budget - 1e-9:
-        trial, values = propose()
-        problem = make(task, values, seed, options.scale, options.data_dir)
-        fix(problem.module, values)
-        watchers = watch(trial, problem)
-        seconds += problem.fit(watchers)
-        part = sum(watcher.part for watcher in watchers) if watchers else 1.0
-        spent += part
-        losses = problem.losses() if part == 1 else None
-        report(trial, losses)
-        if losses is not None:
-            curve.append([spent, seconds, *losses])
-    return curve
-
-
-def random_search(task: Task, options: argparse.Namespace, seed: int) -> Curve:
-    draws = random.Random(seed)
-
-    def propose() -> tuple[None, Values]:
-        return None, {name: axis.draw(draws) for name, axis in task.axes.items()}
-
-    return search(task, options, seed, propose, lambda trial, losses: None)
-
-
-class Pruning(Callback):
-    """Tells a trial the held-out loss after each ninth of a training, and stops if it has to."""
-
-    def __init__(self, trial: Any, problem: Problem) -> None:
-        self.trial = trial
-        self.problem = problem
-        self.part = 1.0
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        steps = self.problem.steps
-        piece, before = (
-            PIECES * n // steps for n in (trainer.global_step, trainer.global_step - 1)
-        )
-        if before < piece < PIECES:
-            self.trial.report(evaluate(self.problem.module, self.problem.held_out), piece)
-            if self.trial.should_prune():
-                self.part = trainer.global_step / steps
-                trainer.should_stop = True
-
-
-def tpe(task: Task, options: argparse.Namespace, seed: int, *, pruned: bool = False) -> Curve:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name=f"{seed}",  # Hyperband divides trials by it
-        sampler=optuna.samplers.TPESampler(seed=seed),
-        pruner=optuna.pruners.HyperbandPruner(1, PIECES, REDUCTION) if pruned else None,
-    )
-
-    def propose() -> tuple[Any, Values]:
-        trial = study.ask()
-        axes = task.axes.items()
-        return trial, {n: trial.suggest_float(n, a.low, a.high, log=a.log) for n, a in axes}
-
-    def report(trial: Any, losses: list[float] | None) -> None:
-        if losses is None:
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        elif math.isfinite(losses[0]):
-            study.tell(trial, losses[0])
-        else:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-
-    watch = (lambda trial, problem: [Pruning(trial, problem)]) if pruned else lambda *_: []
-    return search(task, options, seed, propose, report, watch)
-
-
-@dataclass
-class Member:
-    """One of a population: its training, which goes on with the same optimizer, and its strengths."""
-
-    problem: Problem
-    values: dict[str, float]
-    losses: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        fix(self.problem.module, self.values)
-        made = self.problem.module.configure_optimizers()
-        self.optimizer: torch.optim.Optimizer = made[0][0]
-        self.problem.module.configure_optimizers = lambda: made  # type: ignore[method-assign]
-
-    def become(self, other: Member, axes: Mapping[str, Axis], draws: random.Random) -> None:
-        """Copies another's weights and strengths, and explores around these."""
-        self.problem.module.load_state_dict(other.problem.module.state_dict())
-        self.optimizer.load_state_dict(deepcopy(other.optimizer.state_dict()))
-        self.values = {
-            name: axis.draw(draws)
-            if draws.random() < RESAMPLE
-            else axis.clip(other.values[name] * draws.choice([0.8, 1.2]))
-            for name, axis in axes.items()
-        }
-        fix(self.problem.module, self.values)
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.problem.module.weight_decay
-
-
-def populations(task: Task, options: argparse.Namespace, seed: int) -> Curve:
-    """Trains one population after another; each is known when all of it has come to its end."""
-    curve: Curve = []
-    seconds = 0.0
-    size = min(POPULATION, options.budget)
-    rounds = min(ROUNDS, options.budget)
-    few = max(1, round(QUANTILE * size))
-    for count in range(1, options.budget // size + 1):
-        draws = random.Random(f"{seed} {count}")
-        members = []
-        for _ in range(size):
-            values = {name: axis.draw(draws) for name, axis in task.axes.items()}
-            problem = make(task, values, seed, options.scale, options.data_dir)
-            members.append(Member(problem, values))
-        for i in range(rounds):
-            steps = members[0].problem.steps
-            for member in members:
-                part = steps * (i + 1) // rounds - steps * i // rounds
-                seconds += member.problem.fit(steps=part)
-                member.losses = member.problem.losses()
-            if i < rounds - 1:
-                members.sort(key=lambda m: m.losses[0] if math.isfinite(m.losses[0]) else math.inf)
-                for member in members[-few:]:
-                    member.become(draws.choice(members[:few]), task.axes, draws)
-        curve += [[count * size, seconds, *member.losses] for member in members]
-    return curve
-
-
-def marginal_likelihood(task: Task, options: argparse.Namespace, seed: int) -> Curve:
-    """Trains once with laplace-torch: per layer a Gaussian prior, by its marginal likelihood.
-
-    A precision of p is an L2 of p / n for n examples. It cannot tune a decoupled weight decay:
-    there it has Adam and L2 per layer in the gradient instead.
-    """
-    from laplace.marglik_training import marglik_training
-
-    problem = make(task, start_of(task, "sensible"), seed, options.scale, options.data_dir)
-    is_regression = problem.module.loss is F.mse_loss
-    count = len(problem.train)
-    epochs = max(1, problem.steps * problem.batch // count)
-    optimizer = dict(problem.module.optimizer.keywords)  # type: ignore[attr-defined]
-    begin = time.process_time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, net, _, _ = marglik_training(
-            problem.module.net,
-            loader(problem.train, RandomSampler(problem.train), problem.batch),
-            "regression" if is_regression else "classification",
-            optimizer_cls=torch.optim.Adam if is_regression else torch.optim.SGD,
-            optimizer_kwargs=optimizer,
-            scheduler_cls=torch.optim.lr_scheduler.LambdaLR,
-            scheduler_kwargs={"lr_lambda": partial(cosine, steps=problem.steps)},
-            n_epochs=epochs,
-            n_hypersteps=HYPERSTEPS,
-            marglik_frequency=max(1, epochs // LOOKS),
-            prior_prec_init=L2.sensible * count,
-        )
-    problem.module.net = net
-    return [[1.0, time.process_time() - begin, *problem.losses()]]
-
-
 OURS = {"ours, sensible start": "sensible", "ours, bad start": "bad"}
-PEERS: dict[str, Callable[[Task, argparse.Namespace, int], Curve]] = {
-    "random search": random_search,
-    "TPE": tpe,
-    "TPE + Hyperband": partial(tpe, pruned=True),
-    "population-based": populations,
-    "marginal likelihood": marginal_likelihood,
-}
-NEEDS = {"TPE": "optuna", "TPE + Hyperband": "optuna", "marginal likelihood": "laplace"}
 # Where there is an L2 strength per layer, or a regression, and no dropout.
 HAS_PRIOR = ("mnist", "diabetes")
 
