@@ -305,7 +305,7 @@ def evaluate(module: Lit, data: TensorDataset) -> float:
 
 
 # So many times the examples to train on, as far as there are, and so many times the steps.
-SCALES = {"tiny": (0.5, 0.03), "small": (1.0, 1.0), "paper": (10.0, 5.0)}
+SCALES = {"tiny": (0.5, 0.02), "small": (1.0, 1.0), "paper": (10.0, 5.0)}
 
 
 def make(task: Task, start: Values, seed: int, scale: str, folder: Path) -> Problem:

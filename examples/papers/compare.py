@@ -39,6 +39,7 @@ from torch.utils.data import RandomSampler
 from lightning_hpo import ClipR, OnlineHPOCallback, named_hyperparameters
 
 BUDGETS = (1, 2, 5, 10, 20, 30)
+SEARCHES = [method for method in PEERS if method != "marginal likelihood"]
 OURS = {"ours, sensible start": "sensible", "ours, bad start": "bad"}
 # Where there is an L2 strength per layer, or a regression, and no dropout.
 HAS_PRIOR = ("mnist", "diabetes")
@@ -148,6 +149,7 @@ def needed(rows: list[Row], loss: float) -> str:
 
 
 def budgets_of(options: argparse.Namespace) -> list[int]:
+    """Returns the budgets that a search of these options comes to."""
     return [budget for budget in BUDGETS if budget <= options.budget]
 
 
@@ -172,51 +174,46 @@ def task_table(experiment: Experiment, name: str, column: int) -> str:
 
 
 def plain_seconds(experiment: Experiment, name: str) -> float:
-    return median(
-        second for m in OURS for second in experiment.numbers("plain_seconds", task=name, method=m)
-    )
+    """Returns the CPU seconds of a training of which nothing is tuned."""
+    rows = [row for method in OURS for row in experiment.where(task=name, method=method)]
+    return median([float(row["plain_seconds"]) for row in rows] or [math.nan])
 
 
-def summary_table(experiment: Experiment) -> str:
-    """Returns for each task and start ours beside the best search with 20 trainings."""
+def summary_tables(experiment: Experiment) -> list[str]:
+    """Returns ours beside the best search with 20 trainings: what came out, and what it cost."""
     budget = min(20, experiment.options.budget)
-    lines = []
+    losses, costs = [], []
     for name in TASKS:
-        peers = {m: experiment.where(task=name, method=m) for m in PEERS}
-        losses = {m: median(v) for m, rows in peers.items() if rows and (v := at(rows, budget))}
-        losses.pop("marginal likelihood", None)
+        peers = {m: experiment.where(task=name, method=m) for m in SEARCHES}
+        found = {m: at(rows, budget) for m, rows in peers.items() if rows}
+        found = {m: values for m, values in found.items() if values}
         for method, which in OURS.items():
             rows = experiment.where(task=name, method=method)
-            if not rows or not losses:
+            if not rows or not found:
                 continue
-            best = min(losses, key=lambda m: losses[m])
+            best = min(found, key=lambda m: median(found[m]))
             mine = median(at(rows, math.inf))
-            cost, seconds, test = (median(at(rows, math.inf, k)) for k in (0, 1, 3))
-            alone, steps = (
-                median(map(float, (r[c] for r in rows))) for c in ("alone", "gradients")
-            )
-            least = [needed(found, mine) for m, found in peers.items() if m in losses]
-            lines.append(
-                [
-                    name,
-                    which,
-                    f"{alone:.3f}",
-                    f"{mine:.3f}",
-                    f"{test:.3f}",
-                    f"{cost:.2f}",
-                    f"{steps:.2f}",
-                    f"{seconds:.1f}",
-                    best,
-                    f"{losses[best]:.3f}",
-                    f"{median(at(peers[best], budget, 3)):.3f}",
-                    f"{median(at(peers[best], budget, 1)):.1f}",
-                    f"{100 * (mine / losses[best] - 1):+.1f} %",
-                    min(least, key=lambda text: float(text.lstrip("> ")) + text.startswith(">")),
-                ]
-            )
-    headers = ["task", "start", "left alone", "ours: held out", "test", "trainings (CPU)"]
-    headers += ["gradients per step", "CPU s", f"best search with {budget}", "held out", "test"]
-    return table([*headers, "CPU s", "ours over it", "trainings it takes to match ours"], lines)
+            least = [needed(peers[m], mine) for m in found]
+            line = [f"{median(map(float, (row['alone'] for row in rows))):.3f}"]
+            line += [middle(at(rows, math.inf)), f"{median(at(rows, math.inf, 3)):.3f}"]
+            line += [best, middle(found[best]), f"{median(at(peers[best], budget, 3)):.3f}"]
+            line += [f"{100 * (mine / median(found[best]) - 1):+.1f} %", min(least, key=as_number)]
+            losses.append([name, which, *line])
+            line = [f"{median(float(row['gradients']) for row in rows):.2f}"]
+            line += [f"{median(at(rows, math.inf, 0)):.2f}", f"{median(at(rows, math.inf, 1)):.1f}"]
+            spent = (json.loads(row["curve"]) for row in peers[best])
+            seconds = median(max(line[1] for line in c if line[0] <= budget + 1e-6) for c in spent)
+            costs.append([name, which, *line, f"{seconds:.1f}"])
+    headers = ["task", "start", "left alone", "ours", "ours: test", f"best with {budget} trainings"]
+    headers += ["its loss", "its test", "ours over it", "trainings that searches need for ours"]
+    cost_headers = ["task", "start", "gradients per step", "trainings (CPU time)", "CPU s, ours"]
+    cost_headers += [f"CPU s, best with {budget}"]
+    return [table(headers, losses), table(cost_headers, costs)]
+
+
+def as_number(text: str) -> float:
+    """Returns the number of trainings that a text says; more than the last is most."""
+    return math.inf if text.startswith(">") else float(text)
 
 
 COLORS = dict(zip([*OURS, *PEERS], [f"C{k}" for k in (0, 3, 7, 1, 2, 4, 5)], strict=True))
@@ -245,7 +242,10 @@ def draw(experiment: Experiment) -> None:
                 seen.append(median(found[0][1]))
                 continue
             low, mid, high = ([of(v) for _, v in found] for of in (min, median, max))
-            axes.step(x, mid, where="post", color=COLORS[method], label=method)
+            options = {"color": COLORS[method], "label": method}
+            if method == "population-based":
+                options |= {"marker": "D", "markersize": 4, "markevery": 100, "linestyle": "--"}
+            axes.step(x, mid, where="post", **options)
             axes.fill_between(x, low, high, step="post", color=COLORS[method], alpha=0.15, lw=0)
             seen += [mid[-1], mid[min(len(mid) - 1, 20)]]
         for method in OURS:
@@ -256,16 +256,19 @@ def draw(experiment: Experiment) -> None:
                 seen += [min(values), max(values)]
         bottom, top = min(seen), max(seen)
         room = 0.25 * (top - bottom)
-        axes.set(xscale="log", xlim=(0.9, 1.1 * budgets[-1]), ylim=(bottom - room, top + room))
+        last = max(budgets[-1], *axes.get_xlim())
+        axes.set(xscale="log", xlim=(0.9, 1.1 * last), ylim=(bottom - room, top + room))
         axes.set(xlabel="trainings spent", ylabel="best held-out loss so far")
         axes.set_title(TASKS[name].title.replace(": ", ":\n"), fontsize=10)
         shown = budgets_of(experiment.options)
         axes.set_xticks(shown, labels=map(str, shown))
         axes.minorticks_off()
-    handles = {h: label for a in grid.flat for h, label in zip(*a.get_legend_handles_labels())}  # noqa: B905
-    unique = {label: handle for handle, label in handles.items()}
+    legend = {}
+    for axes in grid.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
     grid.flat[-1].axis("off")
-    grid.flat[-1].legend(unique.values(), unique.keys(), loc="center", frameon=False)
+    grid.flat[-1].legend(legend.values(), legend.keys(), loc="center", frameon=False)
     figure.savefig(experiment.output / f"{experiment.name}.png", dpi=90)
 
 
@@ -286,7 +289,7 @@ def main() -> None:
     keys = ("task", "method", "seed")
     experiment = Experiment(f"compare_{options.scale}", keys, train, options, options.output)
     experiment.run(cells(options))
-    tables = [summary_table(experiment)]
+    tables = summary_tables(experiment)
     for name, task in TASKS.items():
         for title, column in (("held-out", 2), ("test", 3)):
             text = task_table(experiment, name, column)
