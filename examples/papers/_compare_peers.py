@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -44,9 +44,9 @@ PIECES, REDUCTION = 9, 3
 # Of marginal-likelihood training: how often strengths move, and by how many steps each time.
 LOOKS, HYPERSTEPS = 20, 50
 
-Curve = list[list[float]]
+Curve = list[tuple[float, float, float, float, Values]]
 """For each training that came to its end: trainings spent so far (pruned ones are parts of one),
-CPU seconds so far, its held-out loss, and its test loss."""
+CPU seconds so far, its held-out loss, its test loss, and its strengths."""
 
 
 def search(
@@ -54,7 +54,7 @@ def search(
     options: argparse.Namespace,
     seed: int,
     propose: Callable[[], tuple[Any, Values]],
-    report: Callable[[Any, list[float] | None], None],
+    report: Callable[[Any, tuple[float, float] | None], None],
     watch: Callable[[Any, Problem], list[Callback]] = lambda trial, problem: [],
 ) -> Curve:
     """Trains with one proposal after another until the budget is spent."""
@@ -68,10 +68,10 @@ def search(
         seconds += problem.fit(watchers)
         part = sum(watcher.part for watcher in watchers) if watchers else 1.0
         spent += part
-        losses = problem.losses() if part == 1 else None
+        losses = problem.losses() if part == 1.0 else None
         report(trial, losses)
         if losses is not None:
-            curve.append([spent, seconds, *losses])
+            curve.append((spent, seconds, *losses, values))
     return curve
 
 
@@ -118,7 +118,7 @@ def tpe(task: Task, options: argparse.Namespace, seed: int, *, pruned: bool = Fa
         axes = task.axes.items()
         return trial, {n: trial.suggest_float(n, a.low, a.high, log=a.log) for n, a in axes}
 
-    def report(trial: Any, losses: list[float] | None) -> None:
+    def report(trial: Any, losses: tuple[float, float] | None) -> None:
         if losses is None:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         elif math.isfinite(losses[0]):
@@ -136,7 +136,7 @@ class Member:
 
     problem: Problem
     values: dict[str, float]
-    losses: list[float] = field(default_factory=list)
+    losses: tuple[float, float] = (math.nan, math.nan)
 
     def __post_init__(self) -> None:
         fix(self.problem.module, self.values)
@@ -183,7 +183,7 @@ def populations(task: Task, options: argparse.Namespace, seed: int) -> Curve:
                 members.sort(key=lambda m: m.losses[0] if math.isfinite(m.losses[0]) else math.inf)
                 for member in members[-few:]:
                     member.become(draws.choice(members[:few]), task.axes, draws)
-        curve += [[count * size, seconds, *member.losses] for member in members]
+        curve += [(count * size, seconds, *m.losses, m.values) for m in members]
     return curve
 
 
@@ -203,7 +203,7 @@ def marginal_likelihood(task: Task, options: argparse.Namespace, seed: int) -> C
     begin = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, net, _, _ = marglik_training(
+        found, net, _, _ = marglik_training(
             problem.module.net,
             loader(problem.train, RandomSampler(problem.train), problem.batch),
             "regression" if is_regression else "classification",
@@ -216,8 +216,11 @@ def marginal_likelihood(task: Task, options: argparse.Namespace, seed: int) -> C
             marglik_frequency=max(1, epochs // LOOKS),
             prior_prec_init=L2.sensible * count,
         )
+    seconds = time.process_time() - begin
     problem.module.net = net
-    return [[1.0, time.process_time() - begin, *problem.losses()]]
+    names = [name for name, _ in net.named_parameters()]
+    strengths = (found.prior_precision / count).tolist()
+    return [(1.0, seconds, *problem.losses(), dict(zip(names, strengths, strict=True)))]
 
 
 PEERS: dict[str, Callable[[Task, argparse.Namespace, int], Curve]] = {

@@ -281,9 +281,9 @@ class Problem:
         fitting.fit(self.module, loader(self.train, draws, self.batch))
         return time.process_time() - begin
 
-    def losses(self) -> list[float]:
+    def losses(self) -> tuple[float, float]:
         """Returns the mean loss over all held-out examples, and over those to test."""
-        return [evaluate(self.module, data) for data in (self.held_out, self.test)]
+        return evaluate(self.module, self.held_out), evaluate(self.module, self.test)
 
 
 def loader(data: TensorDataset, draws: Any, size: int) -> DataLoader:

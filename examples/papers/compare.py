@@ -60,11 +60,12 @@ def ours(task: Task, options: argparse.Namespace, seed: int, which: str) -> dict
     )
     seconds = problem.fit([callback])
     return {
-        "curve": [[seconds / plain_seconds, seconds, *problem.losses()]],
+        "curve": [
+            (seconds / plain_seconds, seconds, *problem.losses(), callback.history[-1].values)
+        ],
         "gradients": gradients(problem.module, callback),
         "alone": plain.losses()[0],
         "plain_seconds": plain_seconds,
-        "found": {n: float(f"{v:.3g}") for n, v in callback.history[-1].values.items()},
     }
 
 
@@ -90,13 +91,16 @@ def gradients(module: Lit, callback: OnlineHPOCallback) -> float:
 def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Runs a whole search, or one training of ours."""
     task, method, seed = TASKS[cell["task"]], cell["method"], cell["seed"]
-    empty = {"gradients": math.nan, "alone": math.nan, "plain_seconds": math.nan, "found": {}}
+    empty = {"gradients": math.nan, "alone": math.nan, "plain_seconds": math.nan}
     if method in OURS:
         results = ours(task, options, seed, OURS[method])
     else:
         results = {"curve": PEERS[method](task, options, seed), **empty}
-    curve = [[float(f"{number:.5g}") for number in line] for line in results["curve"]]
-    return results | {"curve": json.dumps(curve), "found": json.dumps(results["found"])}
+    curve = [
+        [*(float(f"{x:.5g}") for x in line), {n: float(f"{x:.3g}") for n, x in values.items()}]
+        for *line, values in results["curve"]
+    ]
+    return results | {"curve": json.dumps(curve)}
 
 
 def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -108,8 +112,8 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {"task": task, "method": method, "seed": seed}
         for seed in range(options.seeds)
-        for task in TASKS
         for method in [*OURS, *PEERS]
+        for task in TASKS
         if NEEDS.get(method) not in missing
         and (method != "marginal likelihood" or task in HAS_PRIOR)
     ]
@@ -118,7 +122,7 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------ tables and picture
 
 
-def best_at(row: Row, budget: float) -> list[float] | None:
+def best_at(row: Row, budget: float) -> list[Any] | None:
     """Returns the line of the best training that this budget has paid for, if there is one."""
     lines = [line for line in json.loads(row["curve"]) if line[0] <= budget + 1e-6]
     lines = [line for line in lines if math.isfinite(line[2])]
@@ -254,7 +258,7 @@ def draw(experiment: Experiment) -> None:
                 values = at(rows, math.inf)
                 points(axes, median(at(rows, math.inf, 0)), values, method, "o")
                 seen += [min(values), max(values)]
-        bottom, top = min(seen), max(seen)
+        bottom, top = min(seen, default=0), max(seen, default=1)
         room = 0.25 * (top - bottom)
         last = max(budgets[-1], *axes.get_xlim())
         axes.set(xscale="log", xlim=(0.9, 1.1 * last), ylim=(bottom - room, top + room))

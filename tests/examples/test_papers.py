@@ -163,7 +163,8 @@ def test_compare(run, data_dir):
     problem = make(TASKS["digits"], start_of(TASKS["digits"], "bad"), 0, "tiny", data_dir)
     fix(problem.module, values)
     problem.fit()
-    assert problem.losses() == pytest.approx(curve[0][2:], rel=1e-4)
+    assert problem.losses() == pytest.approx(curve[0][2:4], rel=1e-4)
+    assert curve[0][4] == pytest.approx(values, rel=1e-2)
 
 
 def test_compare_peers(run, data_dir):
