@@ -190,8 +190,8 @@ def populations(task: Task, options: argparse.Namespace, seed: int) -> Curve:
 def marginal_likelihood(task: Task, options: argparse.Namespace, seed: int) -> Curve:
     """Trains once with laplace-torch: per layer a Gaussian prior, by its marginal likelihood.
 
-    A precision of p is an L2 of p / n for n examples. It cannot tune a decoupled weight decay:
-    there it has Adam and L2 per layer in the gradient instead.
+    A precision of p is an L2 of p / n for n examples (times 2 σ² in a regression). It cannot tune a
+    decoupled weight decay: there it has Adam and L2 per layer in the gradient instead.
     """
     from laplace.marglik_training import marglik_training
 
@@ -219,7 +219,8 @@ def marginal_likelihood(task: Task, options: argparse.Namespace, seed: int) -> C
     seconds = time.process_time() - begin
     problem.module.net = net
     names = [name for name, _ in net.named_parameters()]
-    strengths = (found.prior_precision / count).tolist()
+    noise = 2 * float(found.sigma_noise) ** 2 if is_regression else 1.0
+    strengths = (noise * found.prior_precision / count).tolist()
     return [(1.0, seconds, *problem.losses(), dict(zip(names, strengths, strict=True)))]
 
 
