@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 import re
 import sys
 from collections import Counter
@@ -228,3 +229,82 @@ def test_penn_treebank_knows_the_most_frequent_words(monkeypatch, data_dir):
     numbers = dict(zip(names, train.tolist(), strict=True))
     assert [numbers[name] for name in names] == train.tolist()
     assert sorted(numbers.values()) == list(range(kinds))
+def test_compare(run, data_dir):
+    torch.set_default_dtype(torch.float32)  # as it is when it is run by hand
+    table, cells, files = run("compare", "--seeds", "1")
+    assert files == {"compare_tiny.csv", "compare_tiny.md", "compare_tiny.png"}
+    tasks = ["mnist", "digits", "cifar", "diabetes", "ptb"]
+    methods = {row["method"] for row in cells}
+    assert {
+        "ours, sensible start",
+        "ours, bad start",
+        "random search",
+        "population-based",
+    } <= methods
+    summary = table[2:12]
+    assert [row[:2] for row in summary] == [[t, s] for t in tasks for s in ("sensible", "bad")]
+
+    # Four dropout rates by T1T2 after every step: a gradient of its own, one of the held-out loss,
+    # and two for each rate.
+    found = {(row["task"], row["method"]): row for row in cells}
+    assert found["cifar", "ours, bad start"]["gradients"] == "10"
+
+    # Searches show the best so far, and what they found comes out again.
+    from _compare_tasks import TASKS, fix, make, start_of
+    from compare import at, best_at, needed
+
+    row = found["digits", "random search"]
+    curve = json.loads(row["curve"])
+    assert [line[0] for line in curve] == [1, 2, 3]
+    losses = [line[2] for line in curve]
+    assert at([row], 2) == [min(losses[:2])]
+    assert best_at(row, 0.5) is None
+    assert float(needed([row], min(losses))) == losses.index(min(losses)) + 1
+    assert needed([row], 0.0) == "> 3"
+    draws = random.Random(0)
+    values = {name: axis.draw(draws) for name, axis in TASKS["digits"].axes.items()}
+    problem = make(TASKS["digits"], start_of(TASKS["digits"], "bad"), 0, "tiny", data_dir)
+    fix(problem.module, values)
+    problem.fit()
+    assert problem.losses() == pytest.approx(curve[0][2:4], rel=1e-4)
+    assert curve[0][4] == pytest.approx(values, rel=1e-2)
+
+
+def test_compare_peers(run, data_dir):
+    """What is written here itself: who goes on with a training, and what stops one."""
+    torch.set_default_dtype(torch.float32)
+    from _compare_peers import Member, Pruning
+    from _compare_tasks import TASKS, make, start_of
+
+    task = TASKS["diabetes"]
+    good, bad = (
+        Member(make(task, start_of(task, which), 0, "tiny", data_dir), start_of(task, which))
+        for which in ("sensible", "bad")
+    )
+    half = good.problem.steps // 2
+    good.problem.fit(steps=half)
+    for axes in (task.axes, {}):
+        bad.become(good, axes, random.Random(1))
+    weights = torch.nn.utils.parameters_to_vector
+    assert weights(bad.problem.module.parameters()).equal(weights(good.problem.module.parameters()))
+    # The schedule goes on where it was: half of a cosine is left.
+    assert good.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3, rel=1e-3)
+    good.problem.fit(steps=good.problem.steps - half)
+    assert good.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+    class Trial:
+        def __init__(self):
+            self.reports = []
+
+        def report(self, loss, piece):
+            self.reports.append(piece)
+
+        def should_prune(self):
+            return len(self.reports) == 3
+
+    problem = make(task, start_of(task, "bad"), 0, "tiny", data_dir)
+    trial = Trial()
+    pruning = Pruning(trial, problem)
+    problem.fit([pruning])
+    assert trial.reports == [1, 2, 3]
+    assert pruning.part == pytest.approx(1 / 3, abs=1 / problem.steps)
