@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from statistics import correlation, fmean, median
+from statistics import correlation, median
 from typing import Any
 
 import lightning
@@ -316,8 +316,8 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     rerun: float | str = ""
     if not is_fixed:
         rerun = evaluate(fit(setup, cell, options, fixed=found), sets[2])[1]
-    stride = max(1, len(callback.history) // POINTS)
-    way = [[r.step, *(_short(v) for v in r.values.values())] for r in callback.history[::stride]]
+    updates = callback.history[:: max(1, len(callback.history) // POINTS)]
+    way = [[update.step, *map(_short, update.values.values())] for update in updates]
     n0, second = values_at(cell, options)
     loss, error = evaluate(module, sets[2])
     return {
@@ -345,7 +345,7 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
             cell = {"setup": i, "start": str(k), "seed": k}
             found += [{**cell, "method": method} for method in (FIXED, OURS, DEFAULT)]
             found.append({**cell, "seed": OTHER + k, "method": FIXED})
-        if k == 1:  # so that there are pictures early
+        if k == min(1, options.seeds - 1):  # there are pictures before all starts are done
             found += [
                 {"setup": i, "start": f"grid {a} {b}", "seed": 0, "method": FIXED}
                 for i in MAPS
@@ -355,63 +355,53 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables
+# Table
 # --------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Change:
-    """Test errors (percent) from one start: as it is, and what tuning makes of it."""
+    """Test errors from one start, in percent: with its values, and what tuning makes of them."""
 
     setup: Setup
     start: float
-    other_seed: float
-    run: float
+    other: float  # with its values, and another seed
+    tuned: float
     rerun: float
-    held_out: float
+    held_out: float  # on T2, of the tuned training
+    noise: float = 0.0
 
 
 def changes(experiment: Experiment, method: str) -> list[Change]:
     """Returns one for each start of which all trainings are there."""
     found = []
     for i, setup in enumerate(SETUPS[experiment.options.scale]):
+        group = []
         for k in range(experiment.options.seeds):
-            start = experiment.numbers("error", setup=i, start=k, seed=k, method=FIXED)
-            other = experiment.numbers("error", setup=i, start=k, seed=OTHER + k, method=FIXED)
-            tuned = experiment.where(setup=i, start=k, method=method)
-            if start and other and tuned:
-                names = ("error", "rerun error", "held-out error")
-                numbers = (float(tuned[0][name]) for name in names)
-                found.append(Change(setup, start[0], other[0], *numbers))
+            fixed = [
+                experiment.numbers("error", setup=i, start=k, seed=seed, method=FIXED)
+                for seed in (k, OTHER + k)
+            ]
+            tuned = [
+                experiment.numbers(column, setup=i, start=k, method=method)
+                for column in ("error", "rerun error", "held-out error")
+            ]
+            if all([*fixed, *tuned]):
+                group.append(Change(setup, *(numbers[0] for numbers in fixed + tuned)))
+        for change in group:
+            change.noise = 3 * median(abs(c.start - c.other) for c in group)
+        found += group
     return found
 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Returns Spearman's correlation: Pearson's, of the ranks."""
-    ranks = [
-        [fmean([sum(v < u for v in vs), sum(v <= u for v in vs) - 1]) for u in vs]
-        for vs in (xs, ys)
-    ]
+    """Returns Spearman's correlation: Pearson's, of the ranks; equal values share their ranks."""
+    ranks = [[sum(v < u for v in vs) + sum(v <= u for v in vs) for u in vs] for vs in (xs, ys)]
     return correlation(*ranks) if all(len(set(r)) > 1 for r in ranks) else math.nan
 
 
-def line(name: str, group: Sequence[Change]) -> list[str]:
-    """Makes a line of a table."""
-    noise = 3 * median(abs(c.start - c.other_seed) for c in group)
-    return [
-        name,
-        str(len(group)),
-        *(f"{median(getattr(c, key) for c in group):.2f}" for key in ("start", "run", "rerun")),
-        f"{max(c.run - c.start for c in group):+.2f}",
-        f"{max(c.rerun - c.start for c in group):+.2f}",
-        f"{noise:.2f}",
-        f"{rank_correlation([c.run for c in group], [c.rerun for c in group]):.2f}",
-        f"{rank_correlation([c.held_out for c in group], [c.run for c in group]):.2f}",
-    ]
-
-
 HEADERS = (
-    "setup",
+    "",
     "starts",
     "median error, %: at the start",
     "tuned",
@@ -419,216 +409,155 @@ HEADERS = (
     "largest change: tuned",
     "rerun",
     "noise",
-    "rank correlation: run, rerun",
+    "worse than noise: tuned",
+    "rerun",
+    "rerun better",
+    "rank correlation: tuned, rerun",
     "T2, test",
 )
-
-
-def lines(experiment: Experiment, method: str) -> list[list[str]]:
-    """Makes the lines of a table: each setup, and all of a data set together."""
-    found = changes(experiment, method)
-    setups = SETUPS[experiment.options.scale]
-    groups = {setup.label: [c for c in found if c.setup == setup] for setup in setups}
-    for data in dict.fromkeys(setup.data for setup in setups):
-        groups[f"{data}, all"] = [c for c in found if c.setup.data == data]
-    return [line(name, group) for name, group in groups.items() if group]
-
-
-def statements(experiment: Experiment) -> list[list[str]]:
-    """Sets what the paper says beside what was found here."""
-    found = []
-    for method in (OURS, DEFAULT):
-        for data in ("MNIST", "CIFAR-10"):
-            group = [c for c in changes(experiment, method) if c.setup.data == data]
-            if not group:
-                continue
-            limits = {
-                c.setup: float(line("", [d for d in group if d.setup == c.setup])[7]) for c in group
-            }
-            worse = sum(c.rerun - c.start > limits[c.setup] for c in group)
-            worse_run = sum(c.run - c.start > limits[c.setup] for c in group)
-            better = sum(c.rerun < c.run for c in group)
-            numbers = line("", group)
-            found.append(
-                [
-                    f"{method}, {data}",
-                    f"{worse_run} and {worse} of {len(group)}",
-                    numbers[8],
-                    f"{better} of {len(group)}",
-                    numbers[9],
-                ]
-            )
-    paper = [
-        "the paper",
-        "none performs poorly (rerun)",
-        "strong",
-        "in most cases",
-        "strong; MNIST: none to see",
-    ]
-    return [paper, *found]
-
-
 STATEMENTS = (
-    "",
-    "tuned run, rerun worse than the start by more than noise",
-    "rank correlation of run and rerun",
-    "rerun better than run",
-    "rank correlation of T2 and test",
+    *("the paper", "–", "–", "–", "–", "–", "–", "–", "–", "none performs poorly"),
+    *("in most cases", "strong", "strong; on MNIST no structure"),
 )
+
+
+def line(name: str, group: Sequence[Change]) -> list[str]:
+    """Makes a line of the table."""
+    start, tuned, rerun, held_out, noise = (
+        [getattr(change, name) for change in group]
+        for name in ("start", "tuned", "rerun", "held_out", "noise")
+    )
+    worse = [[b - a for a, b in zip(start, after, strict=True)] for after in (tuned, rerun)]
+    return [
+        name,
+        str(len(group)),
+        *(f"{median(errors):.2f}" for errors in (start, tuned, rerun)),
+        *(f"{max(differences):+.2f}" for differences in worse),
+        f"{noise[0]:.2f}" if len(set(noise)) == 1 else "–",
+        *(str(sum(d > n for d, n in zip(each, noise, strict=True))) for each in worse),
+        str(sum(b < a for a, b in zip(tuned, rerun, strict=True))),
+        f"{rank_correlation(tuned, rerun):.2f}",
+        f"{rank_correlation(held_out, tuned):.2f}",
+    ]
+
+
+def lines(experiment: Experiment) -> list[Sequence[str]]:
+    """Makes the table: each way of tuning with each setup, and with all of a data set."""
+    result: list[Sequence[str]] = [STATEMENTS]
+    setups = SETUPS[experiment.options.scale]
+    for method in (OURS, DEFAULT):
+        found = changes(experiment, method)
+        groups = {setup.label: [c for c in found if c.setup == setup] for setup in setups}
+        for data in dict.fromkeys(setup.data for setup in setups):
+            groups[f"{data}, all"] = [c for c in found if c.setup.data == data]
+        result += [line(f"{method}: {name}", group) for name, group in groups.items() if group]
+    return result
+
 
 # --------------------------------------------------------------------------------------------------
 # Pictures
 # --------------------------------------------------------------------------------------------------
 
 
-def second_values(setup: Setup, values: Sequence[float]) -> list[float]:
-    """Returns values as on the axis of a map: L2 strengths by their logarithm."""
-    return [math.log10(v) for v in values] if setup.second == "l2" else list(values)
-
-
-def axis_name(setup: Setup) -> str:
-    return "log₁₀ of the L2 strength" if setup.second == "l2" else "hidden noise n1"
-
-
 def draw_maps(experiment: Experiment, plt: Any) -> Any:
     """Draws figures 1 and 7: test loss, with the ways of λ, and test error, over the grids."""
-    figure, all_axes = plt.subplots(len(MAPS), 2, figsize=(10, 4.1 * len(MAPS)), squeeze=False)
+    figure, all_axes = plt.subplots(len(MAPS), 2, figsize=(10, 4 * len(MAPS)))
     for i, row in zip(MAPS, all_axes, strict=True):
         setup = SETUPS[experiment.options.scale][i]
-        for axes, column, name in zip(
-            row, ("loss", "error"), ("cross-entropy", "error, %"), strict=True
-        ):
+        for axes, column in zip(row, ("loss", "error"), strict=True):
             found = [r for r in experiment.where(setup=i) if r["start"].startswith("grid")]
             grid = {(float(r["n0"]), float(r["second"])): float(r[column]) for r in found}
             xs, ys = (sorted({key[k] for key in grid}) for k in (0, 1))
             levels = [[math.log10(grid.get((x, y), math.nan)) for x in xs] for y in ys]
-            mesh = axes.pcolormesh(xs, ys, levels, shading="nearest", cmap="viridis_r")
-            figure.colorbar(mesh, label=f"log₁₀ of the test {name}")
-            axes.set(
-                xlabel="input noise n0",
-                ylabel=axis_name(setup),
-                title=f"{setup.label}",
-                xlim=axes.get_xlim(),
-                ylim=axes.get_ylim(),
-            )
-            best = min(grid, key=lambda key: grid[key])
-            axes.plot(
-                *best, "o", color="red", markersize=9, fillstyle="none", label="best of the grid"
-            )
-            if column == "loss":
-                draw_ways(experiment, i, axes)
-    row_handles = all_axes[0][0].get_legend_handles_labels()
-    figure.legend(*row_handles, loc="outside lower center", ncols=4)
+            colors = axes.pcolormesh(xs, ys, levels, shading="nearest", cmap="viridis_r")
+            name = "test loss" if column == "loss" else "test error, %"
+            figure.colorbar(colors, label=f"log₁₀ of the {name}")
+            axes.plot(*min(grid, key=lambda key: grid[key]), "ro", fillstyle="none", markersize=11)
+            second = "log₁₀ of the L2 strength" if setup.second == "l2" else "hidden noise n1"
+            axes.set(xlabel="input noise n0", ylabel=second, title=f"{setup.label}\n{name}")
+        for result in experiment.where(setup=i, method=OURS):
+            points = [point[1:3] for point in json.loads(result["way"])]
+            points.append(list(json.loads(result["found"]).values()))
+            if setup.second == "l2":
+                points = [(x, math.log10(y)) for x, y in points]
+            ways = [*zip((float(result["n0"]), float(result["second"])), *points, strict=True)]
+            row[0].plot(*ways, color="black", linewidth=1.2)
+            row[0].plot(ways[0][0], ways[1][0], "ws", markeredgecolor="black")
+            row[0].plot(ways[0][-1], ways[1][-1], "w*", markeredgecolor="black", markersize=13)
+    figure.supxlabel("□ start   ☆ end of T1–T2   ○ best of the grid", fontsize="medium")
     return figure
 
 
-def draw_ways(experiment: Experiment, i: int, axes: Any) -> None:
-    """Draws the ways of λ from their starts (squares) to their ends (stars)."""
-    setup = SETUPS[experiment.options.scale][i]
-    for k, row in enumerate(experiment.where(setup=i, method=OURS)):
-        way = json.loads(row["way"])
-        first, last = [float(row["n0"]), float(row["second"])], [*json.loads(row["found"]).values()]
-        xs = [first[0], *(point[1] for point in way), last[0]]
-        ys = [first[1], *second_values(setup, [*(point[2] for point in way), last[1]])]
-        names = ("start", "end of T1–T2") if k == 0 else ("", "")
-        axes.plot(xs, ys, "-", color="black", linewidth=1.3)
-        axes.plot(xs[0], ys[0], "s", color="white", markeredgecolor="black", label=names[0])
-        axes.plot(
-            xs[-1],
-            ys[-1],
-            "*",
-            color="white",
-            markersize=13,
-            markeredgecolor="black",
-            label=names[1],
-        )
-
-
 def draw_evolution(experiment: Experiment, plt: Any) -> Any:
-    """Draws figures 2 and 3: the start that does worst when it is fixed, fixed and tuned."""
+    """Draws figures 2 and 3: the start that is worst when it is left alone, so and tuned."""
     i = SHOWN[experiment.options.scale]
     setup = SETUPS[experiment.options.scale][i]
-    starts = [r for r in experiment.where(setup=i, method=FIXED) if int(r["seed"]) < OTHER]
-    fixed = max((r for r in starts if r["start"].isdigit()), key=lambda r: float(r["loss"]))
-    (tuned,) = experiment.where(setup=i, method=OURS, start=fixed["start"])
+    fixed = [
+        row
+        for k in range(experiment.options.seeds)
+        for row in experiment.where(setup=i, method=FIXED, start=k, seed=k)
+    ]
+    worst = max(fixed, key=lambda row: float(row["loss"]))
+    (tuned,) = experiment.where(setup=i, method=OURS, start=worst["start"])
     figure, all_axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True)
-    for row, result, name in zip(
-        all_axes, (fixed, tuned), ("fixed", "tuned by T1–T2"), strict=True
-    ):
-        curves = [*zip(*json.loads(result["curves"]), strict=True)]
+    for row, result, name in zip(all_axes, (worst, tuned), ("fixed", "tuned"), strict=True):
+        steps, *curves = zip(*json.loads(result["curves"]), strict=True)
         for k, part in enumerate(("T1", "T2", "test")):
-            row[0].plot(curves[0], curves[2 * k + 2], label=part)
-            row[1].plot(curves[0], curves[2 * k + 1], label=part)
-        row[0].set(ylabel=f"error, %: {name}")
-        row[1].set(ylabel=f"cross-entropy: {name}", yscale="log")
+            row[0].plot(steps, curves[2 * k + 1], label=part)
+            row[1].plot(steps, curves[2 * k], label=part)
+        row[0].set(ylabel=f"error, %, {name}")
+        row[1].set(ylabel=f"cross-entropy, {name}", yscale="log")
         row[0].legend()
-    for axes, other in zip(all_axes[:, 0], all_axes[:, 1], strict=True):
-        axes.set(ylim=(0, max(a.get_ylim()[1] for a in all_axes[:, 0])))
-        other.set(
-            ylim=(
-                min(a.get_ylim()[0] for a in all_axes[:, 1]),
-                max(a.get_ylim()[1] for a in all_axes[:, 1]),
-            )
-        )
-    ways = [*zip(*json.loads(tuned["way"]), strict=True)]
-    for name, way in zip(json.loads(tuned["found"]), ways[1:], strict=True):
-        axes = all_axes[0 if name == "n0" else 1][2]
-        axes.plot(ways[0], way, label=name)
-    all_axes[0][2].set(ylabel="input noise n0", ylim=(0, None))
-    all_axes[1][2].set(ylabel="L2 strength of each layer", yscale="log")
+    for upper, lower in all_axes.T[:2]:
+        lower.sharey(upper)
+        upper.autoscale()
+    steps, *ways = zip(*json.loads(tuned["way"]), strict=True)
+    for name, way in zip(json.loads(tuned["found"]), ways, strict=True):
+        all_axes[0 if name == "n0" else 1][2].plot(steps, way, label=name)
+    all_axes[0][2].set(ylabel="input noise n0, tuned")
+    all_axes[1][2].set(ylabel="strengths, tuned", yscale="log")
     all_axes[1][2].legend(fontsize="small")
-    for axes in all_axes[1]:
-        axes.set(xlabel="step")
-    start = f"n0 = {fixed['n0']}, log₁₀ l2 = {fixed['second']}"
-    figure.suptitle(f"{setup.label}. From {start}", fontsize="medium")
+    figure.supxlabel("step")
+    figure.suptitle(setup.label)
     return figure
 
 
 def draw_scatter(experiment: Experiment, plt: Any) -> Any:
     """Draws figures 4 to 6."""
-    setups = SETUPS[experiment.options.scale]
-    kinds = list(dict.fromkeys(setup.data for setup in setups))
-    figure, all_axes = plt.subplots(len(kinds), 3, figsize=(12, 4.3 * len(kinds)), squeeze=False)
-    texts = (
-        ("start", "rerun", "test error, %: fixed at the start", "fixed at the tuned values"),
-        ("run", "rerun", "test error, %: tuned", "fixed at the tuned values"),
-        ("held_out", "run", "error on T2, %: tuned", "test error, %: tuned"),
-    )
+    found = changes(experiment, OURS)
+    kinds = list(dict.fromkeys(change.setup.data for change in found))
+    figure, all_axes = plt.subplots(len(kinds), 3, figsize=(12, 4.2 * len(kinds)), squeeze=False)
+    names = {
+        "start": "test error, %, of the start",
+        "tuned": "test error, %, of T1–T2",
+        "rerun": "test error, %, of the rerun",
+        "held_out": "error on T2, %, of T1–T2",
+    }
     for data, row in zip(kinds, all_axes, strict=True):
-        found = [c for c in changes(experiment, OURS) if c.setup.data == data]
-        for axes, (x, y, x_name, y_name) in zip(row, texts, strict=True):
-            for k, setup in enumerate(s for s in setups if s.data == data):
+        pairs = (("start", "rerun"), ("tuned", "rerun"), ("held_out", "tuned"))
+        for axes, (x, y) in zip(row, pairs, strict=True):
+            for k, setup in enumerate(
+                s for s in SETUPS[experiment.options.scale] if s.data == data
+            ):
                 group = [c for c in found if c.setup == setup]
-                pairs = [(getattr(c, x), getattr(c, y)) for c in group]
-                axes.plot(*zip(*pairs, strict=True), "osv^Dp"[k % 6], alpha=0.8, label=setup.label)
-            low = min(axes.get_xlim()[0], axes.get_ylim()[0])
-            high = max(axes.get_xlim()[1], axes.get_ylim()[1])
-            axes.axline((low, low), (high, high), color="gray", linestyle=":", linewidth=1)
-            axes.set(xlabel=x_name, ylabel=y_name)
-        row[0].set(title=data)
-    figure.legend(*axes_of(all_axes), loc="outside lower center", ncols=2, fontsize="small")
+                points = [[getattr(c, name) for c in group] for name in (x, y)]
+                axes.plot(*points, "os^D"[k], alpha=0.8, label=setup.label)
+            axes.axline((10, 10), slope=1, color="gray", linestyle=":", linewidth=1)
+            axes.set(xlabel=names[x], ylabel=names[y], title=data)
+        row[0].legend(fontsize="x-small")
     return figure
 
 
-def axes_of(all_axes: Any) -> tuple[list[Any], list[str]]:
-    """Returns what a legend for all rows names."""
-    pairs = [row[0].get_legend_handles_labels() for row in all_axes]
-    return [h for handles, _ in pairs for h in handles], [n for _, names in pairs for n in names]
-
-
 def draw(experiment: Experiment) -> None:
-    """Draws what there is."""
+    """Draws all pictures."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         note("no picture: matplotlib is not there")
         return
     plt.rcParams["figure.constrained_layout.use"] = True
-    for what, function in (
-        ("maps", draw_maps),
-        ("evolution", draw_evolution),
-        ("scatter", draw_scatter),
-    ):
+    pictures = {"maps": draw_maps, "evolution": draw_evolution, "scatter": draw_scatter}
+    for what, function in pictures.items():
         figure = function(experiment, plt)
         figure.savefig(experiment.output / f"{experiment.name}_{what}.png", dpi=80)
         plt.close(figure)
@@ -641,9 +570,7 @@ def main() -> None:
     keys = ("setup", "method", "start", "seed")
     experiment = Experiment(f"t1t2_{options.scale}", keys, train, options, options.output)
     is_complete = experiment.run(cells(options))
-    tables = [f"{m}:\n\n{table(HEADERS, lines(experiment, m))}" for m in (OURS, DEFAULT)]
-    tables.append(table(STATEMENTS, statements(experiment)))
-    experiment.report("T1–T2", tables)
+    experiment.report("T1–T2", [table(HEADERS, lines(experiment))])
     if is_complete:
         draw(experiment)
 
