@@ -123,7 +123,7 @@ SETUPS = {
     ],
 }
 SETUPS["tiny"] = [
-    replace(s, layers=(20, 20) if s.data == "MNIST" else ((4, 3, 2),), size=200, steps=40)
+    replace(s, layers=(20, 20) if s.data == "MNIST" else ((4, 3, 2),), size=200, steps=20)
     for s in (SETUPS["small"][i] for i in (0, 1, 4))
 ]
 GRID = {"tiny": 2, "small": 5, "paper": 8}  # values on each axis of a map
@@ -524,8 +524,8 @@ def draw_evolution(experiment: Experiment, plt: Any) -> Any:
 
 def draw_scatter(experiment: Experiment, plt: Any) -> Any:
     """Draws figures 4 to 6."""
-    found = changes(experiment, OURS)
-    kinds = list(dict.fromkeys(change.setup.data for change in found))
+    all_found = changes(experiment, OURS)
+    kinds = list(dict.fromkeys(change.setup.data for change in all_found))
     figure, all_axes = plt.subplots(len(kinds), 3, figsize=(12, 4.2 * len(kinds)), squeeze=False)
     names = {
         "start": "test error, %, of the start",
@@ -534,15 +534,18 @@ def draw_scatter(experiment: Experiment, plt: Any) -> Any:
         "held_out": "error on T2, %, of T1–T2",
     }
     for data, row in zip(kinds, all_axes, strict=True):
+        found = [change for change in all_found if change.setup.data == data]
         pairs = (("start", "rerun"), ("tuned", "rerun"), ("held_out", "tuned"))
         for axes, (x, y) in zip(row, pairs, strict=True):
             for k, setup in enumerate(
                 s for s in SETUPS[experiment.options.scale] if s.data == data
             ):
                 group = [c for c in found if c.setup == setup]
-                points = [[getattr(c, name) for c in group] for name in (x, y)]
+                points = [[getattr(change, name) for change in group] for name in (x, y)]
                 axes.plot(*points, "os^D"[k], alpha=0.8, label=setup.label)
-            axes.axline((10, 10), slope=1, color="gray", linestyle=":", linewidth=1)
+            axes.axline(
+                (found[0].tuned, found[0].tuned), slope=1, color="gray", linestyle=":", linewidth=1
+            )
             axes.set(xlabel=names[x], ylabel=names[y], title=data)
         row[0].legend(fontsize="x-small")
     return figure
