@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -48,6 +48,10 @@ from lightning_hpo import (
 FIXED, OURS, DEFAULT = "fixed", "T1T2()", "OnlineHPOCallback()"
 BATCH = 100  # §3, of T1 and of T2
 EVERY = {"tiny": 5, "small": 5, "paper": 10}  # steps between two updates of λ, §2.2
+# The λ-optimizer's rates, of noise and of the logarithm of L2 strengths. The paper moves λ by plain
+# gradient descent, in its larger networks by Adam with 1e-3 for noise. Small trainings have a
+# hundredth of its updates: there they were chosen, see RESULTS.md.
+RATES = {"tiny": (0.01, 0.1), "small": (0.01, 0.1), "paper": (0.001, 0.01)}
 # Of the starts, and of the grid; of L2, log₁₀ of the strength. The paper does not give them.
 INTERVALS = {"n0": (0.0, 1.0), "n1": (0.0, 1.0), "l2": (-6.0, -1.0)}
 POINTS = 30  # of a curve
@@ -102,7 +106,7 @@ def all_cnn(*channels: int) -> tuple[tuple[int, int, int], ...]:
 
 
 SHALLOW, DEEP = (1000, 1000, 1000), (4000, 2000, 1000, 500, 250)
-SMALL_CNN = ((8, 3, 2), (32, 3, 2), (32, 3, 1), (32, 1, 1))
+SMALL_CNN = ((8, 3, 2), (32, 3, 2), (64, 3, 1), (64, 1, 1))
 SETUPS = {
     # The paper's networks and lengths (250 epochs); 5 000 of the 25 000 CIFAR images here are T2.
     "paper": [
@@ -118,8 +122,8 @@ SETUPS = {
         Setup("100³", "MNIST", "n1", True, (100, 100, 100), 1000, 700),
         Setup("200…25", "MNIST", "l2", False, (200, 100, 50, 25), 500, 500),
         Setup("200…25", "MNIST", "n1", False, (200, 100, 50, 25), 500, 500),
-        Setup("All-CNN", "CIFAR-10", "l2", True, SMALL_CNN, 2000, 500),
-        Setup("max-pool", "CIFAR-10", "n1", True, SMALL_CNN, 2000, 500, pooled=True),
+        Setup("All-CNN", "CIFAR-10", "l2", True, SMALL_CNN, 1000, 700),
+        Setup("max-pool", "CIFAR-10", "n1", True, SMALL_CNN, 1000, 500, pooled=True),
     ],
 }
 SETUPS["tiny"] = [
@@ -226,16 +230,16 @@ def load(setup: Setup, options: argparse.Namespace, seed: int) -> list[TensorDat
     return [TensorDataset(x[t1], y[t1]), TensorDataset(x[t2], y[t2]), TensorDataset(*test)]
 
 
-def move(second: str) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    """Makes the λ-optimizer of T1–T2: Adam, whose rates are the largest steps (see RESULTS.md)."""
+def tuning(setup: Setup, scale: str) -> OnlineHPOCallback:
+    """Makes T1–T2: λ moves by Adam, noise and L2 strengths at rates of their own."""
+    noise, strength = RATES[scale]
 
     def optimizer(raw: list[Tensor]) -> torch.optim.Optimizer:
-        rates = [0.01] + [0.01 if second == "n1" else 0.1] * (len(raw) - 1)
-        return torch.optim.Adam(
-            [{"params": [r], "lr": lr} for r, lr in zip(raw, rates, strict=True)]
-        )
+        rest = noise if setup.second == "n1" else strength
+        groups = [{"params": raw[:1], "lr": noise}, {"params": raw[1:], "lr": rest}]
+        return torch.optim.Adam(groups)
 
-    return optimizer
+    return OnlineHPOCallback(T1T2(), optimizer, every_n_steps=EVERY[scale])
 
 
 class Curves(Callback):
@@ -305,10 +309,8 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Trains with the values of the cell fixed; or tunes them, and trains with those found."""
     setup = SETUPS[options.scale][cell["setup"]]
     sets = load(setup, options, cell["seed"])
-    callback = OnlineHPOCallback()
-    if cell["method"] == OURS:
-        every = EVERY[options.scale]
-        callback = OnlineHPOCallback(T1T2(), move(setup.second), every_n_steps=every)
+    is_ours = cell["method"] == OURS
+    callback = tuning(setup, options.scale) if is_ours else OnlineHPOCallback()
     curves = Curves(sets if cell["setup"] == SHOWN[options.scale] else [], setup.steps)
     is_fixed = cell["method"] == FIXED
     module = fit(setup, cell, options, [curves] if is_fixed else [callback, curves])
@@ -468,6 +470,8 @@ def draw_maps(experiment: Experiment, plt: Any) -> Any:
             found = [r for r in experiment.where(setup=i) if r["start"].startswith("grid")]
             grid = {(float(r["n0"]), float(r["second"])): float(r[column]) for r in found}
             xs, ys = (sorted({key[k] for key in grid}) for k in (0, 1))
+            if min(len(xs), len(ys)) < 2:
+                continue  # not trained yet
             levels = [[math.log10(grid.get((x, y), math.nan)) for x in xs] for y in ys]
             colors = axes.pcolormesh(xs, ys, levels, shading="nearest", cmap="viridis_r")
             name = "test loss" if column == "loss" else "test error, %"
@@ -492,13 +496,16 @@ def draw_evolution(experiment: Experiment, plt: Any) -> Any:
     """Draws figures 2 and 3: the start that is worst when it is left alone, so and tuned."""
     i = SHOWN[experiment.options.scale]
     setup = SETUPS[experiment.options.scale][i]
-    fixed = [
-        row
-        for k in range(experiment.options.seeds)
-        for row in experiment.where(setup=i, method=FIXED, start=k, seed=k)
+    pairs = [
+        (fixed, tuned)
+        for tuned in experiment.where(setup=i, method=OURS)
+        for fixed in experiment.where(
+            setup=i, method=FIXED, start=tuned["start"], seed=tuned["seed"]
+        )
     ]
-    worst = max(fixed, key=lambda row: float(row["loss"]))
-    (tuned,) = experiment.where(setup=i, method=OURS, start=worst["start"])
+    if not pairs:
+        return None  # not trained yet
+    worst, tuned = max(pairs, key=lambda pair: float(pair[0]["loss"]))
     figure, all_axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True)
     for row, result, name in zip(all_axes, (worst, tuned), ("fixed", "tuned"), strict=True):
         steps, *curves = zip(*json.loads(result["curves"]), strict=True)
@@ -562,8 +569,9 @@ def draw(experiment: Experiment) -> None:
     pictures = {"maps": draw_maps, "evolution": draw_evolution, "scatter": draw_scatter}
     for what, function in pictures.items():
         figure = function(experiment, plt)
-        figure.savefig(experiment.output / f"{experiment.name}_{what}.png", dpi=80)
-        plt.close(figure)
+        if figure is not None:
+            figure.savefig(experiment.output / f"{experiment.name}_{what}.png", dpi=80)
+            plt.close(figure)
 
 
 def main() -> None:
@@ -572,9 +580,9 @@ def main() -> None:
         options.seeds = min(options.seeds, 2)
     keys = ("setup", "method", "start", "seed")
     experiment = Experiment(f"t1t2_{options.scale}", keys, train, options, options.output)
-    is_complete = experiment.run(cells(options))
+    experiment.run(cells(options))
     experiment.report("T1–T2", [table(HEADERS, lines(experiment))])
-    if is_complete:
+    if changes(experiment, OURS):
         draw(experiment)
 
 
