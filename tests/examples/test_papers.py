@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
@@ -308,3 +309,38 @@ def test_compare_peers(run, data_dir):
     problem.fit([pruning])
     assert trial.reports == [1, 2, 3]
     assert pruning.part == pytest.approx(1 / 3, abs=1 / problem.steps)
+def test_t1t2(run):
+    table, cells, files = run("t1t2", "--seeds", "2")
+    # Each way of tuning with three setups and two data sets, after the headers and the paper.
+    names = [row[0] for row in table[3:]]
+    assert [name.split(":")[0] for name in names] == ["T1T2()"] * 5 + ["OnlineHPOCallback()"] * 5
+    assert len({len(row) for row in table}) == 1
+    assert [row[1] for row in table[3:]] == ["2", "2", "2", "4", "2"] * 2
+    # Per setup and start four trainings, and two grids of four.
+    assert len(cells) == 3 * 2 * 4 + 2 * 4
+    grid = {row["start"]: row for row in cells if row["setup"] == "0" and "grid" in row["start"]}
+    assert json.loads(grid["grid 1 0"]["found"]) == {"n0": 1.0, "l2": 1e-6}
+    tuned = next(row for row in cells if row["method"] == "T1T2()" and row["setup"] == "0")
+    assert [point[0] for point in json.loads(tuned["way"])] == [5, 10, 15, 20]
+    # The table is made of the cells; errors are those of whole images.
+    change = max(
+        float(row["rerun error"]) - float(other["error"])
+        for row in cells
+        for other in cells
+        if (row["method"], other["method"]) == ("T1T2()", "fixed")
+        and row["setup"] == other["setup"] == "2"
+        and (row["start"], row["seed"]) == (other["start"], other["seed"])
+    )
+    assert float(table[5][6]) == pytest.approx(change, abs=0.01)
+    assert float(tuned["error"]) * 2.97 == pytest.approx(
+        round(float(tuned["error"]) * 2.97), abs=0.01
+    )
+    assert {f"t1t2_tiny_{what}.png" for what in ("maps", "evolution", "scatter")} < files
+
+
+def test_t1t2_rank_correlation(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from t1t2 import rank_correlation
+
+    xs, ys = [3.0, 1.0, 2.0, 2.0, 7.0], [1.0, 1.0, 4.0, 3.0, 5.0]
+    assert rank_correlation(xs, ys) == pytest.approx(spearmanr(xs, ys).statistic)
