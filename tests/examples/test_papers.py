@@ -230,6 +230,8 @@ def test_penn_treebank_knows_the_most_frequent_words(monkeypatch, data_dir):
     numbers = dict(zip(names, train.tolist(), strict=True))
     assert [numbers[name] for name in names] == train.tolist()
     assert sorted(numbers.values()) == list(range(kinds))
+
+
 def test_compare(run, data_dir):
     torch.set_default_dtype(torch.float32)  # as it is when it is run by hand
     table, cells, files = run("compare", "--seeds", "1")
@@ -309,6 +311,8 @@ def test_compare_peers(run, data_dir):
     problem.fit([pruning])
     assert trial.reports == [1, 2, 3]
     assert pruning.part == pytest.approx(1 / 3, abs=1 / problem.steps)
+
+
 def test_t1t2(run):
     table, cells, files = run("t1t2", "--seeds", "2")
     # Each way of tuning with three setups and two data sets, after the headers and the paper.
