@@ -48,7 +48,7 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "Clip20": lambda: ClipR(20.0),
     "Clip20, decay=0.99": lambda: ClipR(20.0, decay=0.99),
 }
-RATES = {"Unroll1-gTgV": 0.1, "Unroll": 30.0, "Clip": 1.0}
+RATES = {"Unroll1-gTgV": 2.0, "Unroll": 30.0, "Clip": 1.0}
 """c, by the first letters of the method: λ moves with the rate c η."""
 PAPER = {
     FIXED: ("71.6", "73.3", "+2.4%"),
