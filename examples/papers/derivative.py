@@ -135,18 +135,18 @@ def draw(experiment: Experiment) -> None:
         note("no picture: matplotlib is not there")
         return
     steps = STEPS[experiment.options.scale]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.9))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.9))
     thetas = load(experiment, "theta", method=AROUND, eta=RATES[0])
     left.plot(NEAR, [optimum(LAM)] * len(NEAR), color="0.75", label="start")
     for number, step in enumerate(s for s in (1, 5, 10, 50) if s in thetas):
-        left.plot(NEAR, thetas[step], color=plt.cm.viridis(number / 4), label=f"{step} steps")
+        left.plot(NEAR, thetas[step], color=plt.cm.viridis(number / 4), label=f"step {step}")
     left.plot(NEAR, [optimum(lam) for lam in NEAR.tolist()], "k:", label="θ*(λ)")
     left.plot(LAM, optimum(LAM), "ko", markersize=5)
     left.annotate("λ₀", (LAM, optimum(LAM)), xytext=(4, 6), textcoords="offset points")
     left.set(xlabel="λ", ylabel="θ", title=f"θ after some steps from θ*(λ₀), η = {RATES[0]:g}")
     left.legend(fontsize=8)
 
-    for eta, color in zip(RATES, ("C0", "C1"), strict=True):
+    for eta, color, place in zip(RATES, ("C0", "C1"), (0.98, 0.7), strict=True):
         found = load(experiment, "y", method=TANGENT, eta=eta)
         right.plot(list(found), list(found.values()), color=color, label=f"{TANGENT}, η = {eta:g}")
         some = [step for step in found if step % (steps // 30) == 0]
@@ -157,10 +157,12 @@ def draw(experiment: Experiment) -> None:
             if windows:
                 y = list(windows.values())[-1]
                 right.axhline(y, color=color, linestyle="--", linewidth=0.8)
-    right.plot([], [], "--", color="0.4", linewidth=0.8, label="UnrollK(1), (5), (10)")
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                at = {"x": place * steps, "y": y, "ha": "right", "va": "center"}
+                right.text(s=method, fontsize=8, color=color, bbox=box, **at)
     right.axhline(derivative(RATES[0]), color="black", linestyle=":", label="dθ*/dλ")
     right.set(xlabel="step", ylabel="|y|", title="|∂θ/∂λ| at λ₀", ylim=(0, None))
-    right.legend(fontsize=8, loc="center right")
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(experiment.output / f"{experiment.name}.png", dpi=90)
 
