@@ -348,3 +348,32 @@ def test_t1t2_rank_correlation(monkeypatch):
 
     xs, ys = [3.0, 1.0, 2.0, 2.0, 7.0], [1.0, 1.0, 4.0, 3.0, 5.0]
     assert rank_correlation(xs, ys) == pytest.approx(spearmanr(xs, ys).statistic)
+def test_derivative(run):
+    table, cells, files = run("derivative", needs_data=False)
+    rows = {tuple(row[:2]): row[2:] for row in table}
+    # y after one step is −η B = 0.1 · θ*(λ₀), with θ*(λ₀) = 1 / 1.3.
+    assert rows["0.1", "exact y"][0] == rows["0.1", "UnrollK(1)"][-3] == "0.07692"
+    for eta in ("0.1", "0.02"):
+        exact, kept = rows[eta, "exact y"], rows[eta, "ClipR(inf)"]
+        assert kept[:4] == exact[:4]
+        assert kept[-1] == exact[-1] == "0.76923"  # θ has not moved
+        assert rows[eta, "UnrollK(5)"][3] == exact[1]
+    assert rows["0.1", "exact y"][-2] == "0.59172"  # |dθ*/dλ| = 1 / 1.3²
+    assert len(cells) == 12
+    assert files == {"derivative_tiny.csv", "derivative_tiny.md", "derivative_tiny.png"}
+
+
+def test_mnist_l2(run):
+    table, cells, files = run("mnist_l2")
+    rows = {row[0]: row for row in table[:13]}
+    assert rows["Clip20"][1:4] == ["70.8", "71.8", "+1.4%"]  # the paper's
+    assert rows["OnlineHPOCallback()"][1:4] == ["–"] * 3
+    assert rows["Clip20"][-1] == rows["Fixed λ, as it starts"][-1] == "6"
+    assert rows["Fixed λ, as it starts"][-2] == "1.0e-06 … 1.0e-01"
+    assert rows["Fixed λ, best of the grid"][-1] == "1"
+    assert all(float(cell["best"]) <= float(cell["last"]) for cell in cells)
+    assert all(
+        float(cell["l2"]) != float(cell["start"]) for cell in cells if "Clip" in cell["method"]
+    )
+    assert len(cells) == 60
+    assert files == {"mnist_l2_tiny.csv", "mnist_l2_tiny.md", "mnist_l2_tiny.png"}
