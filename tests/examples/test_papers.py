@@ -348,6 +348,8 @@ def test_t1t2_rank_correlation(monkeypatch):
 
     xs, ys = [3.0, 1.0, 2.0, 2.0, 7.0], [1.0, 1.0, 4.0, 3.0, 5.0]
     assert rank_correlation(xs, ys) == pytest.approx(spearmanr(xs, ys).statistic)
+
+
 def test_derivative(run):
     table, cells, files = run("derivative", needs_data=False)
     rows = {tuple(row[:2]): row[2:] for row in table}
