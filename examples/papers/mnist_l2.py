@@ -34,7 +34,7 @@ from lightning_hpo import T1T2, ClipR, Interval, L2Mixin, OnlineHPOCallback, Unr
 from lightning_hpo.estimators import Estimator
 
 STARTS = [float(f"1e{k}") for k in range(-6, 0)]
-STEPS = {"tiny": 120, "small": 2500, "paper": 80_000}
+STEPS = {"tiny": 40, "small": 2500, "paper": 80_000}
 IMAGES = {"tiny": 800, "small": 16_000, "paper": 60_000}
 EVALUATIONS = 40
 FIXED, DEFAULT = "Fixed λ", "OnlineHPOCallback()"
@@ -171,10 +171,11 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Lists all cells, start by start."""
     methods = [FIXED, *METHODS, DEFAULT]
+    starts = STARTS[::5] if options.scale == "tiny" else STARTS
     return [
         {"method": method, "start": start, "seed": seed}
         for seed in range(options.seeds)
-        for start in STARTS
+        for start in starts
         for method in methods
     ]
 
