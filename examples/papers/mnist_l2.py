@@ -232,7 +232,8 @@ def draw(experiment: Experiment) -> None:
         return
     figure, axes = plt.subplots(len(DRAWN), 3, figsize=(10, 2.3 * len(DRAWN)), squeeze=False)
     every = STEPS[experiment.options.scale] // EVALUATIONS
-    moments = [every * round(part * EVALUATIONS) for part in (0.1, 0.5, 1.0)]
+    limits = (0.02, 3) if experiment.options.scale == "small" else None
+    moments = [every * round(part * EVALUATIONS) for part in (0.2, 0.5, 1.0)]
     for method, line in zip(DRAWN, axes, strict=True):
         curves = [json.loads(row["curve"]) for row in experiment.where(method=method)]
         for moment, panel in zip(moments, line, strict=True):
@@ -243,7 +244,7 @@ def draw(experiment: Experiment) -> None:
                     panel.plot(lams, losses, color=color, linewidth=0.8, alpha=0.6)
                     panel.plot(lams[-1], losses[-1], "o", color=color, markersize=4)
                 panel.plot([], [], "o-", color=color, label=name)
-            panel.set(xscale="log", yscale="log", xlim=(1e-9, 1))
+            panel.set(xscale="log", yscale="log", xlim=(1e-9, 1), ylim=limits)
             panel.set_title(f"{method}, {moment} steps", fontsize=9)
     for panel in axes[-1]:
         panel.set_xlabel("λ")
@@ -251,7 +252,7 @@ def draw(experiment: Experiment) -> None:
         panel.set_ylabel("cross-entropy")
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(experiment.output / f"{experiment.name}.png", dpi=80)
+    figure.savefig(experiment.output / f"{experiment.name}.png", dpi=72)
 
 
 def main() -> None:
