@@ -34,7 +34,7 @@ from lightning_hpo import T1T2, ClipR, Interval, L2Mixin, OnlineHPOCallback, Unr
 from lightning_hpo.estimators import Estimator
 
 STARTS = [float(f"1e{k}") for k in range(-6, 0)]
-STEPS = {"tiny": 120, "small": 2500, "paper": 80_000}
+STEPS = {"tiny": 40, "small": 2500, "paper": 80_000}
 IMAGES = {"tiny": 800, "small": 16_000, "paper": 60_000}
 EVALUATIONS = 40
 FIXED, DEFAULT = "Fixed λ", "OnlineHPOCallback()"
@@ -171,10 +171,11 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Lists all cells, start by start."""
     methods = [FIXED, *METHODS, DEFAULT]
+    starts = STARTS[::5] if options.scale == "tiny" else STARTS
     return [
         {"method": method, "start": start, "seed": seed}
         for seed in range(options.seeds)
-        for start in STARTS
+        for start in starts
         for method in methods
     ]
 
@@ -231,7 +232,8 @@ def draw(experiment: Experiment) -> None:
         return
     figure, axes = plt.subplots(len(DRAWN), 3, figsize=(10, 2.3 * len(DRAWN)), squeeze=False)
     every = STEPS[experiment.options.scale] // EVALUATIONS
-    moments = [every * round(part * EVALUATIONS) for part in (0.1, 0.5, 1.0)]
+    limits = (0.02, 3) if experiment.options.scale == "small" else None
+    moments = [every * round(part * EVALUATIONS) for part in (0.2, 0.5, 1.0)]
     for method, line in zip(DRAWN, axes, strict=True):
         curves = [json.loads(row["curve"]) for row in experiment.where(method=method)]
         for moment, panel in zip(moments, line, strict=True):
@@ -242,7 +244,7 @@ def draw(experiment: Experiment) -> None:
                     panel.plot(lams, losses, color=color, linewidth=0.8, alpha=0.6)
                     panel.plot(lams[-1], losses[-1], "o", color=color, markersize=4)
                 panel.plot([], [], "o-", color=color, label=name)
-            panel.set(xscale="log", yscale="log", xlim=(1e-9, 1))
+            panel.set(xscale="log", yscale="log", xlim=(1e-9, 1), ylim=limits)
             panel.set_title(f"{method}, {moment} steps", fontsize=9)
     for panel in axes[-1]:
         panel.set_xlabel("λ")
@@ -250,7 +252,7 @@ def draw(experiment: Experiment) -> None:
         panel.set_ylabel("cross-entropy")
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(experiment.output / f"{experiment.name}.png", dpi=80)
+    figure.savefig(experiment.output / f"{experiment.name}.png", dpi=72)
 
 
 def main() -> None:

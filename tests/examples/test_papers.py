@@ -366,16 +366,17 @@ def test_derivative(run):
 
 
 def test_mnist_l2(run):
+    torch.set_default_dtype(torch.float32)  # as it is in a process of the script
     table, cells, files = run("mnist_l2")
     rows = {row[0]: row for row in table[:13]}
     assert rows["Clip20"][1:4] == ["70.8", "71.8", "+1.4%"]  # the paper's
     assert rows["OnlineHPOCallback()"][1:4] == ["–"] * 3
-    assert rows["Clip20"][-1] == rows["Fixed λ, as it starts"][-1] == "6"
+    assert rows["Clip20"][-1] == rows["Fixed λ, as it starts"][-1] == "2"
     assert rows["Fixed λ, as it starts"][-2] == "1.0e-06 … 1.0e-01"
     assert rows["Fixed λ, best of the grid"][-1] == "1"
     assert all(float(cell["best"]) <= float(cell["last"]) for cell in cells)
     assert all(
         float(cell["l2"]) != float(cell["start"]) for cell in cells if "Clip" in cell["method"]
     )
-    assert len(cells) == 60
+    assert len(cells) == 20
     assert files == {"mnist_l2_tiny.csv", "mnist_l2_tiny.md", "mnist_l2_tiny.png"}
