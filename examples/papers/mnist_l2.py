@@ -5,7 +5,7 @@ held out; one λ starts at 1e-6, 1e-5, …, 1e-1. Losses are cross-entropies on 
 with early stopping (the best over the training) and without (the last); the gap between the two is
 the paper's measure of stability. Its appendix B.1 draws both losses over λ while they change.
 
-    python examples/papers/mnist_l2.py --data-dir DATA                 # 8 000 steps
+    python examples/papers/mnist_l2.py --data-dir DATA                 # 2 500 steps
     python examples/papers/mnist_l2.py --data-dir DATA --scale paper   # 80 000 steps
 
 The paper does not give its batches (here 100), its decaying learning rate (here a cosine from 0.1
