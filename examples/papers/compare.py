@@ -225,11 +225,8 @@ COLORS = dict(zip([*OURS, *PEERS], [f"C{k}" for k in (0, 3, 7, 1, 2, 4, 5)], str
 
 def draw(experiment: Experiment) -> None:
     """Draws for each task the best held-out loss so far over the budget."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        note("no picture: matplotlib is not there")
-        return
+    import matplotlib.pyplot as plt
+
     figure, grid = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
     budgets = [1 + k / 10 for k in range(10 * experiment.options.budget - 9)]
     for axes, name in zip(grid.flat, TASKS, strict=False):

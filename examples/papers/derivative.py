@@ -22,7 +22,7 @@ from typing import Any
 
 import lightning
 import torch
-from _experiment import Experiment, note, parser, table
+from _experiment import Experiment, parser, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -130,11 +130,8 @@ def rows_of(experiment: Experiment) -> list[list[str]]:
 
 def draw(experiment: Experiment) -> None:
     """Draws θ over λ after some steps, and |y| over the steps."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        note("no picture: matplotlib is not there")
-        return
+    import matplotlib.pyplot as plt
+
     steps = STEPS[experiment.options.scale]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.9))
     thetas = load(experiment, "theta", method=AROUND, eta=RATES[0])

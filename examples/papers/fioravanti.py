@@ -31,7 +31,7 @@ from typing import Any
 import lightning
 import torch
 from _data import batches, mnist
-from _experiment import Experiment, note, parser, table, trainer
+from _experiment import Experiment, parser, table, trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -311,11 +311,7 @@ COLORS = {FIXED: "#9ca3af", PLAIN: "#c97a06", SPARSE: "#e5b567", DEFAULT: "#1f5f
 
 def draw(experiment: Experiment, timed: Experiment) -> None:
     """Draws the four figures into two files."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        note("no pictures: matplotlib is not there")
-        return
+    import matplotlib.pyplot as plt
 
     figure, grid = plt.subplots(
         len(TUNED), 3, figsize=(9, 2.7 * len(TUNED)), sharex=True, sharey=True

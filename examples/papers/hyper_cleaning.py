@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from _data import batches, mnist
-from _experiment import Experiment, note, parser, spread, table, trainer
+from _experiment import Experiment, parser, spread, table, trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -310,11 +310,8 @@ def rows_of(experiment: Experiment) -> list[list[str]]:
 
 def draw(experiment: Experiment) -> None:
     """Draws F1 over the updates, and the accuracies beside the paper's."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        note("no picture: matplotlib is not there")
-        return
+    import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.6))
     for method in METHODS[2:]:
         traces = [json.loads(row["trace"]) for row in experiment.where(method=method)]

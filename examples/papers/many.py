@@ -30,7 +30,7 @@ from typing import Any
 import lightning
 import torch
 from _data import batches, mnist
-from _experiment import Experiment, note, parser, spread, table, trainer
+from _experiment import Experiment, parser, spread, table, trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -302,11 +302,8 @@ COLORS = {
 
 def draw(experiment: Experiment) -> None:
     """Draws the losses over the cost: random search as curves, tuned trainings as points."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        note("no picture: matplotlib is not there")
-        return
+    import matplotlib.pyplot as plt
+
     figure, grid = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained", sharex=True)
     for line, part in zip(grid, METHODS, strict=True):
         for axes, column in zip(line, ("held-out", "test"), strict=True):

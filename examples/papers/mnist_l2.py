@@ -24,7 +24,7 @@ from typing import Any
 import lightning
 import torch
 from _data import batches, mnist
-from _experiment import Experiment, Row, note, parser, table, trainer
+from _experiment import Experiment, Row, parser, table, trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -225,11 +225,8 @@ def starts_table(experiment: Experiment) -> str:
 
 def draw(experiment: Experiment) -> None:
     """Draws held-out and training losses over λ while both change, as appendix B.1 does."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        note("no picture: matplotlib is not there")
-        return
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(len(DRAWN), 3, figsize=(10, 2.3 * len(DRAWN)), squeeze=False)
     every = STEPS[experiment.options.scale] // EVALUATIONS
     limits = (0.02, 3) if experiment.options.scale == "small" else None

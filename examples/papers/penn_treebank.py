@@ -33,7 +33,7 @@ from typing import Any
 import lightning
 import torch
 from _data import batches, penn_treebank
-from _experiment import Experiment, Row, note, parser, table, trainer
+from _experiment import Experiment, Row, parser, table, trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -263,11 +263,8 @@ def lines_of(experiment: Experiment) -> list[list[str]]:
 
 def draw(experiment: Experiment) -> None:
     """Draws the loss over the keep probability while both change, as in appendix B.2."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        note("no picture: matplotlib is not there")
-        return
+    import matplotlib.pyplot as plt
+
     figure, panels = plt.subplots(2, 3, figsize=(11, 6.5), sharex=True, sharey=True)
     fixed = sorted((float(r["start"]), float(r["last"])) for r in experiment.where(method=FIXED))
     lowest = []

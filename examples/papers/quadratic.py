@@ -26,7 +26,7 @@ from typing import Any
 
 import lightning
 import torch
-from _experiment import Experiment, note, parser, table
+from _experiment import Experiment, parser, table
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -242,11 +242,8 @@ def rows_of(experiment: Experiment) -> list[list[str]]:
 
 def draw(experiment: Experiment) -> None:
     """Draws how far λ is from its optimum, over the steps."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        note("no picture: matplotlib is not there")
-        return
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for method in [*METHODS, DEFAULT]:
         traces = [json.loads(row["trace"]) for row in experiment.where(method=method)]

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from _data import batches, mnist
-from _experiment import Experiment, Row, note, parser, spread, table, trainer
+from _experiment import Experiment, Row, parser, spread, table, trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -297,11 +297,8 @@ def rows_of(experiment: Experiment) -> list[list[str]]:
 
 def draw(experiment: Experiment) -> None:
     """Draws accuracy, ρ, η and μ over the training."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        note("no picture: matplotlib is not there")
-        return
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(2, 2, figsize=(9.5, 6), sharex=True)
     panels = {"accuracy": "test accuracy, %", "ρ": "ρ", "η": "learning rate η", "μ": "momentum μ"}
     for color, method in enumerate(METHODS):

@@ -30,7 +30,7 @@ from typing import Any
 import lightning
 import torch
 from _data import batches, cifar, mnist
-from _experiment import Experiment, note, parser, table, trainer
+from _experiment import Experiment, parser, table, trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -560,11 +560,8 @@ def draw_scatter(experiment: Experiment, plt: Any) -> Any:
 
 def draw(experiment: Experiment) -> None:
     """Draws all pictures."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        note("no picture: matplotlib is not there")
-        return
+    import matplotlib.pyplot as plt
+
     plt.rcParams["figure.constrained_layout.use"] = True
     pictures = {"maps": draw_maps, "evolution": draw_evolution, "scatter": draw_scatter}
     for what, function in pictures.items():

@@ -41,7 +41,8 @@ class PolicyGradient(Estimator):
     exact where all choices together are few: Σ_a L_V(θ, a) ∇φ p_φ(a). The response gradient, which
     ENAS (Pham et al. 2018) takes to be 0, is what the choices of the training steps have done to θ:
     Bᵀu with u of another estimator, B = E[∇θL_T(θ, a) ∇φ log p_φ(a)ᵀ]. An option of the optimizer
-    has a response only.
+    has a response only. The response is right to first order in the length of a step, since
+    L_V is taken to be linear between the θ that different choices lead to.
 
     Cost per update: one validation gradient for each choice that is looked at, and the cost of the
     other estimator. Memory: twice θ, and that of the other estimator.
