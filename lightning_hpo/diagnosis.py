@@ -522,8 +522,10 @@ def _side(subject: Subject, values: Tensor) -> str | None:
     """Tells at which bound the last values sit, if all of them sit at the same.
 
     A vector with some elements at a bound is as it should be: weights of examples that are left
-    out, for one.
+    out, for one. So is a probability of a choice.
     """
+    if subject.choices:
+        return None
     values = values[[0, 2]] if isinstance(subject.initial, dict) else values
     constraint = subject.constraint
     slack = 1e-3

@@ -482,6 +482,44 @@ def test_values_found_are_frozen_into_a_fresh_module():
     assert copied.activation() == "sigmoid"
 
 
+class Recorded:
+    """Keeps what replays do as well."""
+
+    def __init__(self):
+        self.record = Recorder(found=[])
+
+    @property
+    def found(self):
+        return self.record.found
+
+    def append(self, value):
+        self.record.found = [*self.record.found, value]
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["all", "one"])
+def test_decisions_of_a_network_that_are_frozen(is_whole):
+    seen = Recorded()
+
+    class Driven(Searched):
+        def __init__(self):
+            super().__init__()
+            self.deep = BernoulliHyperparameter()
+            decisions = {"activation": self.activation, "deep": self.deep}
+            self.controller = LSTMController(decisions, hidden=4)
+
+        def training_step(self, batch, batch_idx):
+            seen.append((self.activation(), self.deep()))
+            return super().training_step(batch, batch_idx) * (1.1 if self.deep() else 1.0)
+
+    values = {"activation": "sigmoid", "deep": True}
+    module = freeze(Driven(), values if is_whole else {"activation": "sigmoid"})
+    module.controller.weights.frozen = is_whole
+    tune(module, OnlineHPOCallback(T1T2()), 30)
+    assert {activation for activation, _ in seen.found} == {"sigmoid"}
+    assert {deep for _, deep in seen.found} == ({True} if is_whole else {True, False})
+    assert module.controller.best()["activation"] == module.activation() == "sigmoid"
+
+
 def test_a_choice_under_another_choice():
     class Nested(Searched):
         def __init__(self):

@@ -121,6 +121,8 @@ def test_what_a_bound_is(constraint, values, side):
 
 
 def test_decay_rates_of_an_optimizer_are_meant_to_be_close_to_one():
+    chosen = Subject(UnitInterval(), 0.5, choices=(False, True))
+    assert _side(chosen, torch.tensor([1 - 1e-4])) is None
     subject = Subject(UnitInterval(), [0.9, 0.999], is_option=True)
     assert _side(subject, torch.tensor([0.9995])) is None
 

@@ -99,7 +99,7 @@ class LSTMController(Controller):
         self.controller = LSTMController({"activation": self.activation, "width": self.width})
 
     The logits of its choices show, after each update, their log-probabilities given the most
-    probable choices before them.
+    probable choices before them. A decision that is frozen stays as it is.
 
     Args:
         decisions: The choices of architecture, by their names in the module.
@@ -177,9 +177,15 @@ class LSTMController(Controller):
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             logits = w[f"output {name}"] @ (w[f"head {self._tasks[name]}"] @ h).tanh()
-            log_p = logits.log_softmax(0)
-            index = pick(name, log_p.detach())
-            found[name] = log_p
+            decision = self.decisions[name]
+            if decision.frozen:  # it has been made, and is no matter of φ
+                index = decision.best()
+                is_it = torch.arange(len(logits), device=logits.device) == index
+                pick(name, torch.where(is_it, 0.0, -math.inf))
+                found[name] = torch.zeros_like(logits)
+            else:
+                found[name] = logits.log_softmax(0)
+                index = pick(name, found[name].detach())
             x = w[f"embedding {name}"][index]
         return found
 
@@ -189,8 +195,9 @@ class LSTMController(Controller):
 
         def pick(name: str, log_p: Tensor) -> int:
             h = self.decisions[name]
-            is_single = isinstance(h, BernoulliHyperparameter)
-            h.raw.copy_(log_p[1] - log_p[0] if is_single else log_p - log_p.mean())
+            if not h.frozen:
+                is_single = isinstance(h, BernoulliHyperparameter)
+                h.raw.copy_(log_p[1] - log_p[0] if is_single else log_p - log_p.mean())
             return int(log_p.argmax())
 
         self.walk({}, pick)
