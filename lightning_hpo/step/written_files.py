@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
+import pathlib
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,41 +20,56 @@ from lightning_hpo.private_state import is_library
 # What these write is a cache of theirs, and no matter of the step that they were called by.
 _CACHING = ("_dynamo", "_inductor", "triton", "importlib")
 
-_looking: list[tuple[int, list[str]]] = []
+# Before Python 3.11 pathlib keeps a reference of its own.
+_PATHLIB = getattr(pathlib, "_NormalAccessor", io)
 
 
 @contextmanager
 def files_written() -> Iterator[list[str]]:
-    """Gives a list to which the files are added that this thread opens to write to them."""
-    _install()
-    _looking.append((threading.get_ident(), []))
-    save = torch.save
+    """Gives a list to which the files are added that this thread opens to write to them.
 
-    def noted(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(f, (str, os.PathLike)):  # opened in C, of which Python is not told
-            _looking[-1][1].append(os.fspath(f))
-        save(obj, f, *args, **kwargs)
+    The functions that open files are replaced for a while. An audit hook would see more, but cannot
+    be taken back: it makes every ``id()`` of the process several times as slow for good.
+    """
+    files: list[str] = []
+    thread = threading.get_ident()
 
-    torch.save = noted
+    def opened(real: Any, *args: Any, **kwargs: Any) -> Any:
+        path: Any = args[0] if args else kwargs.get("file", kwargs.get("path"))
+        how = args[1] if len(args) > 1 else kwargs.get("mode", kwargs.get("flags"))
+        path = os.fspath(path) if isinstance(path, os.PathLike) else path
+        is_here = isinstance(path, str) and threading.get_ident() == thread
+        if is_here and _writes(how) and _is_called_by_user():
+            files.append(path)
+        return real(*args, **kwargs)
+
+    def saved(real: Any, obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(f, (str, os.PathLike)):  # opened in C
+            files.append(os.fspath(f))
+        real(obj, f, *args, **kwargs)
+
+    with ExitStack() as stack:
+        for owner in dict.fromkeys((builtins, io, os, _PATHLIB)):
+            stack.enter_context(_replaced(owner, "open", opened))
+        stack.enter_context(_replaced(torch, "save", saved))
+        yield files
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
+    """Puts a function in the place of another one, which it is given as its first argument."""
+    real = getattr(owner, name)
+    setattr(owner, name, partial(function, real))
     try:
-        yield _looking[-1][1]
+        yield
     finally:
-        torch.save = save
-        _looking.pop()
+        setattr(owner, name, real)
 
 
-@lru_cache(maxsize=1)
-def _install() -> None:
-    """Has Python tell of opened files; that cannot be taken back, and is ignored afterwards."""
-    sys.addaudithook(_note)
-
-
-def _note(event: str, args: Any) -> None:
-    if not _looking or event != "open" or threading.get_ident() != _looking[-1][0]:
-        return
-    path, _, flags = args
-    if isinstance(path, str) and flags & (os.O_WRONLY | os.O_RDWR) and _is_called_by_user():
-        _looking[-1][1].append(path)
+def _writes(how: Any) -> bool:
+    if isinstance(how, int):
+        return bool(how & (os.O_WRONLY | os.O_RDWR))
+    return isinstance(how, str) and not set("wax+").isdisjoint(how)
 
 
 def _is_called_by_user() -> bool:
