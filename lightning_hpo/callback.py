@@ -439,11 +439,12 @@ class OnlineHPOCallback(pl.Callback):
         self._diagnosis.look_at_update(
             self.history, record, run.training.theta, sharded=run.training.sharded
         )
-        show_record(trainer, pl_module, record, run.choices.chances())
+        chances = run.choices.chances()
+        show_record(trainer, pl_module, record, chances)
         every = log_interval(trainer)
         self._is_logged = every > 0 and record.step // every > previous // every
         if self._is_logged:
-            log_record(trainer, record, trainer.global_step, run.choices.chances())
+            log_record(trainer, record, trainer.global_step, chances)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the loss of a validation on data that λ has not seen."""

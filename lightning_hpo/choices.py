@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, product
 
@@ -67,8 +67,7 @@ class Choices:
     def show(self) -> None:
         """Lets the logits of choices that a network decides show what it would decide."""
         for controller in self.controllers:
-            if isinstance(controller, LSTMController):
-                controller.show()
+            controller.show()
 
     # --------------------------------------------------------------------------------------- draws
 
@@ -147,15 +146,9 @@ class Choices:
 
     def is_mixed(self, names: Collection[str]) -> bool:
         """Whether a network decides some of these together with others."""
-        for controller in self.controllers:
-            own = {self._names[h] for h in controller.decisions.values()}
-            if (
-                isinstance(controller, LSTMController)
-                and own & set(names)
-                and not own <= set(names)
-            ):
-                return True
-        return False
+        wanted = set(names)
+        owned = [self._owned(controller) for controller in self.controllers if controller.is_joint]
+        return any(own & wanted and not own <= wanted for own in owned)
 
     def names_of(self, hyperparameters: Iterable[CategoricalHyperparameter]) -> frozenset[str]:
         """Returns the names of some of them."""
@@ -179,15 +172,14 @@ class Choices:
         """
         parts: list[Tensor] = []
         for controller in self.controllers:
-            names = {self._names[h] for h in controller.decisions.values()}
-            is_joint = isinstance(controller, LSTMController)
-            needed = names if is_joint and names & set(asked) else names & set(asked)
-            if not needed or not needed <= indices.keys():
+            own = self._owned(controller)
+            relevant = own.intersection(asked)
+            if controller.is_joint and relevant:
+                relevant = own
+            if not relevant or not relevant <= indices.keys():
                 continue
             found = self._walk(controller, phi, lambda name, _: indices.get(name, 0))
-            parts += [
-                log_p[indices[name]] for name, log_p in found.items() if is_joint or name in asked
-            ]
+            parts += [log_p[indices[name]] for name, log_p in found.items() if name in relevant]
         return torch.stack(parts).sum() if parts else None
 
     def score(
@@ -197,15 +189,7 @@ class Choices:
         asked: Collection[str],
     ) -> list[Tensor]:
         """Returns ∇φ log p_φ of choices, like the raw tensors of λ; see :meth:`log_probability`."""
-        with torch.enable_grad():
-            leaves = [h.raw.detach().clone().requires_grad_() for h in hyperparameters]
-            phi = dict(zip(hyperparameters, leaves, strict=True))
-            log_p = self.log_probability(phi, indices, asked)
-            if log_p is None or not log_p.requires_grad:
-                return [torch.zeros_like(leaf) for leaf in leaves]
-            return list(
-                torch.autograd.grad(log_p, leaves, allow_unused=True, materialize_grads=True)
-            )
+        return _slope(hyperparameters, lambda phi: self.log_probability(phi, indices, asked))
 
     def entropy_slope(
         self, hyperparameters: Sequence[Hyperparameter], indices: Mapping[str, int]
@@ -215,20 +199,17 @@ class Choices:
         Where a network decides, the sum of the entropies of its decisions given those before them,
         along ``indices``.
         """
-        with torch.enable_grad():
-            leaves = [h.raw.detach().clone().requires_grad_() for h in hyperparameters]
-            phi = dict(zip(hyperparameters, leaves, strict=True))
-            terms = [
-                -(log_p.exp() * log_p).sum()
+
+        def entropy(phi: Mapping[Hyperparameter, Tensor]) -> Tensor:
+            walks = [
+                self._walk(controller, phi, lambda name, _: indices.get(name, 0))
                 for controller in self.controllers
-                for log_p in self._walk(
-                    controller, phi, lambda name, _: indices.get(name, 0)
-                ).values()
             ]
-            total = torch.stack(terms).sum()
-            return list(
-                torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
-            )
+            return torch.stack(
+                [-(log_p.exp() * log_p).sum() for walk in walks for log_p in walk.values()]
+            ).sum()
+
+        return _slope(hyperparameters, entropy)
 
     def mean(self, name: str) -> float:
         """Returns the mean of a choice among numbers.
@@ -255,6 +236,9 @@ class Choices:
             } | {f"hpo/{name}/entropy": float(h.distribution().entropy())}
         return found
 
+    def _owned(self, controller: Controller) -> set[str]:
+        return {self._names[h] for h in controller.decisions.values()}
+
     def _walk(
         self, controller: Controller, phi: Mapping[Hyperparameter, Tensor], pick: Pick
     ) -> dict[str, Tensor]:
@@ -274,3 +258,16 @@ class Choices:
                 self._cache[h] = written, copy
             found[h] = copy
         return found
+
+
+def _slope(
+    hyperparameters: Sequence[Hyperparameter],
+    function: Callable[[Mapping[Hyperparameter, Tensor]], Tensor | None],
+) -> list[Tensor]:
+    """Returns the gradient of a number over raw λ; zeros where it does not depend on any."""
+    with torch.enable_grad():
+        leaves = [h.raw.detach().clone().requires_grad_() for h in hyperparameters]
+        value = function(dict(zip(hyperparameters, leaves, strict=True)))
+        if value is None or not value.requires_grad:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        return list(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))

@@ -655,8 +655,8 @@ class Run:
         if policy is None:
             is_shared = len(self.served) > 1
             return ValidationGradient(self.training, self._validation, batch, is_shared=is_shared)
-        drawn = policy.draws(self.choices, "held out", self.held_out.consumed)
-        return ExpectedValidation(self.training, self._validation, batch, self.choices, drawn)
+        drawn = policy.draws("held out", self.held_out.consumed)
+        return ExpectedValidation(self.training, self._validation, batch, drawn)
 
     # --------------------------------------------------------------------------------------- state
 

@@ -197,9 +197,10 @@ class Joint(pl.LightningModule):
         self.skip = BernoulliHyperparameter(0.3)
         self.which = CategoricalHyperparameter(range(3), LOGITS[:3].clone())
         self.lr = CategoricalHyperparameter(self.RATES, LOGITS[:2].clone())
-        kind = LSTMController if joint else None
-        if kind:
-            self.controller = kind({"skip": self.skip, "which": self.which}, {"lr": self.lr}, 3)
+        if joint:
+            self.controller = LSTMController(
+                {"skip": self.skip, "which": self.which}, {"lr": self.lr}, 3
+            )
             noise = torch.Generator().manual_seed(1)
             raw = self.controller.weights.raw
             raw += 0.5 * torch.randn(raw.shape, generator=noise)

@@ -224,15 +224,11 @@ class OptimizerOptions:
         value = float(h.choices[step.choices[name]])
         width = _EPSILON * max(abs(float(choice)) for choice in h.choices)
 
-        def moved(distance: float) -> dict[str, dict[int, Tensor]]:
-            if option == "lr":
-                ratio = (value + distance) / value
-                options = [{**o, "lr": float(o["lr"]) * ratio} for o in step.options]
-            else:
-                options = [{**o, option: value + distance} for o in step.options]
-            return self._dynamics.run_in_double(step, options)
-
-        slope = _difference(moved(width), moved(-width), 2 * width)
+        ahead, behind = (
+            self._run(step, option, value + distance, (value + distance) / value if value else 1.0)
+            for distance in (width, -width)
+        )
+        slope = _difference(ahead, behind, 2 * width)
         return {
             state: {at: (value - baseline) * t for at, t in tensors.items()}
             for state, tensors in slope.items()
@@ -245,10 +241,15 @@ class OptimizerOptions:
         raw = self._raw(option).double()
         moved = raw.clone()
         moved.view(-1)[i] += distance
-        value = _numbers(h.constraint(moved))
-        if option == "lr":
-            # The value in force is λ times the schedule, or λ itself.
-            ratio = h.constraint(moved).item() / h.constraint(raw).item()
+        value, before = h.constraint(moved), h.constraint(raw)
+        ratio = value.item() / before.item() if option == "lr" else 1.0
+        return self._run(step, option, _numbers(value), ratio)
+
+    def _run(
+        self, step: OptimizerStep, option: str, value: Any, ratio: float
+    ) -> dict[str, dict[int, Tensor]]:
+        """Runs the step with another value of an option, or a learning rate times a ratio."""
+        if option == "lr":  # what is in force is λ times the schedule, or λ itself
             options = [{**o, "lr": float(o["lr"]) * ratio} for o in step.options]
         else:
             options = [{**o, option: value} for o in step.options]

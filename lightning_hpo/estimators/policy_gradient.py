@@ -16,7 +16,7 @@ from lightning_hpo._arguments import (
     check_integer,
     check_number,
 )
-from lightning_hpo.choices import Choices, Indices
+from lightning_hpo.choices import Indices
 from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.estimators.implicit import Implicit
 from lightning_hpo.estimators.t1t2 import T1T2
@@ -122,15 +122,15 @@ class PolicyGradient(Estimator):
         inner = self._inner.kind if self.response else "no response"
         return f"PolicyGradient({inner})"
 
-    def draws(self, choices: Choices, *place: object) -> list[tuple[Indices, float]]:
+    def draws(self, *place: object) -> list[tuple[Indices, float]]:
         """Returns the choices to look at in an update, each with its weight in the mean loss.
 
         Args:
-            choices: Those of the training.
             place: What identifies the update.
         """
+        choices = self._choices
         number = math.prod(len(choices[name].choices) for name in self._names)
-        self._is_exact = number <= self.enumerate_up_to and not self._choices.is_mixed(self._names)
+        self._is_exact = number <= self.enumerate_up_to and not choices.is_mixed(self._names)
         if not self._is_exact:
             return [(choices.sample(*place, i), 1 / self.samples) for i in range(self.samples)]
         others = choices.sample(*place)

@@ -31,7 +31,10 @@ class Controller(nn.Module, ABC):
 
     Attributes:
         decisions: See above.
+        is_joint: Whether decisions depend on those before them.
     """
+
+    is_joint = False
 
     def __init__(self, decisions: Mapping[str, CategoricalHyperparameter]) -> None:
         super().__init__()
@@ -53,6 +56,9 @@ class Controller(nn.Module, ABC):
         Returns:
             log p_φ of all choices of each decision, by name, given the decisions before it.
         """
+
+    def show(self) -> None:
+        """Lets the logits of the choices show what would be decided."""
 
     def best(self) -> dict[str, Any]:
         """Returns the most probable choices, by name, each given those decided before it."""
@@ -112,6 +118,8 @@ class LSTMController(Controller):
         TypeError: If a decision is no :class:`CategoricalHyperparameter`.
         ValueError: If there is none, or ``hidden`` is no positive integer.
     """
+
+    is_joint = True
 
     def __init__(
         self,

@@ -250,8 +250,8 @@ class _Look:
         self._shown = _shown(self._values)
         self._variables = [] if shards else Outside(module).variables
         self._outside = _outside(self._variables)
-        self._parts = TrainerParts(trainer)
-        self._plain, self._own = self._parts.plain(), self._parts.paths()
+        parts = TrainerParts(trainer)
+        self._plain, self._own = parts.plain(), parts.paths()
 
     def changes(self) -> dict[str, list[str]]:
         """Returns the names of what is another now, by what it belongs to."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import filled, rows, separate, widened
-from lightning_hpo.choices import Choices, Indices
+from lightning_hpo.choices import Indices
 from lightning_hpo.distributed import average_, sum_over_shards
 from lightning_hpo.held_out import HeldOutBatch
 from lightning_hpo.objectives import ValidationObjective
@@ -146,7 +146,6 @@ class ExpectedValidation(ValidationGradient):
         training: What all steps of the training share.
         objective: L_V.
         batch: The held-out batch, the same for all choices.
-        choices: Those of the training.
         drawn: The choices to look at, each with its weight in the mean.
 
     Attributes:
@@ -159,13 +158,11 @@ class ExpectedValidation(ValidationGradient):
         training: TrainingMap,
         objective: ValidationObjective,
         batch: HeldOutBatch,
-        choices: Choices,
         drawn: Sequence[tuple[Indices, float]],
     ) -> None:
         super().__init__(training, objective, batch, is_shared=True)
         self.drawn = list(drawn)
         self.asked: frozenset[str] = frozenset()
-        self._choices = choices
         self._losses: list[float] = []
 
     def losses(self) -> list[float]:
@@ -174,16 +171,17 @@ class ExpectedValidation(ValidationGradient):
         return self._losses
 
     def _take(self) -> list[Tensor]:
+        choices = self._training.choices
         total: list[Tensor] = []
         statistics: list[Tensor] = []
         loss: Tensor | None = None
         self._losses = []
         for indices, weight in self.drawn:
-            with self._choices.at(indices):
+            with choices.at(indices):
                 gradients = super()._take()
             assert self._statistics is not None
             assert self._loss is not None
-            self.asked |= self._choices.names_of(self._objective.asked)
+            self.asked |= choices.names_of(self._objective.asked)
             self._losses.append(float(self._loss))
             torch._foreach_mul_([*gradients, *self._statistics], weight)
             if loss is None:
