@@ -43,6 +43,9 @@ INSIGNIFICANT = 1e-3
 # The gradient does not reach half of θ if that gets less than this part of it: of a network that
 # learns it gets about 0.7, of one that too much L2 or dead units have killed 0.01 to 0.11.
 REACHED = 0.15
+# Gradients are looked at every so many updates until they are found not to reach half of θ: a pass
+# over θ at each update is 1 % of a step of a large MLP.
+LOOK_EVERY = 10
 # A training has learned something if it has lowered L_V by more than this part.
 LEARNED = 0.1
 # Of one training: so many values of the validation loss, at least, in the half that is looked at.
@@ -107,7 +110,8 @@ class Diagnosis:
         first_due: The first step after which λ is updated; None where that is not known.
         validations: The step and the loss of each validation on other data than the tuned ones.
         is_fresh: Whether validations are on other data; None where that was not looked at yet.
-        dead: How many updates in a row have found the network dead.
+        dead: How many updates in a row have found the network dead. As long as it is 0, one of
+            ``LOOK_EVERY`` updates looks.
         warned: What has been warned about.
     """
 
@@ -202,6 +206,8 @@ class Diagnosis:
         gradient of the training, as the step has left it, does not reach half of θ. Gradients are
         looked at last: on a GPU, the host waits for that.
         """
+        if not self.dead and len(history) % LOOK_EVERY:
+            return
         is_dead = (
             _learned_nothing(record, history.loss_at(0))
             and _is_insignificant(record)
