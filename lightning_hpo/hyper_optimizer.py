@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ class HyperOptimizer:
         """
         pairs = zip(self._hyperparameters, hypergradients, strict=True)
         moved = {h: gradient for h, gradient in pairs if gradient is not None}
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in moved.values()):
+        if not all(map(_is_finite, moved.values())):
             return False
         raws = [h.raw for h in moved]
         before = [raw.clone() for raw in raws]
@@ -86,7 +87,7 @@ class HyperOptimizer:
             for raw in raws:
                 raw.grad = None
         tensors = [*raws, *(v for raw in raws for v in self.optimizer.state[raw].values())]
-        if not all(bool(torch.isfinite(t).all()) for t in tensors if isinstance(t, Tensor)):
+        if not all(_is_finite(t) for t in tensors if isinstance(t, Tensor)):
             # A finite hypergradient can be too large for the arithmetic of the λ-optimizer.
             for raw, value in zip(raws, before, strict=True):
                 raw.copy_(value)
@@ -103,6 +104,11 @@ class HyperOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the λ-optimizer's state."""
         self.optimizer.load_state_dict(state)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Of a number: torch.isfinite makes six kernels of it.
+    return math.isfinite(tensor) if tensor.numel() == 1 else bool(torch.isfinite(tensor).all())
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from lightning_hpo._lightning import MisconfigurationException
-from lightning_hpo.rng import seeded_rng
+from lightning_hpo.rng import reseed
 
 _CPU = torch.device("cpu")
 
@@ -206,9 +206,10 @@ class _Sampled:
             self._iterator = iter(())
         whole: list[Any] = []
         while self._next <= k:
-            # What it draws from the global generators is tied to the batch.
-            with seeded_rng(_CPU, self._seed, self._next):
-                whole = [self._draw() for _ in range(self._whole)]
+            # What it draws from the global generators is tied to the batch. The stream that asks
+            # puts them back.
+            reseed(_CPU, self._seed, self._next)
+            whole = [self._draw() for _ in range(self._whole)]
             self._next += 1
         return whole[offset : offset + size]
 

@@ -168,13 +168,18 @@ def seeded_rng(device: torch.device, seed: int, k: int) -> Iterator[int]:
         The seed, below 2³².
     """
     with forked_rng(device):
-        own = (seed * 1_000_003 + k) % 2**32
-        torch.default_generator.manual_seed(own)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(own)
-        np.random.seed(own)  # noqa: NPY002
-        random.seed(own)
-        yield own
+        yield reseed(device, seed, k)
+
+
+def reseed(device: torch.device, seed: int, k: int) -> int:
+    """Seeds the generators for item k of a stream; returns the seed, below 2³²."""
+    own = (seed * 1_000_003 + k) % 2**32
+    torch.default_generator.manual_seed(own)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(own)
+    np.random.seed(own)  # noqa: NPY002
+    random.seed(own)
+    return own
 
 
 class ResumedRandomState:
