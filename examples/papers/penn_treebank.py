@@ -81,7 +81,7 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "Clip5, c / 10": lambda: ClipR(5.0),
     "Clip20, decay=0.99": lambda: ClipR(20.0, decay=0.99),
 }
-RATES = {"Unroll1-gTgV": 0.1, "Unroll": 0.3, "Clip5, c / 10": 0.01, "Clip": 0.1}
+RATES = {"Unroll1-gTgV": 0.1, "Unroll": 1.0, "Clip5, c / 10": 0.01, "Clip": 0.1}
 """c, by the first letters of the method: the logit of λ moves with the rate c η."""
 LINES: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in METHODS if name != "Clip5, c / 10"},
