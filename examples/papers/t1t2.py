@@ -55,6 +55,7 @@ RATES = {"tiny": (0.01, 0.1), "small": (0.01, 0.1), "paper": (0.001, 0.01)}
 # Of the starts, and of the grid; of L2, log₁₀ of the strength. The paper does not give them.
 INTERVALS = {"n0": (0.0, 1.0), "n1": (0.0, 1.0), "l2": (-6.0, -1.0)}
 POINTS = 30  # of a curve
+ERRORS = (8, 10, 12, 15, 20, 30, 50, 60, 70, 90)  # percent, at the ticks of the scatter plots
 
 # --------------------------------------------------------------------------------------------------
 # Setups
@@ -493,7 +494,7 @@ def draw_maps(experiment: Experiment, plt: Any) -> Any:
 
 
 def draw_evolution(experiment: Experiment, plt: Any) -> Any:
-    """Draws figures 2 and 3: the start that is worst when it is left alone, so and tuned."""
+    """Draws figures 2 and 3: the start that is in the middle when left alone, so and tuned."""
     i = SHOWN[experiment.options.scale]
     setup = SETUPS[experiment.options.scale][i]
     pairs = [
@@ -505,9 +506,10 @@ def draw_evolution(experiment: Experiment, plt: Any) -> Any:
     ]
     if not pairs:
         return None  # not trained yet
-    worst, tuned = max(pairs, key=lambda pair: float(pair[0]["loss"]))
+    pairs.sort(key=lambda pair: float(pair[0]["loss"]))
+    fixed, tuned = pairs[len(pairs) // 2]
     figure, all_axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True)
-    for row, result, name in zip(all_axes, (worst, tuned), ("fixed", "tuned"), strict=True):
+    for row, result, name in zip(all_axes, (fixed, tuned), ("fixed", "tuned"), strict=True):
         steps, *curves = zip(*json.loads(result["curves"]), strict=True)
         for k, part in enumerate(("T1", "T2", "test")):
             row[0].plot(steps, curves[2 * k + 1], label=part)
@@ -553,8 +555,13 @@ def draw_scatter(experiment: Experiment, plt: Any) -> Any:
             axes.axline(
                 (found[0].tuned, found[0].tuned), slope=1, color="gray", linestyle=":", linewidth=1
             )
-            axes.set(xlabel=names[x], ylabel=names[y], title=data)
-        row[0].legend(fontsize="x-small")
+            axes.set(xlabel=names[x], ylabel=names[y], title=data, xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):  # a few that fail are far from the others
+                low, high = axis.get_view_interval()
+                axis.set_ticks([e for e in ERRORS if low < e < high], minor=False)
+                axis.set_ticks([], minor=True)
+                axis.set_major_formatter("{x:.0f}")
+        row[2].legend(fontsize="x-small", loc="upper left")
     return figure
 
 
