@@ -75,6 +75,18 @@ def progressed_to(trainer: pl.Trainer, progress: dict[str, Any]) -> Iterator[Non
             vars(scheduler).update(numbers)
 
 
+def one_batch_later(progress: dict[str, Any]) -> dict[str, Any]:
+    """Returns the progress as it is one batch and one step later, in the same epoch."""
+    step, *counts = progress["counts"]
+    epochs, batches = counts[:_EPOCHS], counts[_EPOCHS:]
+    batches = [count if isinstance(count, bool) else count + 1 for count in batches]
+    return {**progress, "counts": [step + 1, *epochs, *batches]}
+
+
+# So many of the counts are of epochs.
+_EPOCHS = 5
+
+
 def _counts(trainer: pl.Trainer) -> list[tuple[Any, str]]:
     """Returns where the loops count."""
     epoch_loop = trainer.fit_loop.epoch_loop

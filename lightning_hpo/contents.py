@@ -44,7 +44,7 @@ from lightning_hpo.holders import (
     read_class,
     read_trainer,
 )
-from lightning_hpo.parts import TrainerParts
+from lightning_hpo.parts import TrainerParts, logged_in
 from lightning_hpo.stores import is_same_store, is_writable, read_objects, size_of
 
 # Tensors and arrays up to this many elements, kept as plain attributes, are copied for a replay. A
@@ -354,11 +354,12 @@ class Walker:
                     parents[key] = parent
                     if kind is tensor:
                         _sort(value, reached, most)
-                        if own := vars(value):  # attributes that somebody has set on it
-                            parents[id(own)] = key
-                            stack.append(own)
-                        else:
+                        own = vars(value)
+                        if not own:
                             reached.empty.append(own)
+                        elif not value.is_nested:  # of that they are torch's, which caches there
+                            parents[id(own)] = key  # else somebody has set them
+                            stack.append(own)
                     else:
                         stack.append(value)
 
@@ -435,6 +436,9 @@ class Walker:
                 seen.add(id(self._parts))
                 parents[id(self._parts)] = key
                 hold(self._parts, PARTS)
+                for metrics in logged_in(value):  # as they are: what is logged is written anew
+                    parents[id(metrics)] = key
+                    reached.held[id(metrics)] = Held(metrics, DICT, dict(metrics))
             elif kind is Kind.OPTIMIZER:
                 hold(value, OPTIMIZER)
                 push((value.defaults,), key)

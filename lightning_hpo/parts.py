@@ -101,6 +101,13 @@ class TrainerParts:
         self._lengths = lengths
 
 
+def logged_in(trainer: Any) -> list[dict[str, Any]]:
+    """Returns the dictionaries behind ``callback_metrics`` and the like, to which steps may add."""
+    spaces = vars(trainer._logger_connector)
+    names = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+    return [spaces[name] for name in names if type(spaces.get(name)) is dict]
+
+
 def _entries(value: Any) -> list[tuple[Any, Any]]:
     """Returns what a list or dictionary holds; parts are in no others."""
     kind = kind_of(type(value))
@@ -113,13 +120,15 @@ def _entries(value: Any) -> list[tuple[Any, Any]]:
 def _is_part(cls: type) -> bool:
     """Whether the instances of a class are machinery of Lightning, or made upon it.
 
-    Callbacks, datamodules, loaders and modules are held as the user's own, and loggers are muted.
+    Datamodules, loaders, modules and callbacks of the user's are held as such, and loggers are
+    muted. Progress bars are left alone: threads draw them.
     """
     kinds = (Kind.ATOM, Kind.OBJECT, Kind.DICT, Kind.OPTIMIZER)
     is_machinery = kind_of(cls) in kinds and has_dict(cls)
     names = {base.__name__ for base in cls.__mro__}  # those of this package are atoms elsewhere
-    is_other = issubclass(cls, enum.Enum) or not names.isdisjoint({"Logger", "Callback"})
-    return is_machinery and is_of_lightning(cls) and not is_other
+    is_other = issubclass(cls, enum.Enum) or not names.isdisjoint({"Logger", "ProgressBar"})
+    is_own = "Callback" in names and not is_of_lightning(cls, itself=True)
+    return is_machinery and is_of_lightning(cls) and not (is_other or is_own)
 
 
 @lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ from lightning_hpo.context_variables import context_put_back
 from lightning_hpo.distributed import is_sharded, reshard
 from lightning_hpo.exchange import ModuleState, exchanged, refusal, remember, views_of
 from lightning_hpo.holders import copy_iterator
-from lightning_hpo.muted_logger import MutedLogger
+from lightning_hpo.muted import MutedLogger, MutedProfiler
 from lightning_hpo.rng import RandomState, forked_rng
 
 # Of a frozen backbone, only tensors up to this many elements are copied.
@@ -27,9 +27,9 @@ _SMALL = 10_000
 class Shield:
     """Makes a call of ``training_step`` or ``validation_step`` invisible.
 
-    Inside :meth:`__call__`, all that the module reaches holds copies, and ``self.log`` and the
-    loggers are mute; afterwards every object holds what it held. Objects keep their identity
-    throughout. A graph that was built inside must be used before the shield is gone.
+    Inside :meth:`__call__`, all that the module reaches holds copies, and ``self.log``, the loggers
+    and the profiler are mute; afterwards every object holds what it held. Objects keep their
+    identity throughout. A graph that was built inside must be used before the shield is gone.
 
     Args:
         trainer: The trainer.
@@ -133,7 +133,7 @@ class Shield:
             if own:  # attributes that somebody has set on it
                 vars(value).update(own)
         swaps |= views_of(swaps, {**reached.tensors, **(state.tensors if state else {})})
-        loggers = trainer.loggers
+        loggers, profiler = trainer.loggers, trainer.profiler
         scripted: list[tuple[torch.jit.ScriptModule, str, Any]] = []
         groups = [(group, dict(group)) for o in trainer.optimizers for group in o.param_groups]
         try:
@@ -151,12 +151,13 @@ class Shield:
                     if isinstance(module, self._kinds):
                         _mute(module, log or _nothing)  # type: ignore[arg-type]
                 trainer.loggers = [MutedLogger(each) for each in loggers]  # type: ignore[misc]
+                trainer.profiler = MutedProfiler(profiler)  # type: ignore[assignment]
                 try:
                     yield
                 finally:
                     reshard(modules)
         finally:
-            trainer.loggers = loggers
+            trainer.loggers, trainer.profiler = loggers, profiler
             for owner, name, value in scripted:
                 owner._c.setattr(name, value)
             for group, before in groups:

@@ -161,6 +161,32 @@ def test_a_step_may_write_to_its_batch(kind, make):
         torch.testing.assert_close(a.hypergradients, b.hypergradients, rtol=1e-9, atol=1e-12)
 
 
+class Sequences(Mlp):
+    """Gets the rows of a batch as sequences of different lengths."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.loss((torch.nested.to_padded_tensor(x, 0.0), y))
+
+
+@pytest.mark.parametrize("make", [T1T2, ClipR, lambda: UnrollK(2, "reverse")])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:.*prototype stage")
+def test_nested_tensors(layout, make):
+    def collate(items):
+        rows, y = zip(*items, strict=True)
+        rows = [row[: 2 + i % 3] for i, row in enumerate(rows)] + [torch.ones_like(rows[0])]
+        return torch.nested.nested_tensor(rows, layout=layout), torch.tensor([*map(int, y), 0])
+
+    train = DataLoader(TensorDataset(*TRAIN), batch_size=BATCH, collate_fn=collate)
+    found = []
+    for callbacks in ([], [OnlineHPOCallback(make(), optimizer=frozen)]):
+        model = Sequences()
+        fit(model, callbacks, steps=6, train=train)
+        found.append(flat(model.parameters()))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_copies_have_tensors_of_their_own(kind):
     x, y = torch.zeros(3), torch.ones(3)

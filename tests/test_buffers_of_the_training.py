@@ -206,7 +206,43 @@ class Annealed(Base):
         return (hidden / self.temperature).square().mean()
 
 
-WITHOUT_GRAPH = [Centred, ClassCentres, Codebook, FirstFilled, Bank, Chained, Rows]
+class Refreshed(Base):
+    """A reference that some steps fill anew before they read it, and others only read."""
+
+    @staticmethod
+    def is_due(batch_idx):
+        return batch_idx % 3 == 0
+
+    def make(self):
+        self.register_buffer("reference", torch.zeros(5))
+
+    def training_step(self, batch, batch_idx):
+        self.idx = batch_idx
+        return super().training_step(batch, batch_idx)
+
+    def term(self, hidden, y):
+        if self.is_due(self.idx):
+            self.reference.copy_(hidden.mean(0).detach() * 3)
+        return (hidden - self.reference).square().mean()
+
+
+class RefreshedByEpoch(Refreshed):
+    @staticmethod
+    def is_due(batch_idx):
+        return batch_idx == 0
+
+
+class FilledOnce(Refreshed):
+    """At the third step."""
+
+    def is_due(self, batch_idx):
+        return self.global_step == 2
+
+
+WITHOUT_GRAPH = [
+    *(Centred, ClassCentres, Codebook, FirstFilled, Bank, Chained, Rows),
+    *(Refreshed, RefreshedByEpoch),
+]
 
 
 @pytest.mark.parametrize("kind", WITHOUT_GRAPH)
@@ -314,14 +350,14 @@ def test_the_training_is_bit_identical(kind, estimator):
 
 @pytest.mark.filterwarnings("ignore:.*uses finite differences")
 def test_looking_costs_gradients_at_the_start_only(monkeypatch):
-    """Two and one for each buffer, besides what any training with such buffers costs."""
+    """At two steps, two and one for each buffer, besides what any such training costs."""
     counts = []
     for steps in (1, 4):
         with monkeypatch.context() as patch:
             calls = count_calls(patch)
             observe(ClipR(math.inf), Codebook(), steps=steps)
         counts.append(calls[0])
-    assert counts[0] == counts[1] == 2 + 2 + 3
+    assert counts[0] == counts[1] == 2 * (2 + 2 + 3)
 
 
 def count_calls(patch):
@@ -389,7 +425,7 @@ class LateBesideMoments(Whitened):
         return first
 
 
-LATE = [LateCentred, LateCentres, LateSecond, LateBesideMoments]
+LATE = [LateCentred, LateCentres, LateSecond, LateBesideMoments, FilledOnce]
 
 
 @pytest.mark.parametrize("kind", LATE)

@@ -6,6 +6,8 @@ from operator import attrgetter
 import pytest
 import torch
 from cases import Mlp, fit, frozen, last_hypergradient, observe, relative_error, truth, weights
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_hpo import T1T2, ClipR, Implicit, OnlineHPOCallback, UnrollK
@@ -29,6 +31,9 @@ PARTS = {
     "accelerator": attrgetter("accelerator"),
     "profiler": attrgetter("profiler"),
     "results": attrgetter("fit_loop.epoch_loop._results"),
+    "callback": lambda trainer: next(
+        c for c in trainer.callbacks if type(c) is GradientAccumulationScheduler
+    ),
     "wrapper": lambda trainer: trainer.strategy._lightning_optimizers[0],
     "schedule": lambda trainer: trainer.lr_scheduler_configs[0],
 }
@@ -80,9 +85,27 @@ class Listed(Counting):
         return len(self.owner().my_losses)
 
 
+class Metrics(Counting):
+    """Counts up in what is logged."""
+
+    def count(self):
+        metrics = self.trainer.callback_metrics
+        metrics["calls"] = metrics.get("calls", torch.tensor(0.0)) + 1
+        self.trainer.progress_bar_metrics["calls"] = float(metrics["calls"])
+        return float(metrics["calls"])
+
+
+class Profiling(Mlp):
+    """Measures its steps."""
+
+    def training_step(self, batch, batch_idx):
+        with self.trainer.profiler.profile("mine"):
+            return super().training_step(batch, batch_idx)
+
+
 KINDS = {
     **{name: type(name, (Counting,), {"part": name}) for name in PARTS},
-    **{kind.__name__: kind for kind in (Underscored, Late, Listed)},
+    **{kind.__name__: kind for kind in (Underscored, Late, Listed, Metrics)},
 }
 
 
@@ -92,12 +115,24 @@ def test_attributes_that_steps_set_there_are_put_back(name, make):
     found = []
     for callbacks in ([], [OnlineHPOCallback(make(), optimizer=frozen)]):
         model = KINDS[name]()
-        fit(model, callbacks)
+        fit(model, [GradientAccumulationScheduler({0: 1}), *callbacks])
         found.append(weights(model))
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", ["loop", "strategy", "Underscored", "Late", "Listed"])
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_a_profiler_measures_steps_only(make):
+    found = []
+    for callbacks in ([], [OnlineHPOCallback(make(), optimizer=frozen)]):
+        profiler = SimpleProfiler()
+        fit(Profiling(), callbacks, profiler=profiler)
+        found.append(len(profiler.recorded_durations["mine"]))
+    assert found[0] == found[1] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["loop", "strategy", "profiler", "Underscored", "Late", "Listed", "Metrics"]
+)
 def test_replays_find_what_their_step_found(name):
     class Trained(KINDS[name]):
         def validation_step(self, batch, batch_idx):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_hpo._tensors import filled, stacked_zeros
+from lightning_hpo._trainer import one_batch_later
 from lightning_hpo.derivatives import gradient, is_missing_derivative
 from lightning_hpo.distributed import average_, gather
 from lightning_hpo.objectives import Moment
@@ -37,7 +38,7 @@ def find_buffers(
 
     Costs a forward pass where there are other buffers of floating point numbers, and a validation
     gradient where the step writes to any of them. For those that L_V does not depend on it costs
-    two gradients of the training loss besides, and where that depends on them, one for each.
+    four gradients of the training loss besides, and where that depends on them, two for each.
 
     Args:
         training: What all steps of the training share.
@@ -171,7 +172,8 @@ def _read_in_training(
 
     Found by values, since what is read or written under ``no_grad`` has no derivative for autograd:
     by what ∇θ L_T, and what the step writes, change with. It starts from what the step has left:
-    what is done once, such as a first filling from the batch, is over then.
+    what is done once, such as a first filling from the batch, is over then. What a step fills anew
+    before it reads it, other steps may only read: the next one is looked at as well.
 
     Args:
         training: What all steps of the training share.
@@ -179,6 +181,40 @@ def _read_in_training(
         names: Buffers that the step writes to.
         after: What the step has left, in these and others, by name.
         flags: Which of ``names`` L_V depends on.
+    """
+    progress = one_batch_later(moment.progress)
+    later = replace(moment, batch_idx=moment.batch_idx + 1, progress=progress)
+    at_next = _what_changes(training, later, names, after, flags)
+    is_read = any(map(any, at_next))
+    here = _what_changes(training, moment, names, after, flags, in_any_case=is_read)
+    rows = [
+        [any(pair) for pair in zip(*row, strict=True)] for row in zip(here, at_next, strict=True)
+    ]
+    (_, *moves), *reads = rows
+    acts = [flag or row[0] for flag, row in zip(flags, reads, strict=True)]
+    for _ in names:  # one may act by way of another
+        for i, (_, *read) in enumerate(reads):
+            acts[i] |= any(r and a for r, a in zip(read, acts, strict=True))
+            if moves[i]:
+                moves = [r or m for r, m in zip(read, moves, strict=True)]
+    return [flag or (a and m) for flag, a, m in zip(flags, acts, moves, strict=True)]
+
+
+def _what_changes(
+    training: TrainingMap,
+    moment: Moment,
+    names: Sequence[str],
+    after: Mapping[str, Tensor],
+    flags: Sequence[bool],
+    *,
+    in_any_case: bool = False,
+) -> list[list[bool]]:
+    """Tells what ∇θ L_T and what a step leaves in some buffers change with.
+
+    Returns:
+        Whether the gradient and each buffer do: with θ and λ; with what each buffer held. Unless
+        ``in_any_case``, all are False where those that L_V does not depend on reach neither the
+        gradient nor the others.
     """
     objective, theta = training.objective, training.theta
     places = {name: objective.place_of(name) for name in {**after, **dict.fromkeys(names)}}
@@ -230,19 +266,12 @@ def _read_in_training(
         unread = [name for name, flag in zip(names, flags, strict=True) if not flag]
         of_gradient, *of_buffers = changes(run(unread))
         reached = of_gradient or any(c and f for c, f in zip(of_buffers, flags, strict=True))
-        if not any(_agreed([reached], training)):
-            return list(flags)
+        size = len(names) + 1
+        if not (in_any_case or any(_agreed([reached], training))):
+            return [[False] * size] * size
         found = [changes(run(moves_theta=True)), *(changes(run([name])) for name in names)]
-    count = len(names)
     agreed = iter(_agreed([each for row in found for each in row], training))
-    (_, *moves), *reads = [[next(agreed) for _ in range(count + 1)] for _ in range(count + 1)]
-    acts = [flag or row[0] for flag, row in zip(flags, reads, strict=True)]
-    for _ in names:  # one may act by way of another
-        for i, (_, *read) in enumerate(reads):
-            acts[i] |= any(r and a for r, a in zip(read, acts, strict=True))
-            if moves[i]:
-                moves = [r or m for r, m in zip(read, moves, strict=True)]
-    return [flag or (a and m) for flag, a, m in zip(flags, acts, moves, strict=True)]
+    return [[next(agreed) for _ in range(size)] for _ in range(size)]
 
 
 def _distances(now: list[list[Tensor]], base: list[list[Tensor]]) -> list[list[float]]:

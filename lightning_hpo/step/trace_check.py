@@ -307,8 +307,9 @@ class _Look:
     def _states(self) -> dict[str, Any]:
         if self._has_shards:
             return {}
+        # To look for a parameter's state makes it one that is empty.
         states = self._optimizer.state
-        return {name: states[p] for name, p in self._parameters.items() if p in states}
+        return {name: states[p] for name, p in self._parameters.items() if states.get(p)}
 
     def _path_of(self, value: Any) -> str:
         return self._walker.path_of(value) or f"module.a {type(value).__name__}"

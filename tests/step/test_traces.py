@@ -382,6 +382,23 @@ class Later(OwnMomentum):
     after = 1
 
 
+@EVERY_ESTIMATOR
+def test_looking_for_the_state_of_a_parameter_is_no_change(make, recwarn):
+    class Model(Mlp):
+        def training_step(self, batch, batch_idx):
+            momentum = self.trainer.optimizers[0].state[self.net[0].weight].get("momentum_buffer")
+            size = 0.0 if momentum is None else momentum.square().mean()
+            return super().training_step(batch, batch_idx) * (1 + size)
+
+    found = []
+    for callbacks in ([], [OnlineHPOCallback(make(), optimizer=frozen)]):
+        model = Model()
+        fit(model, callbacks)
+        found.append(weights(model))
+    assert torch.equal(*found)
+    assert not [w for w in recwarn if "optimizer's state" in str(w.message)]
+
+
 def test_what_comes_in_the_second_step_is_warned_about():
     """θ has moved: too late for an error."""
     text = r"the optimizer's state: \"\['net\.0\.weight'\]\['momentum_buffer'\]\". Change it in"

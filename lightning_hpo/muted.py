@@ -1,10 +1,11 @@
-"""What a step finds in the place of a logger while it must leave no trace."""
+"""What a step finds in the place of loggers and the profiler while it must leave no trace."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.profilers import PassThroughProfiler
 
 
 class MutedLogger:
@@ -37,6 +38,23 @@ class MutedLogger:
 
     def __getitem__(self, index: Any) -> MutedLogger:
         return self
+
+
+class MutedProfiler(PassThroughProfiler):
+    """Measures nothing, and has the attributes of the profiler besides.
+
+    Args:
+        profiler: The profiler.
+    """
+
+    def __init__(self, profiler: Any) -> None:
+        super().__init__()
+        self._muted_profiler = profiler
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_muted_profiler":  # not yet set, as in a copy
+            raise AttributeError(name)
+        return getattr(self._muted_profiler, name)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
