@@ -376,6 +376,7 @@ class Run:
                     each.estimator.follows_statistics and each.estimator.window != 1
                     for each in served
                 ),
+                known=self._resumed.get("buffers", ()),
             )
             buffers = training.statistics.buffers()
             settle_statistics(
@@ -687,6 +688,7 @@ class Run:
             "typical": self._typical.state_dict(),
             "start": None if self._start is None else self._start.state_dict(),
             "derivatives": self.training.derivatives,
+            "buffers": self.training.followed(),
             "check": self.recorder.check.state_dict(),
             "options": {n: {"value": v} for n, v in fixed_options(self._module).items()}
             | {

@@ -133,7 +133,7 @@ class Shield:
             if own:  # attributes that somebody has set on it
                 vars(value).update(own)
         swaps |= views_of(swaps, {**reached.tensors, **(state.tensors if state else {})})
-        loggers, profiler = trainer.loggers, trainer.profiler
+        loggers, profiler = trainer.loggers, trainer.profiler  # type: ignore[attr-defined]
         scripted: list[tuple[torch.jit.ScriptModule, str, Any]] = []
         groups = [(group, dict(group)) for o in trainer.optimizers for group in o.param_groups]
         try:
@@ -151,13 +151,14 @@ class Shield:
                     if isinstance(module, self._kinds):
                         _mute(module, log or _nothing)  # type: ignore[arg-type]
                 trainer.loggers = [MutedLogger(each) for each in loggers]  # type: ignore[misc]
-                trainer.profiler = MutedProfiler(profiler)  # type: ignore[assignment]
+                trainer.profiler = MutedProfiler(profiler)  # type: ignore[attr-defined]
                 try:
                     yield
                 finally:
                     reshard(modules)
         finally:
-            trainer.loggers, trainer.profiler = loggers, profiler
+            trainer.loggers = loggers
+            trainer.profiler = profiler  # type: ignore[attr-defined]
             for owner, name, value in scripted:
                 owner._c.setattr(name, value)
             for group, before in groups:

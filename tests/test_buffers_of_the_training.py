@@ -226,12 +226,6 @@ class Refreshed(Base):
         return (hidden - self.reference).square().mean()
 
 
-class RefreshedByEpoch(Refreshed):
-    @staticmethod
-    def is_due(batch_idx):
-        return batch_idx == 0
-
-
 class FilledOnce(Refreshed):
     """At the third step."""
 
@@ -241,7 +235,7 @@ class FilledOnce(Refreshed):
 
 WITHOUT_GRAPH = [
     *(Centred, ClassCentres, Codebook, FirstFilled, Bank, Chained, Rows),
-    *(Refreshed, RefreshedByEpoch),
+    Refreshed,
 ]
 
 
@@ -444,7 +438,16 @@ def test_what_is_first_written_later_is_followed_from_then_on(kind, estimator, o
     assert relative_error(last_hypergradient(result), truth(kind, steps=STEPS, **trainer)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", LATE)
+class Alternating(LateCentres):
+    """Writes to its centres at some steps only."""
+
+    def term(self, hidden, y):
+        if self.global_step % 2:
+            return hidden.square().mean()
+        return ClassCentres.term(self, hidden, y)
+
+
+@pytest.mark.parametrize("kind", [*LATE, Refreshed, Alternating])
 @pytest.mark.parametrize("at", [2, 4])
 @pytest.mark.filterwarnings("ignore:.*(uses finite differences|from this step on)")
 def test_a_training_that_is_resumed_before_or_after(kind, at, tmp_path):
@@ -459,24 +462,18 @@ def test_a_training_that_is_resumed_before_or_after(kind, at, tmp_path):
     assert torch.equal(trained(path), trained())
 
 
-class Alternating(LateCentres):
-    """Writes to its centres at some steps only."""
-
-    def term(self, hidden, y):
-        if self.global_step % 2:
-            return hidden.square().mean()
-        return ClassCentres.term(self, hidden, y)
-
-
-def test_tangents_that_a_checkpoint_lacks_are_named(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*(uses finite differences|from this step on)")
+def test_tangents_that_are_lost_are_named(tmp_path):
+    """As from a checkpoint that does not say which buffers were followed."""
     path = str(tmp_path / "half.ckpt")
-    for others, ckpt_path, what in (
-        ([StopAfter(5, path)], None, "finite differences"),
-        ([], path, "of 'centres' start from zero"),
-    ):
-        callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen)
-        with pytest.warns(UserWarning, match=what):
-            fit(Alternating(), [callback, *others], steps=STEPS, ckpt_path=ckpt_path)
+    callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen)
+    fit(Alternating(), [callback, StopAfter(5, path)], steps=STEPS)
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint["callbacks"][callback.state_key]["buffers"]
+    torch.save(checkpoint, path)
+    callback = OnlineHPOCallback(ClipR(math.inf), optimizer=frozen)
+    with pytest.warns(UserWarning, match="the buffers 'centres' of the checkpoint.* are lost"):
+        fit(Alternating(), callback, steps=STEPS, ckpt_path=path)
 
 
 @pytest.mark.parametrize("kind", LATE)

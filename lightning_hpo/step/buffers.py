@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -29,6 +29,7 @@ def find_buffers(
     validate: Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
     *,
     is_read_later: bool,
+    known: Collection[str] = (),
 ) -> None:
     """Adds to the running statistics what else a step writes to buffers that a loss depends on.
 
@@ -45,28 +46,33 @@ def find_buffers(
         moment: A micro-batch, at the present θ.
         validate: Takes the derivative of L_V with respect to buffers.
         is_read_later: Whether what a step writes is followed into later steps.
+        known: Names of buffers that were followed before the training was resumed: this step may
+            not be one of those that write to them.
     """
     objective, statistics = training.objective, training.statistics
     if training.sharded:
         return
     objective.unwritten = []
     before = {place: _shape_of(place) for place in objective.other_buffers()}
+    known = {objective.name_of(place) for place in before}.intersection(known)
     after = objective.written_buffers(moment, training.theta)
     reshaped = [n for n, b in after.items() if before[objective.place_of(n)] != b.shape]
     for name in reshaped:
         del after[name]
     if is_read_later:
-        written = {objective.place_of(name) for name in (*after, *reshaped)}
+        written = {objective.place_of(name) for name in (*after, *reshaped, *known)}
         objective.unwritten = [p for p in before if p not in written and _may_be_state(p)]
         if reshaped:
             _warn_of_constants(reshaped, "training_step changes their shape")
     # All ranks must follow the same: they exchange what they follow.
-    names = sorted(set().union(*gather([n for n, b in after.items() if b.is_floating_point()])))
+    floating = [n for n, b in after.items() if b.is_floating_point()]
+    names = sorted(set().union(known, *gather(floating)))
     places = [objective.place_of(name) for name in names]
     if not places:
         return
     found = validate([owner._buffers[name] for owner, name in places])  # type: ignore[misc]
     flags = _agreed([g is not None and bool(g.any()) for g in found], training)
+    flags = [flag or name in known for name, flag in zip(names, flags, strict=True)]
     if is_read_later and not all(flags):
         flags = _read_in_training(training, moment, names, after, flags)
     statistics.follow(

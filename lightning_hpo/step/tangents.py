@@ -170,9 +170,6 @@ class Tangents:
         if self.statistics:
             yield self.statistics
 
-    def _names_of_statistics(self) -> list[str]:
-        return [self._training.objective.name_of(p) for p in self._training.statistics.places]
-
     def state_dict(self) -> dict[str, Any]:
         """Returns the tangents.
 
@@ -182,7 +179,7 @@ class Tangents:
         return {
             "tangents": {name: gather_stacks(s, parameters) for name, s in self.state.items()},
             "statistics": self.statistics,
-            "names": self._names_of_statistics(),
+            "names": self._training.followed(),
             "is_zero": self.is_zero,
             "has_moved": self._has_moved,
             # After clipping they are not those of the tangents to the last bit.
@@ -197,16 +194,15 @@ class Tangents:
             name: take_slices(stacks, parameters[: len(stacks)])
             for name, stacks in state["tangents"].items()
         }
-        own = self._names_of_statistics()
+        own = self._training.followed()
         saved = dict(zip(state.get("names", own), state["statistics"], strict=True))
         for name, t in zip(own, self.statistics, strict=True):
             if name in saved:
                 t.copy_(saved[name])
-        if saved.keys() != set(own):  # steps write to a buffer now and then only
-            names = ", ".join(map(repr, sorted(saved.keys() ^ set(own))))
+        if lost := saved.keys() - set(own):
             warnings.warn(
-                "OnlineHPOCallback: the checkpoint and the first step of the resumed training do "
-                f"not follow the same buffers; tangents of {names} start from zero",
+                "OnlineHPOCallback: the resumed training does not follow the buffers "
+                f"{', '.join(map(repr, sorted(lost)))} of the checkpoint; their tangents are lost",
                 stacklevel=2,
             )
         self.is_zero = bool(state["is_zero"])

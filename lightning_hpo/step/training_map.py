@@ -83,6 +83,10 @@ class TrainingMap:
         """The running statistics that are carried along; none for most networks."""
         return self.objective.statistics
 
+    def followed(self) -> list[str]:
+        """Returns the names of the buffers that are carried along."""
+        return [self.objective.name_of(place) for place in self.statistics.places]
+
     @property
     def is_one_sided(self) -> bool:
         """Whether one-sided differences may take the place of central ones.
