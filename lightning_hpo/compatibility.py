@@ -401,19 +401,31 @@ def check_dependence(
     return findings
 
 
-def check_asked(module: pl.LightningModule, tuned: Sequence[str], asked: Set[str]) -> list[str]:
+def check_asked(
+    module: pl.LightningModule, tuned: Sequence[str], asked: Set[str], *, may_be_asked: bool
+) -> list[str]:
     """Lists choices that ``training_step`` never asks for.
 
     Args:
         module: The LightningModule.
         tuned: The names of the choices that are tuned.
         asked: Those that the step was seen to ask for.
+        may_be_asked: Whether it may ask for the others under a combination that was not looked at:
+            they are only warned about then.
 
     Returns:
         One sentence, or none.
     """
     idle = [name for name in tuned if name not in asked]
     if not idle:
+        return []
+    if may_be_asked:
+        warnings.warn(
+            f"OnlineHPOCallback: training_step of {type(module).__name__} was not seen to ask for "
+            f"the choices {idle}; it asks for them under rare combinations of other choices, or "
+            "never: then remove them",
+            stacklevel=2,
+        )
         return []
     return [
         f"The choices {idle} have no effect on the training: training_step of "

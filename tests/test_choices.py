@@ -29,12 +29,14 @@ from lightning_hpo import (
     ClipR,
     Implicit,
     IndependentController,
+    L2Mixin,
     LSTMController,
     OnlineHPOCallback,
     PolicyGradient,
     UnrollK,
     fixed_values,
     freeze,
+    named_hyperparameters,
 )
 from lightning_hpo.choices import Choices
 
@@ -186,95 +188,166 @@ def test_baselines_take_variance_away():
     assert exact.var(0).sum() < 1e-6 * none
 
 
-class Joint(pl.LightningModule):
-    """Choices of the network and of the learning rate, decided one after the other."""
+class Joint(L2Mixin, pl.LightningModule):
+    """Choices of the network and of the learning rate, under momentum and a penalty.
 
-    RATES = (5e-4, 3e-3)
+    The held-out loss is linear in θ, so that estimates are right at any learning rate.
+    """
 
-    def __init__(self, joint):
+    RATES = (0.02, 0.2)
+    MOMENTUM = 0.9
+    STRENGTH = 0.3
+
+    def __init__(self, controller, reverse=False):
         super().__init__()
         self.theta = nn.Parameter(START.clone())
-        self.skip = BernoulliHyperparameter(0.3)
-        self.which = CategoricalHyperparameter(range(3), LOGITS[:3].clone())
-        self.lr = CategoricalHyperparameter(self.RATES, LOGITS[:2].clone())
-        if joint:
-            self.controller = LSTMController(
-                {"skip": self.skip, "which": self.which}, {"lr": self.lr}, 3
-            )
-            noise = torch.Generator().manual_seed(1)
-            raw = self.controller.weights.raw
-            raw += 0.5 * torch.randn(raw.shape, generator=noise)
+        self.which = CategoricalHyperparameter(range(2), LOGITS[:2].clone())
+        self.lr = CategoricalHyperparameter(self.RATES, LOGITS[2:].clone())
+        self.register_l2(init=self.STRENGTH)
+        for h in named_hyperparameters(self).values():
+            h.frozen = not isinstance(h, CategoricalHyperparameter)
+        self.names = ["which", "optimizer.lr"]
+        if controller:
+            network, options = {"which": self.which}, {"lr": self.lr}
+            if reverse:  # the learning rate is decided first
+                network, options = {"optimizer.lr": self.lr, **network}, {}
+            self.controller = LSTMController(network, options, hidden=3)
+            spread_(self.controller)
+            self.names = ["controller.weights"]
 
     def training_step(self, batch, batch_idx):
-        return training_loss(self.theta, self.skip() + self.which())
+        return training_loss(self.theta, self.which())
 
     def validation_step(self, batch, batch_idx):
-        return validation_loss(self.theta, self.skip() + self.which())
+        return FACTORS[self.which()] * (TRUTH * self.theta).sum()
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1.0)
+        return torch.optim.SGD(self.parameters(), lr=1.0, momentum=self.MOMENTUM)
+
+    def policy(self):
+        own = [self.which, self.lr]
+        return [self.controller.weights] if hasattr(self, "controller") else own
 
     def probabilities(self, phi):
-        """Returns p of every (skip, which, lr)."""
+        """Returns p of every (which, lr)."""
+        sizes = [h.raw.numel() for h in self.policy()]
+        parts = zip(self.policy(), phi.split(sizes), strict=True)
+        raws = {h: part.reshape(h.raw.shape) for h, part in parts}
         found = {}
-        for path in itertools.product(range(2), range(3), range(2)):
-            known = dict(zip(("skip", "which", "optimizer.lr"), path, strict=True))
+        for path in itertools.product(range(2), repeat=2):
+            known = dict(zip(("which", "optimizer.lr"), path, strict=True))
             if hasattr(self, "controller"):
-                weights = {self.controller.weights: phi}
-                log_p = self.controller.walk(weights, lambda name, _, known=known: known[name])
-                parts = [log_p[name][i] for name, i in known.items()]
+                log_p = self.controller.walk(raws, lambda name, _, known=known: known[name])
             else:
-                hs = (self.skip, self.which, self.lr)
-                pieces = (phi[0], phi[1:4], phi[4:])
-                parts = [
-                    h.distribution(x).logits[i] for h, x, i in zip(hs, pieces, path, strict=True)
-                ]
-            found[path] = sum(parts).exp()
+                hs = zip(known, self.policy(), strict=True)
+                log_p = {name: h.distribution(raws[h]).logits for name, h in hs}
+            found[path] = sum(log_p[name][i] for name, i in known.items()).exp()
         return found
 
-    def expected(self, phi):
+    def expected(self, phi, window):
+        """Returns E[L_V] after whole trainings, over all paths of choices."""
         p = self.probabilities(phi)
+        slope = sum(q * FACTORS[which] for (which, _), q in p.items()) * TRUTH
         total = 0.0
-        for (skip, which, lr), weight in p.items():
-            step = self.RATES[lr] * CURVATURE * (START - TARGETS[skip + which])
-            total = total + weight * sum(
-                q * validation_loss(START - step, s + w) for (s, w, _), q in p.items()
-            )
+        for path in itertools.product(p, repeat=window):
+            theta, buffer = START, 0.0
+            for which, lr in path:
+                gradient = CURVATURE * (theta - TARGETS[which]) + self.STRENGTH * theta
+                buffer = self.MOMENTUM * buffer + gradient
+                theta = theta - self.RATES[lr] * buffer
+            total = total + math.prod(p[a] for a in path) * (slope * theta).sum()
         return total
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["independent", "LSTM"])
-def test_choices_of_network_and_optimizer(joint):
-    model = Joint(joint)
-    if joint:
-        phi = model.controller.weights.raw.clone()
-    else:
-        phi = torch.cat([h.raw.flatten() for h in (model.skip, model.which, model.lr)])
-    leaf = phi.requires_grad_()
-    (exact,) = torch.autograd.grad(model.expected(leaf), leaf)
-    policy = PolicyGradient(UnrollK(1, restart=True), samples=4, enumerate_up_to=0)
+def spread_(controller, scale=0.5):
+    """Makes what a network decides depend on what it has decided before."""
+    raw = controller.weights.raw
+    noise = torch.Generator().manual_seed(1)
+    raw += scale * torch.randn(raw.shape, generator=noise, dtype=raw.dtype)
+    controller.show()
+
+
+def means(model, estimator, window, monkeypatch, **options):
+    """Returns the mean of an estimate over all paths of choices, each of which is gone once."""
+    paths = list(itertools.product(itertools.product(range(2), repeat=2), repeat=window))
+
+    def draw(self, batch, _):
+        now = paths[batch // window][batch % window]
+        for name, index in zip(("which", "optimizer.lr"), now, strict=True):
+            self[name].drawn, self[name].was_asked = index, False
+
+    monkeypatch.setattr(Choices, "draw", draw)
+    p = model.probabilities(torch.cat([h.raw.flatten() for h in model.policy()]))
     callback = OnlineHPOCallback(
-        policy,
+        estimator,
         optimizer=frozen,
         dataloader=[torch.zeros(1)],
         optimizer_hyperparameters={"lr": model.lr},
     )
-    make_trainer(400, callbacks=callback).fit(model, DataLoader(torch.zeros(400)))
-    names = ["controller.weights"] if joint else ["skip", "which", "optimizer.lr"]
-    found = torch.stack(
-        [torch.cat([r.hypergradients[n].flatten() for n in names]) for r in callback.history]
+    steps = len(paths) * window
+    make_trainer(steps, callbacks=callback, **options).fit(model, DataLoader(torch.zeros(steps)))
+    weights = torch.stack([torch.stack([p[a] for a in path]).prod() for path in paths])
+    rows = [
+        torch.cat([r.hypergradients[n].flatten() for n in model.names]) for r in callback.history
+    ]
+    return weights @ torch.stack(rows)
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("controller", ["independent", "LSTM", "LSTM, learning rate first"])
+def test_choices_of_network_and_optimizer(controller, mode, monkeypatch):
+    model = Joint(controller != "independent", reverse="first" in controller)
+    window = 2 if mode == "reverse" else 1
+    phi = torch.cat([h.raw.flatten() for h in model.policy()])
+    exact = differences(lambda at: model.expected(at, window), phi)
+    policy = PolicyGradient(UnrollK(window, mode, restart=True), baseline="none")
+    found = means(model, policy, window, monkeypatch)
+    assert torch.allclose(found, exact, rtol=1e-5, atol=1e-6 * exact.abs().max())
+
+
+class Decided(Quadratic):
+    """Two choices that a network decides; θ stands still."""
+
+    def __init__(self):
+        super().__init__(rate=0.0)
+        self.choice = CategoricalHyperparameter(range(3))
+        self.skip = BernoulliHyperparameter(0.3)
+        decisions = {"choice": self.choice, "skip": self.skip}
+        self.controller = LSTMController(decisions, hidden=3)
+        spread_(self.controller, 1.0)
+
+    def training_step(self, batch, batch_idx):
+        return training_loss(self.theta, self.choice() + self.skip())
+
+    def validation_step(self, batch, batch_idx):
+        return validation_loss(self.theta, self.choice() + self.skip())
+
+    def log_p(self, phi, choice, skip):
+        known = {"choice": choice, "skip": int(skip)}
+        found = self.controller.walk({self.controller.weights: phi}, lambda name, _: known[name])
+        return sum(found[name][i] for name, i in known.items())
+
+    def expected(self, phi, value):
+        """Returns the mean of a value of (choice, skip) over what is not frozen."""
+        paths = [
+            (choice, skip)
+            for choice in ([self.choice()] if self.choice.frozen else range(3))
+            for skip in range(2)
+        ]
+        return sum(self.log_p(phi, *path).exp() * value(*path) for path in paths)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["all", "one frozen"])
+def test_the_direct_gradient_of_a_network(is_frozen):
+    model = Decided()
+    if is_frozen:
+        freeze(model, {"choice": 1})
+    exact = differences(
+        lambda phi: model.expected(phi, lambda choice, skip: validation_loss(START, choice + skip)),
+        model.controller.weights.raw.clone(),
     )
-    matters = exact.abs() > 0.05 * exact.abs().max()
-    # Of many numbers with common noise some are further off than three standard errors.
-    assert deviations(found, exact)[matters].square().mean().sqrt() < 2
-    assert deviations(found, torch.zeros_like(exact))[matters].square().mean().sqrt() > 4
-    if joint:
-        best = max(model.probabilities(phi.detach()).items(), key=lambda item: item[1])[0]
-        assert model.controller.best() == {
-            "skip": bool(best[0]),
-            "which": best[1],
-            "optimizer.lr": model.RATES[best[2]],
-        }
+    found = estimates(model, PolicyGradient(response=False), 1, "controller.weights")
+    assert torch.allclose(found[0], exact, rtol=1e-6, atol=1e-9)
 
 
 # -------------------------------------------------------------------------------- in real trainings
@@ -412,6 +485,56 @@ def test_resumes_bit_for_bit(tmp_path):
     assert str(second.history.columns()) == str(callback.history.columns())
 
 
+class Trained(Quadratic):
+    """Its learning rate is a choice, which may be no part of the module."""
+
+    def __init__(self, is_part, decides, rate=0.1):
+        super().__init__(rate=rate)
+        lr = CategoricalHyperparameter([1e-3, 1e-2, 1e-1])
+        if is_part:
+            self.lr = lr
+        if decides:
+            self.controller = LSTMController({"choice": self.choice}, {"lr": lr}, hidden=4)
+        self.options = {"lr": lr}
+        self.seen = Seen()
+
+
+class Seen(pl.Callback):
+    def __init__(self):
+        self.theta = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.theta.append(module.theta.detach().clone())
+
+
+@pytest.mark.parametrize(
+    ("is_part", "decides", "accumulated"),
+    [(False, False, 1), (True, False, 2), (False, True, 1), (False, True, 2)],
+)
+def test_a_learning_rate_resumes_in_mid_epoch(is_part, decides, accumulated, tmp_path):
+    def go(steps, **options):
+        model = Trained(is_part, decides)
+        callback = OnlineHPOCallback(
+            PolicyGradient(UnrollK(2), entropy=0.01),
+            optimizer=lambda raws: torch.optim.SGD(raws, lr=20.0),
+            dataloader=[torch.zeros(1)],
+            optimizer_hyperparameters=model.options,
+        )
+        trainer = make_trainer(
+            steps, callbacks=[callback, model.seen], accumulate_grad_batches=accumulated
+        )
+        trainer.fit(model, DataLoader(torch.zeros(20)), **options)
+        return trainer, torch.stack(model.seen.theta)
+
+    path = str(tmp_path / "half.ckpt")
+    _, whole = go(9)
+    assert len(set(whole.diff(dim=0)[:, 0].tolist())) > 4
+    trainer, _ = go(5)
+    trainer.save_checkpoint(path)
+    _, rest = go(9, ckpt_path=path)
+    assert torch.equal(rest, whole[-len(rest) :])
+
+
 class OnRanks(EachRank, Searched):
     pass
 
@@ -540,6 +663,47 @@ def test_a_choice_under_another_choice():
     assert {"deep", "extra"} <= callback.history[-1].values.keys()
 
 
+class Deep(Quadratic):
+    """The activation of a layer is asked for where there are so many layers."""
+
+    def __init__(self, depths, logits=None):
+        super().__init__()
+        self.depth = CategoricalHyperparameter(range(1, depths + 1), logits)
+        self.layers = nn.ModuleList(CategoricalHyperparameter(["a", "b"]) for _ in range(depths))
+
+    def validation_step(self, batch, batch_idx):
+        return super().validation_step(batch, batch_idx) * self.factor()
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.factor()
+
+    def factor(self):
+        return 1 + 0.1 * sum(layer() == "a" for layer in self.layers[: self.depth()])
+
+
+def test_a_choice_under_a_rare_one():
+    logits = torch.zeros(7)
+    logits[-1] = -9.0  # drawn once in thousands of batches
+    assert len(estimates(Deep(7, logits), PolicyGradient(), 2)) == 2
+
+
+def test_a_choice_under_two_rare_ones():
+    class Deeper(Deep):
+        def __init__(self):
+            super().__init__(5, torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0]))
+            self.other = BernoulliHyperparameter(1e-3)
+            self.inner = BernoulliHyperparameter(0.5)
+
+        def factor(self):
+            found = super().factor()
+            if self.other() and self.depth() == 5:
+                found = found * (2 - self.inner())
+            return found
+
+    with pytest.warns(UserWarning, match=r"not seen to ask for the choices \['inner'\]"):
+        estimates(Deeper(), PolicyGradient(), 2)
+
+
 # ----------------------------------------------------------------------------------------- refusals
 
 
@@ -594,6 +758,8 @@ def test_refused_at_the_start():
 
     model = searched()
     model.idle = CategoricalHyperparameter([1, 2])
+    refused(model, T1T2(), r"choices \['idle'\] have no effect .* never asks for them")
+    model.idle = CategoricalHyperparameter(range(40))  # too many to look at all combinations
     refused(model, T1T2(), r"choices \['idle'\] have no effect .* never asks for them")
 
     lr = {"lr": CategoricalHyperparameter(["fast", "slow"])}

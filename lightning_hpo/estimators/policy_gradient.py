@@ -111,7 +111,8 @@ class PolicyGradient(Estimator):
         self._choices = space.training.choices
         options = space.training.options
         of_optimizer = set() if options is None else set(options.choices)
-        self._names = [n for n in self._choices.decided_by(self._policy) if n not in of_optimizer]
+        own = [n for n in self._choices.decided_by(self._policy) if n not in of_optimizer]
+        self._names = self._choices.relevant(own)
         self._score = self._zeros()
         self._mean_loss = math.nan
         self._mean_response = 0.0
@@ -129,8 +130,7 @@ class PolicyGradient(Estimator):
             place: What identifies the update.
         """
         choices = self._choices
-        number = math.prod(len(choices[name].choices) for name in self._names)
-        self._is_exact = number <= self.enumerate_up_to and not choices.is_mixed(self._names)
+        self._is_exact = choices.number(self._names) <= self.enumerate_up_to
         if not self._is_exact:
             return [(choices.sample(*place, i), 1 / self.samples) for i in range(self.samples)]
         others = choices.sample(*place)

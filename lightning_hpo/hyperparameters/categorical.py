@@ -132,10 +132,15 @@ class CategoricalHyperparameter(Hyperparameter):
         return int(self.distribution().logits.argmax())
 
     @property
-    def index(self) -> int:
+    def in_force(self) -> int:
         """The index of the choice that is in force."""
-        self.was_asked = True
         return self.best() if self.drawn is None else self.drawn
+
+    @property
+    def index(self) -> int:
+        """The index of the choice that is in force, for a step that asks for it."""
+        self.was_asked = True
+        return self.in_force
 
     def forward(self) -> Any:
         """Returns the choice that is in force."""

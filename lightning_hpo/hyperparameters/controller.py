@@ -17,8 +17,11 @@ from lightning_hpo.hyperparameters.categorical import (
 )
 from lightning_hpo.hyperparameters.hyperparameter import Hyperparameter
 
-Pick = Callable[[str, Tensor], int]
-"""Returns the index of a choice, given its name and the log-probabilities of all."""
+Pick = Callable[[str, Tensor], "int | Tensor"]
+"""Returns the index of a choice, given its name and the log-probabilities of all.
+
+Or a tensor ``(n,)`` of indices: n combinations are then gone through at once.
+"""
 
 
 class Controller(nn.Module, ABC):
@@ -30,7 +33,7 @@ class Controller(nn.Module, ABC):
             ``"optimizer.<option>"`` for options of the optimizer.
 
     Attributes:
-        decisions: See above.
+        decisions: See above, in the order in which they are made.
         is_joint: Whether decisions depend on those before them.
     """
 
@@ -54,8 +57,41 @@ class Controller(nn.Module, ABC):
             pick: Makes a choice, given its log-probabilities under what was decided before.
 
         Returns:
-            log p_φ of all choices of each decision, by name, given the decisions before it.
+            log p_φ of all choices of each decision, by name, given the decisions before it:
+            ``(choices,)``, or ``(n, choices)`` where n combinations are gone through.
         """
+
+    def deciding(self) -> dict[str, CategoricalHyperparameter]:
+        """Returns the decisions that it makes; where they are joint, frozen ones have been made."""
+        every = self.decisions.items()
+        return {name: h for name, h in every if not (self.is_joint and h.frozen)}
+
+    @property
+    def count(self) -> int:
+        """The number of combinations of what it decides."""
+        return math.prod(len(h.choices) for h in self.deciding().values())
+
+    def combinations(self) -> Tensor:
+        """Returns the indices of all combinations, ``(count, decisions)``."""
+        deciding = self.deciding()
+        parts = [
+            torch.arange(len(h.choices)) if name in deciding else torch.tensor([h.best()])
+            for name, h in self.decisions.items()
+        ]
+        return torch.cartesian_prod(*parts).reshape(-1, len(parts))
+
+    def log_probabilities(
+        self, phi: Mapping[Hyperparameter, Tensor], combinations: Tensor
+    ) -> Tensor:
+        """Returns log p_φ of combinations, ``(n,)``, given their indices, ``(n, decisions)``."""
+        columns = dict(zip(self.decisions, combinations.unbind(1), strict=True))
+        found = self.walk(phi, lambda name, log_p: columns[name].to(log_p.device))
+        n = len(combinations)
+        parts = [
+            log_p.expand(n, -1).gather(1, columns[name].to(log_p.device).unsqueeze(1))
+            for name, log_p in found.items()
+        ]
+        return torch.cat(parts, 1).sum(1)
 
     def show(self) -> None:
         """Lets the logits of the choices show what would be decided."""
@@ -179,20 +215,20 @@ class LSTMController(Controller):
         x, h = w["start"], flat.new_zeros(self.hidden)
         c = h
         found = {}
-        for name in self.decisions:
-            gates = w["lstm"] @ torch.cat([x, h]) + w["bias"]
-            i, f, o, g = gates.split(self.hidden)
+        for name, decision in self.decisions.items():
+            gates = torch.cat(torch.broadcast_tensors(x, h), -1) @ w["lstm"].T + w["bias"]
+            i, f, o, g = gates.split(self.hidden, -1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
-            logits = w[f"output {name}"] @ (w[f"head {self._tasks[name]}"] @ h).tanh()
-            decision = self.decisions[name]
+            logits = (h @ w[f"head {self._tasks[name]}"].T).tanh() @ w[f"output {name}"].T
+            index: int | Tensor
             if decision.frozen:  # it has been made, and is no matter of φ
                 index = decision.best()
-                is_it = torch.arange(len(logits), device=logits.device) == index
+                is_it = torch.arange(logits.shape[-1], device=logits.device) == index
                 pick(name, torch.where(is_it, 0.0, -math.inf))
                 found[name] = torch.zeros_like(logits)
             else:
-                found[name] = logits.log_softmax(0)
+                found[name] = logits.log_softmax(-1)
                 index = pick(name, found[name].detach())
             x = w[f"embedding {name}"][index]
         return found
