@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from lightning_hpo.hyperparameters import (
     CategoricalHyperparameter,
-    Controller,
     Hyperparameter,
     IndependentController,
     LSTMController,
-    Pick,
 )
+from lightning_hpo.hyperparameters.categorical import labels
+from lightning_hpo.hyperparameters.controller import Controller, Pick
+
+# A choice that is frozen is all but certain, unless only its probabilities are held fixed.
+_SURE = 1 - 1e-6
 
 Indices = dict[str, int]
 """For each categorical hyperparameter, by name, the index of a choice."""
@@ -40,6 +43,7 @@ class Choices:
     Attributes:
         controllers: Those of the module, and one for the choices that are left.
         driven: The names of the choices that a network decides: their own logits are no λ.
+        idle: φ of networks that have nothing left to decide.
     """
 
     def __init__(
@@ -55,6 +59,11 @@ class Choices:
         self._options = frozenset(options)
         self._cache: dict[Hyperparameter, tuple[tuple[int, int], Tensor]] = {}
         own = [m for m in module.modules() if isinstance(m, LSTMController)]
+        for controller in own:
+            for name, h in controller.decisions.items():
+                if h.frozen and h not in self._names:  # a fixed option of the optimizer
+                    self._hyperparameters[name], self._names[h] = h, name
+        self.idle = {h for m in own if not m.deciding() for h in m.policy().values()}
         self.driven = [
             self._names[h] for m in own for h in m.decisions.values() if h in self._names
         ]
@@ -142,6 +151,16 @@ class Choices:
             log_p = self.log_probability({}, indices, names)
             result.append((indices, 1.0 if log_p is None else math.exp(float(log_p))))
         return result
+
+    def uncertain(self) -> list[str]:
+        """Lists the choices of the network that may differ from batch to batch."""
+        return self.relevant(
+            [
+                name
+                for name, h in self._hyperparameters.items()
+                if name not in self._options and not (h.frozen and max(h.probabilities()) > _SURE)
+            ]
+        )
 
     def number(self, names: Iterable[str]) -> int:
         """Returns how many combinations of some choices there are."""
@@ -251,24 +270,40 @@ class Choices:
         return _slope(hyperparameters, lambda phi: self.log_probability(phi, indices, asked))
 
     def entropy_slope(
-        self, hyperparameters: Sequence[Hyperparameter], indices: Mapping[str, int]
+        self,
+        hyperparameters: Sequence[Hyperparameter],
+        drawn: Sequence[Indices],
+        enumerate_up_to: int,
     ) -> list[Tensor]:
         """Returns ∇φ H(p_φ), like the raw tensors of λ.
 
-        Where a network decides, the sum of the entropies of its decisions given those before them,
-        along ``indices``.
+        Args:
+            hyperparameters: The λ.
+            drawn: Independent draws of all choices, by which the entropy of a network is estimated
+                that decides about more combinations than ``enumerate_up_to``.
+            enumerate_up_to: See above.
         """
 
         def entropy(phi: Mapping[Hyperparameter, Tensor]) -> Tensor:
-            walks = [
-                self._walk(controller, phi, lambda name, _: indices.get(name, 0))
-                for controller in self.controllers
-            ]
             return torch.stack(
-                [-(log_p.exp() * log_p).sum() for walk in walks for log_p in walk.values()]
+                [
+                    _joint_entropy(controller, phi, self._rows(controller, drawn, enumerate_up_to))
+                    if controller.is_joint
+                    else _sum_of_entropies(self._walk(controller, phi, lambda name, _: 0))
+                    for controller in self.controllers
+                ]
             ).sum()
 
         return _slope(hyperparameters, entropy)
+
+    def _rows(
+        self, controller: Controller, drawn: Sequence[Indices], enumerate_up_to: int
+    ) -> Tensor | None:
+        """Returns what a network has decided in some draws; None where all can be gone through."""
+        if controller.count <= enumerate_up_to:
+            return None
+        names = [self._names[h] for h in controller.decisions.values()]
+        return torch.tensor([[indices[name] for name in names] for indices in drawn])
 
     def mean(self, name: str) -> float:
         """Returns the mean of a choice among numbers.
@@ -290,8 +325,8 @@ class Choices:
         found = {}
         for name, h in self._hyperparameters.items():
             found[name] = {
-                f"hpo/{name}/{choice}": p
-                for choice, p in zip(h.choices, h.probabilities(), strict=True)
+                f"hpo/{name}/{label}": p
+                for label, p in zip(labels(h.choices), h.probabilities(), strict=True)
             } | {f"hpo/{name}/entropy": float(h.distribution().entropy())}
         return found
 
@@ -318,6 +353,25 @@ class Choices:
                 self._cache[h] = written, copy
             found[h] = copy
         return found
+
+
+def _sum_of_entropies(log_p: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([-(each.exp() * each).sum() for each in log_p.values()]).sum()
+
+
+def _joint_entropy(
+    controller: Controller, phi: Mapping[Hyperparameter, Tensor], drawn: Tensor | None
+) -> Tensor:
+    """Returns a number with the slope of the entropy, or with one whose mean over draws it is."""
+    if drawn is None:
+        log_p = controller.log_probabilities(phi, controller.combinations())
+        return -(log_p.exp() * log_p).sum()
+    log_p = controller.log_probabilities(phi, drawn)
+    own = log_p.detach()
+    n = len(own)
+    # Each draw's baseline must not depend on it: the mean of the others.
+    baseline = (own.sum() - own) / (n - 1) if n > 1 else -math.log(controller.count)
+    return -((own - baseline) * log_p).mean()
 
 
 def _slope(

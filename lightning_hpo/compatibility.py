@@ -451,7 +451,7 @@ def check_controllers(
     made: set[Hyperparameter] = set()
     for controller in (m for m in module.modules() if isinstance(m, LSTMController)):
         for name, h in controller.decisions.items():
-            if h not in known:
+            if h not in known and not h.frozen:
                 where = (
                     f"pass it to OnlineHPOCallback: optimizer_hyperparameters="
                     f"{{{name.removeprefix('optimizer.')!r}: …}}, the same object"
@@ -656,8 +656,14 @@ def assign_choices(
         is_policy = isinstance(estimator, PolicyGradient)
         if is_policy and others:
             findings.append(
-                f"PolicyGradient learns choices, but {others} are none. Give them an estimator of "
-                "their own: {'" + (own[0] if own else "…") + "': PolicyGradient(), '*': T1T2()}"
+                f"PolicyGradient learns choices, but {others} are none. "
+                + (
+                    f"Give them an estimator of their own: {{{own[0]!r}: PolicyGradient(), "
+                    "'*': T1T2()}"
+                    if own
+                    else "Use another estimator for them, for example T1T2(); a choice is made by "
+                    "a CategoricalHyperparameter([...]) that training_step calls"
+                )
             )
         if own and not is_policy and not serves_choices(estimator):
             findings.append(

@@ -195,7 +195,9 @@ class Run:
         compatibility.refuse(compatibility.check_controllers(module, drawn))
         self.choices = Choices(module, drawn, settings.seed, given)
         self.hyperparameters = {
-            n: h for n, h in known.items() if not h.frozen and n not in self.choices.driven
+            n: h
+            for n, h in known.items()
+            if not (h.frozen or n in self.choices.driven or h in self.choices.idle)
         }
         self.held_out = HeldOut(
             trainer,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -89,7 +88,12 @@ class OptimizerOptions:
                 )
             h = hyperparameter or self._default(option, values)
             if isinstance(h, CategoricalHyperparameter):
-                _check_choices(option, h, values)
+                if len(values) != 1:
+                    raise ValueError(
+                        f"The option {option!r} of {type(optimizer).__name__} has {len(values)} "
+                        "numbers; only an option that is a single number can be a choice"
+                    )
+                _check_choices(option, h, _range(option))
             elif h.raw.numel() != len(values):
                 raise ValueError(
                     f"The option {option!r} of {type(optimizer).__name__} has {len(values)} "
@@ -119,11 +123,12 @@ class OptimizerOptions:
             return Hyperparameter(1.0 if self._is_scale else numbers[0], Positive())
         if option == "momentum":
             numbers = [max(v, _LEAST_MOMENTUM) for v in numbers]
-            constraint = Interval(_LEAST_MOMENTUM, 1 - 1e-4)
-        elif option == "betas":
+        if option == "betas":
             constraint = UnitInterval()
+        elif option != "momentum" and min(numbers) > 0:
+            constraint = Positive()
         else:
-            constraint = Positive() if min(numbers) > 0 else Interval(0.0)
+            constraint = _range(option)
         init = numbers[0] if len(numbers) == 1 else torch.tensor(numbers)
         return Hyperparameter(init, constraint)
 
@@ -294,22 +299,31 @@ def _difference(
     }
 
 
-def _check_choices(option: str, h: CategoricalHyperparameter, values: Sequence[Any]) -> None:
+def _range(option: str) -> Constraint:
+    """Returns what an option that is a single number may be."""
+    if option == "lr":
+        return Positive()
+    return Interval(_LEAST_MOMENTUM, 1 - 1e-4) if option == "momentum" else Interval(0.0)
+
+
+def _check_choices(option: str, h: CategoricalHyperparameter, constraint: Constraint) -> None:
     """Refuses choices that an option cannot take.
 
     Raises:
-        ValueError: If they are no numbers, or the option is no single one.
+        ValueError: If they are no numbers, or lie outside the constraint.
     """
-    least = 0.0 if option == "lr" else -math.inf
-    fits = [
-        isinstance(c, (int, float)) and not isinstance(c, bool) and least < c < math.inf
-        for c in h.choices
-    ]
-    if len(values) != 1 or not all(fits):
+    for choice in h.choices:
+        reason = "it is no number"
+        if isinstance(choice, (int, float)) and not isinstance(choice, bool):
+            try:
+                constraint.inverse(torch.tensor(float(choice), dtype=torch.float64))
+            except ValueError as error:
+                reason = str(error)
+            else:
+                continue
         raise ValueError(
-            f"The option {option!r} of the optimizer is to be chosen among {list(h.choices)}, "
-            f"expected {'positive' if option == 'lr' else 'finite'} numbers for an option that is "
-            "a single number"
+            f"The option {option!r} of the optimizer is to be chosen among {list(h.choices)}, but "
+            f"it cannot be {choice!r}: {reason}"
         )
 
 

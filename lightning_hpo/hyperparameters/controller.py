@@ -17,6 +17,9 @@ from lightning_hpo.hyperparameters.categorical import (
 )
 from lightning_hpo.hyperparameters.hyperparameter import Hyperparameter
 
+# The most probable combination is looked for among all, if they are no more.
+_ENUMERATED = 4096
+
 Pick = Callable[[str, Tensor], "int | Tensor"]
 """Returns the index of a choice, given its name and the log-probabilities of all.
 
@@ -26,6 +29,9 @@ Or a tensor ``(n,)`` of indices: n combinations are then gone through at once.
 
 class Controller(nn.Module, ABC):
     """A policy p_φ(a) over the choices a of several categorical hyperparameters.
+
+    What is common to the two controllers below, and how :class:`~lightning_hpo.choices.Choices`
+    uses them; no base class for others.
 
     Args:
         decisions: The choices, by name. For :func:`freeze` to understand what :meth:`best` returns
@@ -97,17 +103,21 @@ class Controller(nn.Module, ABC):
         """Lets the logits of the choices show what would be decided."""
 
     def best(self) -> dict[str, Any]:
-        """Returns the most probable choices, by name, each given those decided before it."""
-        found: dict[str, Any] = {}
+        """Returns the most probable choices, by name."""
+        pairs = zip(self.decisions.items(), self._best({}).tolist(), strict=True)
+        return {name: h.choices[index] for (name, h), index in pairs}
+
+    @torch.no_grad()
+    def _best(self, phi: Mapping[Hyperparameter, Tensor]) -> Tensor:
+        """Returns their indices: each the most probable one, given those before it."""
+        found: dict[str, int] = {}
 
         def pick(name: str, log_p: Tensor) -> int:
-            index = int(log_p.argmax())
-            found[name] = self.decisions[name].choices[index]
-            return index
+            found[name] = int(log_p.argmax())
+            return found[name]
 
-        with torch.no_grad():
-            self.walk({}, pick)
-        return found
+        self.walk(phi, pick)
+        return torch.tensor([found[name] for name in self.decisions])
 
 
 class IndependentController(Controller):
@@ -140,8 +150,8 @@ class LSTMController(Controller):
 
         self.controller = LSTMController({"activation": self.activation, "width": self.width})
 
-    The logits of its choices show, after each update, their log-probabilities given the most
-    probable choices before them. A decision that is frozen stays as it is.
+    The logits of its choices show, after each update, their log-probabilities where all others are
+    those of :meth:`best`. A decision that is frozen stays as it is.
 
     Args:
         decisions: The choices of architecture, by their names in the module.
@@ -151,7 +161,8 @@ class LSTMController(Controller):
         seed: Of the initial weights.
 
     Raises:
-        TypeError: If a decision is no :class:`CategoricalHyperparameter`.
+        TypeError: If ``decisions`` or ``optimizer`` is no mapping, or a decision no
+            :class:`CategoricalHyperparameter`.
         ValueError: If there is none, or ``hidden`` is no positive integer.
     """
 
@@ -164,6 +175,12 @@ class LSTMController(Controller):
         hidden: int = 32,
         seed: int = 0,
     ) -> None:
+        for given in (decisions, optimizer or {}):
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"LSTMController: got a {type(given).__name__}, expected a mapping from names "
+                    'to choices: {"activation": self.activation}'
+                )
         options = {f"optimizer.{name}": h for name, h in (optimizer or {}).items()}
         every = {**decisions, **options}
         check_count("LSTMController", hidden=hidden)
@@ -233,18 +250,51 @@ class LSTMController(Controller):
             x = w[f"embedding {name}"][index]
         return found
 
+    def best(self) -> dict[str, Any]:
+        """Returns the most probable choices together, by name.
+
+        With more than 4096 combinations, what is reached from the most probable choices one after
+        the other by changing single ones as long as that makes them more probable.
+        """
+        return super().best()
+
+    @torch.no_grad()
+    def _best(self, phi: Mapping[Hyperparameter, Tensor]) -> Tensor:
+        if self.count <= _ENUMERATED:
+            every = self.combinations()
+            return every[self.log_probabilities(phi, every).argmax().cpu()]
+        found = super()._best(phi)
+        while True:
+            others = self._changed(found)
+            log_p = self.log_probabilities(phi, torch.cat([found.unsqueeze(0), others])).cpu()
+            if not log_p[1:].max() > log_p[0] + 1e-5:  # by more than rounding
+                return found
+            found = others[log_p[1:].argmax()]
+
+    def _changed(self, combination: Tensor) -> Tensor:
+        """Returns what single decisions make of a combination, each choice of each in turn."""
+        rows = []
+        for i, name in enumerate(self.decisions):
+            if name in self.deciding():
+                for index in range(len(self.decisions[name].choices)):
+                    row = combination.clone()
+                    row[i] = index
+                    rows.append(row)
+        return torch.stack(rows)
+
     @torch.no_grad()
     def show(self) -> None:
-        """Writes the log-probabilities along the most probable choices into their logits."""
-
-        def pick(name: str, log_p: Tensor) -> int:
-            h = self.decisions[name]
-            if not h.frozen:
-                is_single = isinstance(h, BernoulliHyperparameter)
-                h.raw.copy_(log_p[1] - log_p[0] if is_single else log_p - log_p.mean())
-            return int(log_p.argmax())
-
-        self.walk({}, pick)
+        """Writes the log-probabilities of each decision, the others being the best, into logits."""
+        deciding = self.deciding()
+        if not deciding:
+            return
+        # One wait for a device, not one for each decision.
+        phi: dict[Hyperparameter, Tensor] = {self.weights: self.weights.raw.cpu()}
+        log_p = self.log_probabilities(phi, self._changed(self._best(phi)))
+        parts = log_p.split([len(h.choices) for h in deciding.values()])
+        for h, part in zip(deciding.values(), parts, strict=True):
+            is_single = isinstance(h, BernoulliHyperparameter)
+            h.raw.copy_(part[1] - part[0] if is_single else part - part.mean())
 
 
 class PolicyWeights(Hyperparameter):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -234,6 +234,18 @@ class Step:
         result = stacked_zeros(space.theta, m) if theta_part else []
         self._add_products_(u, result, total, None if here else self.point)
         return result, list(total.values())
+
+    def under(self, choices: Mapping[str, int]) -> Step:
+        """Returns the step with other choices in its loss.
+
+        Args:
+            choices: Their indices, by name; those that are not named stay.
+        """
+        moments = [
+            (replace(moment, choices={**moment.choices, **choices}), weight)
+            for moment, weight in self.moments
+        ]
+        return replace(self, moments=moments)
 
     def _add_products_(
         self,
