@@ -91,7 +91,10 @@ class OnlineHPOCallback(pl.Callback):
             other hyperparameters, Lightning itself needs ``strict_loading = False`` on it.)
         optimizer_hyperparameters: Options of the model's optimizer to tune as well, such as
             ``["lr", "momentum"]``, or a mapping from options to the :class:`Hyperparameter` to use;
-            see :class:`~lightning_hpo.dynamics.OptimizerOptions`. ``{"weight_decay": "auto"}``
+            see :class:`~lightning_hpo.dynamics.OptimizerOptions`. One that is a
+            :class:`CategoricalHyperparameter` is drawn for each step. Under a scheduler, or where
+            parameter groups differ in it, ``lr`` is a factor of the rates in force, as are its
+            choices. ``{"weight_decay": "auto"}``
             starts where it begins to matter over this training (see :mod:`lightning_hpo.auto`).
         lr: A factor on the rate of the default λ-optimizer.
 

@@ -401,19 +401,31 @@ def check_dependence(
     return findings
 
 
-def check_asked(module: pl.LightningModule, tuned: Sequence[str], asked: Set[str]) -> list[str]:
+def check_asked(
+    module: pl.LightningModule, tuned: Sequence[str], asked: Set[str], *, may_be_asked: bool
+) -> list[str]:
     """Lists choices that ``training_step`` never asks for.
 
     Args:
         module: The LightningModule.
         tuned: The names of the choices that are tuned.
         asked: Those that the step was seen to ask for.
+        may_be_asked: Whether it may ask for the others under a combination that was not looked at:
+            they are only warned about then.
 
     Returns:
         One sentence, or none.
     """
     idle = [name for name in tuned if name not in asked]
     if not idle:
+        return []
+    if may_be_asked:
+        warnings.warn(
+            f"OnlineHPOCallback: training_step of {type(module).__name__} was not seen to ask for "
+            f"the choices {idle}; it asks for them under rare combinations of other choices, or "
+            "never: then remove them",
+            stacklevel=2,
+        )
         return []
     return [
         f"The choices {idle} have no effect on the training: training_step of "
@@ -439,7 +451,7 @@ def check_controllers(
     made: set[Hyperparameter] = set()
     for controller in (m for m in module.modules() if isinstance(m, LSTMController)):
         for name, h in controller.decisions.items():
-            if h not in known:
+            if h not in known and not h.frozen:
                 where = (
                     f"pass it to OnlineHPOCallback: optimizer_hyperparameters="
                     f"{{{name.removeprefix('optimizer.')!r}: …}}, the same object"
@@ -644,8 +656,14 @@ def assign_choices(
         is_policy = isinstance(estimator, PolicyGradient)
         if is_policy and others:
             findings.append(
-                f"PolicyGradient learns choices, but {others} are none. Give them an estimator of "
-                "their own: {'" + (own[0] if own else "…") + "': PolicyGradient(), '*': T1T2()}"
+                f"PolicyGradient learns choices, but {others} are none. "
+                + (
+                    f"Give them an estimator of their own: {{{own[0]!r}: PolicyGradient(), "
+                    "'*': T1T2()}"
+                    if own
+                    else "Use another estimator for them, for example T1T2(); a choice is made by "
+                    "a CategoricalHyperparameter([...]) that training_step calls"
+                )
             )
         if own and not is_policy and not serves_choices(estimator):
             findings.append(

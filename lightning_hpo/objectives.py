@@ -6,7 +6,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from types import MethodType
 from typing import Any
@@ -25,7 +25,7 @@ from lightning_hpo._record import update_record
 from lightning_hpo._tensors import without_hooks
 from lightning_hpo._trainer import progress_of, progressed_to, stage
 from lightning_hpo.batch_copy import copy_batch
-from lightning_hpo.choices import Choices
+from lightning_hpo.choices import Choices, Indices
 from lightning_hpo.derivatives import Loss, gradient, gradient_products
 from lightning_hpo.exchange import ModuleState, pack_state, place_state
 from lightning_hpo.held_out import HeldOutBatch
@@ -67,6 +67,7 @@ class Moment:
         rng: The random state in which the step starts.
         progress: The trainer's counts and learning rates at that step.
         state: What the modules held at that step; None for a replay that happens at once.
+        choices: The indices of the choices in force, by name.
     """
 
     batch: Any
@@ -74,6 +75,7 @@ class Moment:
     rng: RandomState
     progress: dict[str, Any]
     state: ModuleState | None = None
+    choices: Indices = field(default_factory=dict)
 
 
 class TrainingObjective:
@@ -157,6 +159,7 @@ class TrainingObjective:
             batch_idx=batch_idx,
             rng=RandomState.capture(self.shield.device),
             progress=progress_of(self._trainer),
+            choices=self.choices.drawn(),
         )
         if keep:
             moment.batch = copy_batch(batch)
@@ -356,6 +359,7 @@ class TrainingObjective:
                 evaluation.enter_context(
                     self.shield(rng=moment.rng, state=moment.state, swaps=swaps, looks=looks)
                 )
+                evaluation.enter_context(self.choices.at(moment.choices))
                 evaluation.enter_context(progressed_to(self._trainer, moment.progress))
                 with (
                     self._trainer.precision_plugin.train_step_context(),
@@ -367,7 +371,7 @@ class TrainingObjective:
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
                     before = _versions(self.unwritten)
                     value = _training_loss(step(*arguments))
-                    value = self._weighted(value, lam, at_rest)
+                    value = self._weighted(value, moment.choices, lam, at_rest)
                     if before != (after := _versions(self.unwritten)):
                         self._note_written(before, after)
                 # The step may have put others in their place.
@@ -376,7 +380,11 @@ class TrainingObjective:
             yield evaluate
 
     def _weighted(
-        self, loss: Tensor | None, lam: Sequence[Tensor], at_rest: Sequence[Tensor]
+        self,
+        loss: Tensor | None,
+        drawn: Indices,
+        lam: Sequence[Tensor],
+        at_rest: Sequence[Tensor],
     ) -> Tensor | None:
         """Multiplies a loss by p_φ(a) / p_φ'(a) of the choices a that the step has asked for.
 
@@ -387,7 +395,6 @@ class TrainingObjective:
         if loss is None or not self.choices:
             return loss
         asked = self.choices.names_of(h for h in self._categorical if h.was_asked)
-        drawn = self.choices.drawn()
         new, old = (
             self.choices.log_probability(
                 dict(zip(self._hyperparameters, raws, strict=True)), drawn, asked

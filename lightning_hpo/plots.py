@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo.hyperparameters import Constraint, Positive, UnitInterval
+from lightning_hpo.hyperparameters.categorical import labels
 from lightning_hpo.monitoring import History
 
 _COLUMNS = 4
@@ -87,10 +88,10 @@ def _draw_values(
     choices: Sequence[Any],
 ) -> None:
     # Of yes and no, the probability of yes alone.
-    labels = [str(choice) for choice in choices][: len(series)] if len(series) > 1 else []
-    for values, label in zip_longest(series, labels):
+    names = labels(choices)[: len(series)] if len(series) > 1 else []
+    for values, label in zip_longest(series, names):
         ax.plot(steps, values, lw=1.4, label=label)
-    if labels:
+    if names:
         ax.legend(fontsize=8, title="probability of", title_fontsize=8)
     low, high = (getattr(constraint, bound, math.nan) for bound in ("low", "high"))
     if isinstance(constraint, UnitInterval):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -62,9 +62,12 @@ from lightning_hpo.strategy import LOGIT_STEP, LOOKS, TypicalValues, choose
 from lightning_hpo.values import fixed_options, remember_options
 
 # What state_dict() returns changes with it; the number is part of a checkpoint.
-FORMAT = 4
-# A choice may be asked for under some other choices only: in a layer that may be left out.
+FORMAT = 5
+# A choice may be asked for under some other choices only: in a layer that may be left out. So many
+# looks are at random ones …
 LOOKS_FOR_CHOICES = 16
+# … unless there are no more combinations than this.
+FEW_COMBINATIONS = 32
 
 
 @dataclass
@@ -171,6 +174,8 @@ class Run:
         self.clock = clock
         self.rng = resumed.rng
         self.steps = 0
+        self._batches: int = resumed.state.get("batches", 0)  # that choices were drawn for
+        self._window: int = resumed.state.get("window", 0)  # the first of the present step
         self.first_step: int = resumed.state.get("first_step", trainer.global_step)
         self.served: list[Served] = []
         self._settings = settings
@@ -188,9 +193,11 @@ class Run:
             n: h for n, h in (known | given).items() if isinstance(h, CategoricalHyperparameter)
         }
         compatibility.refuse(compatibility.check_controllers(module, drawn))
-        self.choices = Choices(module, drawn, settings.seed)
+        self.choices = Choices(module, drawn, settings.seed, given)
         self.hyperparameters = {
-            n: h for n, h in known.items() if not h.frozen and n not in self.choices.driven
+            n: h
+            for n, h in known.items()
+            if not (h.frozen or n in self.choices.driven or h in self.choices.idle)
         }
         self.held_out = HeldOut(
             trainer,
@@ -314,8 +321,13 @@ class Run:
                 for name, h in tuned.items()
             }
             options = OptimizerOptions(self._trainer.optimizers[0], given, scheduled=scheduled)
-            for h in options.hyperparameters.values():
+            # Others are with the module; the first batch is drawn before estimators are restored.
+            saved = self._resumed.get("options", {})
+            for name, h in options.hyperparameters.items():
                 h.to(self._module.device)
+                raw = saved.get(name, {}).get("raw")
+                if raw is not None and raw.shape == h.raw.shape:
+                    h.raw.copy_(raw)
             own = options.hyperparameters.items()
             self.hyperparameters |= {n: h for n, h in own if n not in self.choices.driven}
         remember_options(self._module, {} if options is None else options.hyperparameters)
@@ -490,27 +502,36 @@ class Run:
     def _ask_for_choices(self, moment: Moment) -> None:
         """Finds out which choices the step asks for, at least under some others.
 
+        It looks at all combinations where they are few. Else at each choice, the others being the
+        most probable ones, and at random ones.
+
         Raises:
-            MisconfigurationException: If it never asks for one that is tuned.
+            MisconfigurationException: If it never asks for one that is tuned. Only a warning, where
+                others decide what is asked for, and it may be asked for under a combination that
+                was not looked at.
         """
         training = self.training
         options = [] if training.options is None else training.options.choices
         policy = {name: h for name, h in self.hyperparameters.items() if h.is_policy}
         wanted = [n for n in self.choices.decided_by(policy.values()) if n not in options]
         raws = [h.raw for h in self.hyperparameters.values()]
-        asked: set[str] = set()
-        for i in range(LOOKS_FOR_CHOICES):
-            if asked.issuperset(wanted):
-                break
-            with (
-                self.choices.at(self.choices.sample("look", i)),
-                training.objective.evaluations(moment, []) as evaluate,
-            ):
+        is_complete = self.choices.number(wanted) <= FEW_COMBINATIONS
+        seen: set[frozenset[str]] = set()
+        for indices in self.choices.looks(wanted, 0 if is_complete else LOOKS_FOR_CHOICES):
+            look = replace(moment, choices=indices)
+            with training.objective.evaluations(look, [], looks="choices") as evaluate:
                 evaluate([], raws)
-                asked |= {name for name in wanted if self.choices[name].was_asked}
-        compatibility.refuse(compatibility.check_asked(self._module, wanted, asked))
+                seen.add(frozenset(name for name in wanted if self.choices[name].was_asked))
+            if frozenset().union(*seen).issuperset(wanted):
+                break
+        asked = frozenset().union(*seen)
+        may_be_asked = not is_complete and len(seen) > 1
+        findings = compatibility.check_asked(self._module, wanted, asked, may_be_asked=may_be_asked)
+        compatibility.refuse(findings)
         training.in_loss |= {
-            name for name, h in policy.items() if asked.intersection(self.choices.decided_by([h]))
+            name
+            for name, h in policy.items()
+            if {*wanted}.intersection(self.choices.decided_by([h]))
         }
 
     # --------------------------------------------------------------------------------------- steps
@@ -522,7 +543,10 @@ class Run:
 
     def before_batch(self, batch: Any, batch_idx: int) -> None:
         """Arranges to look at a micro-batch just before it is trained on, θ_t in place."""
-        self.choices.draw("training", self._trainer.current_epoch, batch_idx)
+        if batch_idx % self._trainer.accumulate_grad_batches == 0:
+            self._window = self._batches
+        self.choices.draw(self._batches, self._window)
+        self._batches += 1
         self.rng.on_batch_start(self._trainer.strategy.root_device)
         self._skips.look(batch_idx, self._trainer.accumulate_grad_batches)
         is_seen = not self.served or bool(self._observing())
@@ -669,6 +693,8 @@ class Run:
         return {
             "format": FORMAT,
             "steps": self.steps,
+            "batches": self._batches,
+            "window": self._window,
             "first_step": self.first_step,
             "chosen_for": self.strategy.chosen_for,
             "consumed": self.held_out.consumed,
@@ -722,11 +748,6 @@ class Run:
             self.recorder.check.load_state_dict(state["check"])
             if training.is_automatic and state["derivatives"] == "finite_difference":
                 training.derivatives = state["derivatives"]  # it had fallen back
-        if training.options is not None:
-            for name, h in training.options.hyperparameters.items():
-                raw = state["options"].get(name, {"raw": h.raw})["raw"]
-                if raw.shape == h.raw.shape:
-                    h.raw.copy_(raw)
 
     def close(self) -> None:
         """Takes all hooks away; the run can then be let go of as a whole.

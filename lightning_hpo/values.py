@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from lightning_hpo._record import record_of, update_record
 from lightning_hpo.dynamics import OptimizerOptions
-from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
+from lightning_hpo.hyperparameters import (
+    Hyperparameter,
+    LSTMController,
+    named_hyperparameters,
+)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -50,8 +54,9 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
 
     Args:
         module: A fresh module.
-        values: What :func:`fixed_values` returned, or the path of a Lightning checkpoint. Options
-            of the optimizer are found there with the state of the callback.
+        values: What :func:`fixed_values` or ``best()`` of a controller returned, or the path of a
+            Lightning checkpoint. Options of the optimizer are found there with the state of the
+            callback.
 
     Returns:
         The same module.
@@ -78,6 +83,16 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
     for name, value in options.items():
         if not _is_finite(value):
             raise ValueError(f"freeze: {name!r} is {value!r}, expected a number, or a list of them")
+    decided = {
+        h: _raw(name, controller.decisions, options[name])
+        for controller in module.modules()
+        if isinstance(controller, LSTMController)
+        for name, h in controller.decisions.items()
+        if name in options
+    }
+    for h, raw in decided.items():
+        h.raw.copy_(raw)
+        h.frozen = True
     for name, raw in raws.items():
         known[name].raw.copy_(known[name].settled(raw.to(known[name].raw)))
         known[name].frozen = True

@@ -29,14 +29,17 @@ from lightning_hpo import (
     ClipR,
     Implicit,
     IndependentController,
+    L2Mixin,
     LSTMController,
     OnlineHPOCallback,
     PolicyGradient,
     UnrollK,
     fixed_values,
     freeze,
+    named_hyperparameters,
 )
 from lightning_hpo.choices import Choices
+from lightning_hpo.hyperparameters import controller as controller_module
 
 # ----------------------------------------------------------------------- a problem to be enumerated
 
@@ -47,8 +50,7 @@ TARGETS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=to
 TRUTH = torch.tensor([0.5, -1.0, 0.3], dtype=torch.float64)
 FACTORS = torch.tensor([0.9, 1.4, 0.8, 1.0], dtype=torch.float64)
 LOGITS = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64)
-# The derivative of what a step does to L_V is right to first order in its length.
-RATE = 2e-3
+RATE = 0.1
 
 
 def training_loss(theta, choice):
@@ -56,7 +58,8 @@ def training_loss(theta, choice):
 
 
 def validation_loss(theta, choice):
-    return FACTORS[choice] * 0.5 * (theta - TRUTH).square().sum()
+    """Is linear in θ, so that the derivative of what steps do to it is exact at any rate."""
+    return FACTORS[choice] * (2 + (TRUTH * theta).sum())
 
 
 class Quadratic(pl.LightningModule):
@@ -86,7 +89,7 @@ class Returns(Quadratic):
 def estimates(model, estimator, steps, name="choice", **options):
     """Returns the estimates of a training in which λ stands still, one row for each update."""
     callback = OnlineHPOCallback(
-        estimator, optimizer=frozen, dataloader=[torch.zeros(1)], **options
+        estimator, optimizer=frozen, dataloader=[torch.zeros(1)], seed=1, **options
     )
     trainer = make_trainer(steps, callbacks=callback)
     trainer.fit(model, DataLoader(torch.zeros(steps)))
@@ -110,12 +113,6 @@ def expected_loss(logits, window, *, response=True):
     return total
 
 
-def stationary_loss(logits, *, response=True):
-    p = logits.softmax(0)
-    theta = (p if response else LOGITS.softmax(0)) @ TARGETS  # where the expected gradient vanishes
-    return sum(p[a] * validation_loss(theta, a) for a in range(4))
-
-
 def differences(loss, at, width=1e-5):
     """Takes central differences over φ."""
     rows = width * torch.eye(len(at), dtype=at.dtype)
@@ -129,8 +126,8 @@ def deviations(samples, truth):
 
 WINDOWS = {
     "T1T2": (lambda: T1T2(), 1, Returns),
-    "UnrollK": (lambda: UnrollK(3, "reverse", restart=True), 3, Quadratic),
-    "forward": (lambda: UnrollK(3, "forward", restart=True), 3, Quadratic),
+    "UnrollK": (lambda: UnrollK(2, "reverse", restart=True), 2, Quadratic),
+    "forward": (lambda: UnrollK(2, "forward", restart=True), 2, Quadratic),
 }
 
 
@@ -141,7 +138,6 @@ WINDOWS = {
         ("T1T2", "leave_one_out"),
         ("T1T2", "none"),
         ("UnrollK", "average"),
-        ("UnrollK", "none"),
         ("forward", "leave_one_out"),
     ],
 )
@@ -149,132 +145,347 @@ def test_the_mean_is_the_derivative_of_the_expected_loss(case, baseline):
     make, window, module = WINDOWS[case]
     exact = differences(lambda phi: expected_loss(phi, window), LOGITS)
     policy = PolicyGradient(make(), baseline=baseline, enumerate_up_to=0)
-    found = estimates(module(), policy, 120 * window)
+    found = estimates(module(), policy, 80 * window)
     assert deviations(found, exact).max() < 3
 
     # An exact direct gradient leaves only the noise of the response, which is small: it shows that
     # without the response the mean is another.
-    found = estimates(module(), PolicyGradient(make(), baseline=baseline), 120 * window)
-    assert deviations(found, exact).max() < 3
     direct = differences(lambda phi: expected_loss(phi, window, response=False), LOGITS)
-    assert deviations(found, direct).max() > 6
+    if baseline != "none":
+        found = estimates(module(), PolicyGradient(make(), baseline=baseline), 40 * window)
+        assert deviations(found, exact).max() < 3
+        assert deviations(found, direct).max() > 6
     plain = estimates(module(), PolicyGradient(make(), response=False), 2 * window)
     assert (plain[0] - exact).abs().max() > 0.5 * (exact - direct).abs().max()
 
 
-def test_implicit():
-    start = LOGITS.softmax(0) @ TARGETS
+def force(monkeypatch, paths):
+    """Lets trainings go through paths of choices: for each batch, the index of each, by name."""
+    batches = [choices for path in paths for choices in path]
+
+    def draw(self, batch, window):
+        for name, index in batches[batch].items():
+            self[name].drawn, self[name].was_asked = index, False
+
+    monkeypatch.setattr(Choices, "draw", draw)
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_the_mean_over_all_paths_is_exact(case, monkeypatch):
+    make, window, module = WINDOWS[case]
+    exact = differences(lambda phi: expected_loss(phi, window), LOGITS)
+    paths = list(itertools.product(range(4), repeat=window))
+    force(monkeypatch, [[{"choice": a} for a in path] for path in paths])
+    found = estimates(module(), PolicyGradient(make(), baseline="none"), len(paths) * window)
+    p = LOGITS.softmax(0)
+    weights = torch.stack([p[list(path)].prod() for path in paths])
+    assert torch.allclose(weights @ found, exact, rtol=1e-6, atol=1e-9)
+
+
+# How strongly training pulls differs between choices as well.
+STRENGTHS = torch.tensor([0.5, 2.0, 1.0, 3.0], dtype=torch.float64)
+
+
+class Stationary(Quadratic):
+    """It stays where the mean gradient vanishes; the step of the Neumann series is another rate."""
+
+    RATE = 0.3
+
+    def __init__(self):
+        super().__init__(stationary(LOGITS))
+        self.other = nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return STRENGTHS[self.choice()] * super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        groups = [{"params": [self.other], "lr": self.RATE}, {"params": [self.theta]}]
+        return torch.optim.SGD(groups, lr=1e-12)
+
+
+def stationary(logits):
+    """Returns where the expected gradient vanishes."""
+    pull = logits.softmax(0) * STRENGTHS
+    return pull @ TARGETS / pull.sum()
+
+
+def stationary_loss(logits, *, response=True):
+    theta = stationary(logits if response else LOGITS)
+    p = logits.softmax(0)
+    return sum(p[a] * validation_loss(theta, a) for a in range(4))
+
+
+@pytest.mark.parametrize("solver", ["cg", "neumann"])
+def test_implicit(solver):
     exact = differences(stationary_loss, LOGITS)
-    model = Quadratic(start, rate=1e-9)
-    found = estimates(model, PolicyGradient(Implicit()), 200)
-    assert deviations(found, exact).max() < 3
+    policy = PolicyGradient(Implicit(solver, iterations=200, tolerance=1e-10))
+    found = estimates(Stationary(), policy, 2)
+    assert torch.allclose(found[0], exact, rtol=1e-6)
     direct = differences(lambda phi: stationary_loss(phi, response=False), LOGITS)
-    assert deviations(found, direct).max() > 10
-    plain = estimates(Quadratic(start, rate=1e-9), PolicyGradient(Implicit(), response=False), 2)
-    assert torch.allclose(plain[0], direct, atol=1e-8)
+    plain = estimates(Stationary(), PolicyGradient(Implicit(solver), response=False), 2)
+    assert torch.allclose(plain[0], direct, rtol=1e-6)
+    assert (exact - direct).abs().max() > 0.1
+
+
+def test_a_neumann_series_draws_choices_anew_for_each_term(monkeypatch):
+    class Plain(Stationary):
+        """Its held-out loss depends on no choice: all is response."""
+
+        def validation_step(self, batch, batch_idx):
+            return validation_loss(self.theta, 0)
+
+    paths = list(itertools.product(range(4), repeat=3))  # of the step, and of two terms
+    force(monkeypatch, [[{"choice": a}] for a, _, _ in paths])
+    sample = Choices.sample
+
+    def forced(self, *place):
+        if place[0] != "implicit":
+            return sample(self, *place)
+        update, term = divmod(place[1], 2)
+        return {"choice": paths[update][1 + term]}
+
+    monkeypatch.setattr(Choices, "sample", forced)
+    policy = PolicyGradient(
+        Implicit("neumann", iterations=2), enumerate_up_to=3, baseline="none", samples=1
+    )
+    found = estimates(Plain(), policy, len(paths))
+    p = LOGITS.softmax(0)
+    mean = torch.stack([p[list(path)].prod() for path in paths]) @ found
+
+    term = total = FACTORS[0] * TRUTH
+    for _ in range(2):
+        term = term - Stationary.RATE * (p @ STRENGTHS) * CURVATURE * term
+        total = total + term
+    pull = STRENGTHS[:, None] * CURVATURE * (stationary(LOGITS) - TARGETS)
+    score = torch.eye(4, dtype=p.dtype) - p
+    exact = -Stationary.RATE * (p * (pull @ total)) @ score
+    assert torch.allclose(mean, exact, rtol=1e-6)
+
+
+def test_conjugate_gradients_need_all_choices():
+    with pytest.raises(MisconfigurationException, match=r"mean of the Hessian over all 4 comb"):
+        estimates(Stationary(), PolicyGradient(Implicit(), enumerate_up_to=3), 1)
 
 
 def test_baselines_take_variance_away():
     def variance(**options):
         policy = PolicyGradient(response=False, enumerate_up_to=0, samples=2, **options)
-        return estimates(Returns(), policy, 150)[20:].var(0).sum()
+        return estimates(Returns(rate=1e-9), policy, 80)[20:].var(0).sum()
 
     none = variance(baseline="none")
     assert variance(baseline="average") < 0.2 * none
     assert variance(baseline="leave_one_out") < 0.3 * none
-    exact = estimates(Returns(), PolicyGradient(response=False), 20)
+    exact = estimates(Returns(rate=1e-9), PolicyGradient(response=False), 10)
     assert exact.var(0).sum() < 1e-6 * none
 
 
-class Joint(pl.LightningModule):
-    """Choices of the network and of the learning rate, decided one after the other."""
+class Joint(L2Mixin, pl.LightningModule):
+    """Choices of the network and of the learning rate, under momentum and a penalty."""
 
-    RATES = (5e-4, 3e-3)
+    RATES = (0.02, 0.2)
+    MOMENTUM = 0.9
+    STRENGTH = 0.3
 
-    def __init__(self, joint):
+    def __init__(self, controller, reverse=False):
         super().__init__()
         self.theta = nn.Parameter(START.clone())
-        self.skip = BernoulliHyperparameter(0.3)
-        self.which = CategoricalHyperparameter(range(3), LOGITS[:3].clone())
-        self.lr = CategoricalHyperparameter(self.RATES, LOGITS[:2].clone())
-        if joint:
-            self.controller = LSTMController(
-                {"skip": self.skip, "which": self.which}, {"lr": self.lr}, 3
-            )
-            noise = torch.Generator().manual_seed(1)
-            raw = self.controller.weights.raw
-            raw += 0.5 * torch.randn(raw.shape, generator=noise)
+        self.which = CategoricalHyperparameter(range(2), LOGITS[:2].clone())
+        self.lr = CategoricalHyperparameter(self.RATES, LOGITS[2:].clone())
+        self.register_l2(init=self.STRENGTH)
+        for h in named_hyperparameters(self).values():
+            h.frozen = not isinstance(h, CategoricalHyperparameter)
+        self.names = ["which", "optimizer.lr"]
+        if controller:
+            network, options = {"which": self.which}, {"lr": self.lr}
+            if reverse:  # the learning rate is decided first
+                network, options = {"optimizer.lr": self.lr, **network}, {}
+            self.controller = LSTMController(network, options, hidden=3)
+            spread_(self.controller)
+            self.names = ["controller.weights"]
 
     def training_step(self, batch, batch_idx):
-        return training_loss(self.theta, self.skip() + self.which())
+        return training_loss(self.theta, self.which())
 
     def validation_step(self, batch, batch_idx):
-        return validation_loss(self.theta, self.skip() + self.which())
+        return validation_loss(self.theta, self.which())
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1.0)
+        return torch.optim.SGD(self.parameters(), lr=1.0, momentum=self.MOMENTUM)
+
+    def policy(self):
+        own = [self.which, self.lr]
+        return [self.controller.weights] if hasattr(self, "controller") else own
 
     def probabilities(self, phi):
-        """Returns p of every (skip, which, lr)."""
+        """Returns p of every (which, lr)."""
+        sizes = [h.raw.numel() for h in self.policy()]
+        parts = zip(self.policy(), phi.split(sizes), strict=True)
+        raws = {h: part.reshape(h.raw.shape) for h, part in parts}
         found = {}
-        for path in itertools.product(range(2), range(3), range(2)):
-            known = dict(zip(("skip", "which", "optimizer.lr"), path, strict=True))
+        for path in itertools.product(range(2), repeat=2):
+            known = dict(zip(("which", "optimizer.lr"), path, strict=True))
             if hasattr(self, "controller"):
-                weights = {self.controller.weights: phi}
-                log_p = self.controller.walk(weights, lambda name, _, known=known: known[name])
-                parts = [log_p[name][i] for name, i in known.items()]
+                log_p = self.controller.walk(raws, lambda name, _, known=known: known[name])
             else:
-                hs = (self.skip, self.which, self.lr)
-                pieces = (phi[0], phi[1:4], phi[4:])
-                parts = [
-                    h.distribution(x).logits[i] for h, x, i in zip(hs, pieces, path, strict=True)
-                ]
-            found[path] = sum(parts).exp()
+                hs = zip(known, self.policy(), strict=True)
+                log_p = {name: h.distribution(raws[h]).logits for name, h in hs}
+            found[path] = sum(log_p[name][i] for name, i in known.items()).exp()
         return found
 
-    def expected(self, phi):
+    def expected(self, phi, window):
+        """Returns E[L_V] after whole trainings, over all paths of choices."""
         p = self.probabilities(phi)
         total = 0.0
-        for (skip, which, lr), weight in p.items():
-            step = self.RATES[lr] * CURVATURE * (START - TARGETS[skip + which])
-            total = total + weight * sum(
-                q * validation_loss(START - step, s + w) for (s, w, _), q in p.items()
-            )
+        for path in itertools.product(p, repeat=window):
+            theta, buffer = START, 0.0
+            for which, lr in path:
+                gradient = CURVATURE * (theta - TARGETS[which]) + self.STRENGTH * theta
+                buffer = self.MOMENTUM * buffer + gradient
+                theta = theta - self.RATES[lr] * buffer
+            loss = sum(q * validation_loss(theta, which) for (which, _), q in p.items())
+            total = total + math.prod(p[a] for a in path) * loss
         return total
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["independent", "LSTM"])
-def test_choices_of_network_and_optimizer(joint):
-    model = Joint(joint)
-    if joint:
-        phi = model.controller.weights.raw.clone()
-    else:
-        phi = torch.cat([h.raw.flatten() for h in (model.skip, model.which, model.lr)])
-    leaf = phi.requires_grad_()
-    (exact,) = torch.autograd.grad(model.expected(leaf), leaf)
-    policy = PolicyGradient(UnrollK(1, restart=True), samples=4, enumerate_up_to=0)
+def spread_(controller, scale=0.5):
+    """Makes what a network decides depend on what it has decided before."""
+    raw = controller.weights.raw
+    noise = torch.Generator().manual_seed(1)
+    raw += scale * torch.randn(raw.shape, generator=noise, dtype=raw.dtype)
+    controller.show()
+
+
+def means(model, estimator, window, monkeypatch, **options):
+    """Returns the mean of an estimate over all paths of choices, each of which is gone once."""
+    paths = list(itertools.product(itertools.product(range(2), repeat=2), repeat=window))
+    named = [[{"which": which, "optimizer.lr": lr} for which, lr in path] for path in paths]
+    force(monkeypatch, named)
+    p = model.probabilities(torch.cat([h.raw.flatten() for h in model.policy()]))
     callback = OnlineHPOCallback(
-        policy,
+        estimator,
         optimizer=frozen,
         dataloader=[torch.zeros(1)],
         optimizer_hyperparameters={"lr": model.lr},
     )
-    make_trainer(400, callbacks=callback).fit(model, DataLoader(torch.zeros(400)))
-    names = ["controller.weights"] if joint else ["skip", "which", "optimizer.lr"]
-    found = torch.stack(
-        [torch.cat([r.hypergradients[n].flatten() for n in names]) for r in callback.history]
+    steps = len(paths) * window
+    make_trainer(steps, callbacks=callback, **options).fit(model, DataLoader(torch.zeros(steps)))
+    weights = torch.stack([torch.stack([p[a] for a in path]).prod() for path in paths])
+    rows = [
+        torch.cat([r.hypergradients[n].flatten() for n in model.names]) for r in callback.history
+    ]
+    return weights @ torch.stack(rows)
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("controller", ["independent", "LSTM", "LSTM, learning rate first"])
+def test_choices_of_network_and_optimizer(controller, mode, monkeypatch):
+    model = Joint(controller != "independent", reverse="first" in controller)
+    window = 2 if mode == "reverse" else 1
+    phi = torch.cat([h.raw.flatten() for h in model.policy()])
+    exact = differences(lambda at: model.expected(at, window), phi)
+    policy = PolicyGradient(UnrollK(window, mode, restart=True), baseline="none")
+    found = means(model, policy, window, monkeypatch)
+    assert torch.allclose(found, exact, rtol=1e-5, atol=1e-6 * exact.abs().max())
+
+
+class Decided(Quadratic):
+    """Two choices that a network decides; θ stands still."""
+
+    def __init__(self):
+        super().__init__(rate=0.0)
+        self.choice = CategoricalHyperparameter(range(3))
+        self.skip = BernoulliHyperparameter(0.3)
+        decisions = {"choice": self.choice, "skip": self.skip}
+        self.controller = LSTMController(decisions, hidden=3)
+        spread_(self.controller, 1.0)
+
+    def training_step(self, batch, batch_idx):
+        return training_loss(self.theta, self.choice() + self.skip())
+
+    def validation_step(self, batch, batch_idx):
+        return validation_loss(self.theta, self.choice() + self.skip())
+
+    def log_p(self, phi, choice, skip):
+        known = {"choice": choice, "skip": int(skip)}
+        found = self.controller.walk({self.controller.weights: phi}, lambda name, _: known[name])
+        return sum(found[name][i] for name, i in known.items())
+
+    def expected(self, phi, value):
+        """Returns the mean of a value of (choice, skip) over what is not frozen."""
+        paths = [
+            (choice, skip)
+            for choice in ([self.choice()] if self.choice.frozen else range(3))
+            for skip in range(2)
+        ]
+        return sum(self.log_p(phi, *path).exp() * value(*path) for path in paths)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["all", "one frozen"])
+def test_the_direct_gradient_of_a_network(is_frozen):
+    model = Decided()
+    if is_frozen:
+        freeze(model, {"choice": 1})
+    exact = differences(
+        lambda phi: model.expected(phi, lambda choice, skip: validation_loss(START, choice + skip)),
+        model.controller.weights.raw.clone(),
     )
-    matters = exact.abs() > 0.05 * exact.abs().max()
-    # Of many numbers with common noise some are further off than three standard errors.
-    assert deviations(found, exact)[matters].square().mean().sqrt() < 2
-    assert deviations(found, torch.zeros_like(exact))[matters].square().mean().sqrt() > 4
-    if joint:
-        best = max(model.probabilities(phi.detach()).items(), key=lambda item: item[1])[0]
-        assert model.controller.best() == {
-            "skip": bool(best[0]),
-            "which": best[1],
-            "optimizer.lr": model.RATES[best[2]],
-        }
+    found = estimates(model, PolicyGradient(response=False), 1, "controller.weights")
+    assert torch.allclose(found[0], exact, rtol=1e-6, atol=1e-9)
+
+
+def test_the_entropy_of_a_network():
+    model = Decided()
+    phi = model.controller.weights.raw.clone()
+    leaf = phi.clone().requires_grad_()
+    entropy = -model.expected(leaf, lambda *path: model.log_p(leaf, *path))
+    (exact,) = torch.autograd.grad(entropy, leaf)
+
+    def run(entropy):
+        policy = PolicyGradient(response=False, entropy=entropy)
+        return estimates(Decided(), policy, 1, "controller.weights")[0]
+
+    found = run(0.0) - run(2.0)
+    assert torch.allclose(found, 2 * exact, rtol=1e-6, atol=1e-9)
+
+    choices = Choices(model, {"choice": model.choice, "skip": model.skip}, 0)
+    paths = [{"choice": c, "skip": s} for c in range(3) for s in range(2)]
+    p = [float(model.log_p(phi, *path.values()).exp()) for path in paths]
+    for n in (1, 2):
+        mean = torch.zeros_like(phi)
+        for drawn in itertools.product(range(6), repeat=n):
+            slope = choices.entropy_slope(
+                [model.controller.weights], [paths[i] for i in drawn], enumerate_up_to=5
+            )
+            mean += math.prod(p[i] for i in drawn) * slope[0]
+        assert torch.allclose(mean, exact, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("is_small", [True, False], ids=["all", "single changes"])
+def test_the_best_choice_of_a_network(is_small, monkeypatch):
+    if not is_small:
+        monkeypatch.setattr(controller_module, "_ENUMERATED", 5)
+    differs = 0
+    for seed in range(30):
+        a, b = CategoricalHyperparameter(range(2)), CategoricalHyperparameter(["u", "v", "w"])
+        controller = LSTMController({"a": a, "b": b}, hidden=3)
+        raw = controller.weights.raw
+        noise = torch.Generator().manual_seed(seed)
+        raw += 2 * torch.randn(raw.shape, generator=noise, dtype=raw.dtype)
+        every = controller.combinations()
+        table = controller.log_probabilities({}, every).reshape(2, 3)
+        assert table.exp().sum() == pytest.approx(1)
+        controller.show()
+        best = controller.best()
+        assert best == {"a": a(), "b": b()}  # as in a validation
+        i, j = a.best(), b.best()
+        if is_small:
+            assert table[i, j] == table.max()
+        else:
+            assert table[i, j] == table[i].max() == table[:, j].max()
+        assert a.distribution().logits == pytest.approx(table[:, j].log_softmax(0), abs=1e-6)
+        first = int(table.logsumexp(1).argmax())
+        differs += (first, int(table[first].argmax())) != (i, j)
+    assert differs > 0  # from what is decided one after the other
 
 
 # -------------------------------------------------------------------------------- in real trainings
@@ -412,6 +623,56 @@ def test_resumes_bit_for_bit(tmp_path):
     assert str(second.history.columns()) == str(callback.history.columns())
 
 
+class Trained(Quadratic):
+    """Its learning rate is a choice, which may be no part of the module."""
+
+    def __init__(self, is_part, decides, rate=0.1):
+        super().__init__(rate=rate)
+        lr = CategoricalHyperparameter([1e-3, 1e-2, 1e-1])
+        if is_part:
+            self.lr = lr
+        if decides:
+            self.controller = LSTMController({"choice": self.choice}, {"lr": lr}, hidden=4)
+        self.options = {"lr": lr}
+        self.seen = Seen()
+
+
+class Seen(pl.Callback):
+    def __init__(self):
+        self.theta = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.theta.append(module.theta.detach().clone())
+
+
+@pytest.mark.parametrize(
+    ("is_part", "decides", "accumulated"),
+    [(False, False, 1), (True, False, 2), (False, True, 1), (False, True, 2)],
+)
+def test_a_learning_rate_resumes_in_mid_epoch(is_part, decides, accumulated, tmp_path):
+    def go(steps, **options):
+        model = Trained(is_part, decides)
+        callback = OnlineHPOCallback(
+            PolicyGradient(UnrollK(2), entropy=0.01),
+            optimizer=lambda raws: torch.optim.SGD(raws, lr=20.0),
+            dataloader=[torch.zeros(1)],
+            optimizer_hyperparameters=model.options,
+        )
+        trainer = make_trainer(
+            steps, callbacks=[callback, model.seen], accumulate_grad_batches=accumulated
+        )
+        trainer.fit(model, DataLoader(torch.zeros(20)), **options)
+        return trainer, torch.stack(model.seen.theta)
+
+    path = str(tmp_path / "half.ckpt")
+    _, whole = go(9)
+    assert len(set(whole.diff(dim=0)[:, 0].tolist())) > 4
+    trainer, _ = go(5)
+    trainer.save_checkpoint(path)
+    _, rest = go(9, ckpt_path=path)
+    assert torch.equal(rest, whole[-len(rest) :])
+
+
 class OnRanks(EachRank, Searched):
     pass
 
@@ -521,6 +782,46 @@ def test_decisions_of_a_network_that_are_frozen(is_whole):
     assert module.controller.best()["activation"] == module.activation() == "sigmoid"
 
 
+class Rates(pl.Callback):
+    """Notes the learning rates that are in force."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_start(self, trainer, module):
+        optimizer = trainer.optimizers[0]
+        self.first = optimizer.param_groups[0]["lr"]
+        optimizer.register_step_pre_hook(lambda o, *_: self.found.append(o.param_groups[0]["lr"]))
+
+
+@pytest.mark.parametrize("is_part", [False, True], ids=["outside", "inside"])
+def test_the_best_is_trained_anew_beside_strengths(is_part):
+    def make():
+        model = searched()
+        lr = CategoricalHyperparameter([0.05, 0.2])
+        model.controller = LSTMController({"activation": model.activation}, {"lr": lr}, hidden=4)
+        if is_part:
+            model.lr = lr
+        return model, {"lr": lr}
+
+    model, options = make()
+    spread_(model.controller, 2.0)
+    tune(model, OnlineHPOCallback(T1T2(), optimizer_hyperparameters=options), 4)
+    best = model.controller.best()
+    assert best.keys() == {"activation", "optimizer.lr"}
+    fresh, options = make()
+    freeze(fresh, best)
+    callback, rates = OnlineHPOCallback(T1T2(), optimizer_hyperparameters=options), Rates()
+    tune(fresh, [callback, rates], 4)
+    # Under the schedule of the module it is a factor.
+    assert rates.found[0] == pytest.approx(best["optimizer.lr"] * rates.first)
+    assert fresh.activation() == best["activation"] == fresh.controller.best()["activation"]
+    assert "controller.weights" not in callback.history[0].values
+    assert callback.history[0].values["l2.net.0"] != callback.history[-1].values["l2.net.0"]
+    with pytest.raises(ValueError, match=r"'optimizer.lr' is refused: got 0.1, expected one of"):
+        freeze(make()[0], {"optimizer.lr": 0.1})
+
+
 def test_a_choice_under_another_choice():
     class Nested(Searched):
         def __init__(self):
@@ -540,6 +841,47 @@ def test_a_choice_under_another_choice():
     assert {"deep", "extra"} <= callback.history[-1].values.keys()
 
 
+class Deep(Quadratic):
+    """The activation of a layer is asked for where there are so many layers."""
+
+    def __init__(self, depths, logits=None):
+        super().__init__()
+        self.depth = CategoricalHyperparameter(range(1, depths + 1), logits)
+        self.layers = nn.ModuleList(CategoricalHyperparameter(["a", "b"]) for _ in range(depths))
+
+    def validation_step(self, batch, batch_idx):
+        return super().validation_step(batch, batch_idx) * self.factor()
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.factor()
+
+    def factor(self):
+        return 1 + 0.1 * sum(layer() == "a" for layer in self.layers[: self.depth()])
+
+
+def test_a_choice_under_a_rare_one():
+    logits = torch.zeros(7)
+    logits[-1] = -9.0  # drawn once in thousands of batches
+    assert len(estimates(Deep(7, logits), PolicyGradient(), 2)) == 2
+
+
+def test_a_choice_under_two_rare_ones():
+    class Deeper(Deep):
+        def __init__(self):
+            super().__init__(5, torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0]))
+            self.other = BernoulliHyperparameter(1e-3)
+            self.inner = BernoulliHyperparameter(0.5)
+
+        def factor(self):
+            found = super().factor()
+            if self.other() and self.depth() == 5:
+                found = found * (2 - self.inner())
+            return found
+
+    with pytest.warns(UserWarning, match=r"not seen to ask for the choices \['inner'\]"):
+        estimates(Deeper(), PolicyGradient(), 2)
+
+
 # ----------------------------------------------------------------------------------------- refusals
 
 
@@ -552,7 +894,11 @@ def test_a_choice_under_another_choice():
         ((["a", "b"], torch.zeros(3)), ValueError, r"shape \(3,\), expected \(2,\)"),
         ((["a", "b"], torch.tensor([1, 2])), TypeError, "floating-point tensor"),
         ((["a", "b"], torch.tensor([0.0, math.nan])), ValueError, "not finite"),
+        ((["a", "b"], torch.tensor([0.0, -math.inf])), ValueError, "not finite"),
         ((3,), TypeError, "expected several"),
+        (({1, 2},), TypeError, "order differs between processes; pass a list"),
+        ((frozenset("ab"),), TypeError, "order differs between processes; pass a list"),
+        (([torch.zeros(2), torch.ones(2)],), TypeError, "cannot be compared .* range"),
     ],
 )
 def test_bad_choices(arguments, error, message):
@@ -595,15 +941,73 @@ def test_refused_at_the_start():
     model = searched()
     model.idle = CategoricalHyperparameter([1, 2])
     refused(model, T1T2(), r"choices \['idle'\] have no effect .* never asks for them")
+    model.idle = CategoricalHyperparameter(range(40))  # too many to look at all combinations
+    refused(model, T1T2(), r"choices \['idle'\] have no effect .* never asks for them")
 
-    lr = {"lr": CategoricalHyperparameter(["fast", "slow"])}
-    refused(searched(), T1T2(), "expected positive numbers", optimizer_hyperparameters=lr)
+    class Plain(Mlp):
+        pass
+
+    refused(Plain(), PolicyGradient(), r"are none. .* made by a CategoricalHyperparameter")
+
+    lr = {"lr": CategoricalHyperparameter([0.1, 0.2])}
+    policy = {"optimizer*": PolicyGradient(response=False), "*": T1T2()}
+    message = r"cannot learn \['optimizer.lr'\]: .* Leave response=True"
+    refused(Plain(), policy, message, optimizer_hyperparameters=lr)
 
     model = searched()
     model.controller = LSTMController(
         {"activation": model.activation}, {"lr": CategoricalHyperparameter([0.1, 0.2])}
     )
     refused(model, T1T2(), "decides 'optimizer.lr', which this training does not have")
+
+
+@pytest.mark.parametrize(
+    ("option", "choices", "message"),
+    [
+        ("lr", ["fast", "slow"], "cannot be 'fast': it is no number"),
+        ("lr", [0.1, -1.0], r"cannot be -1.0: .* outside"),
+        ("momentum", [0.9, 1.5], r"cannot be 1.5: .* outside"),
+        ("weight_decay", [0.0, -0.1], r"cannot be -0.1: .* outside"),
+    ],
+)
+def test_an_option_is_chosen_within_its_range(option, choices, message):
+    options = {option: CategoricalHyperparameter(choices)}
+    refused(Mlp("momentum"), T1T2(), message, optimizer_hyperparameters=options)
+
+
+def test_a_controller_needs_a_mapping():
+    with pytest.raises(TypeError, match="got a list, expected a mapping from names"):
+        LSTMController([CategoricalHyperparameter([1, 2])])
+
+
+def test_a_choice_with_a_loss_that_is_not_finite_is_named():
+    class Broken(Quadratic):
+        def validation_step(self, batch, batch_idx):
+            loss = super().validation_step(batch, batch_idx)
+            return loss * math.nan if self.choice() == 2 else loss
+
+    model = Broken()
+    callback = OnlineHPOCallback(PolicyGradient(), dataloader=[torch.zeros(1)])
+    with pytest.warns(UserWarning, match=r"held-out loss is nan with choice=2; λ stays"):
+        make_trainer(2, callbacks=callback).fit(model, DataLoader(torch.zeros(2)))
+    assert torch.equal(model.choice.raw, LOGITS)
+
+
+def test_names_of_choices_differ():
+    for values in (["entropy", "gini"], [1, "1"]):
+        h = CategoricalHyperparameter(values, torch.tensor([2.0, 0.0]))
+        chances = Choices(nn.Module(), {"h": h}, 0).chances()["h"]
+        assert len(chances) == 3
+        assert chances["hpo/h/entropy"] == pytest.approx(float(h.distribution().entropy()))
+
+
+def test_logits_in_half_precision_are_kept_in_full():
+    h = CategoricalHyperparameter([1, 2], torch.zeros(2, dtype=torch.bfloat16))
+    assert h.raw.dtype == torch.float32
+
+
+def test_choices_in_a_tensor_are_numbers():
+    assert CategoricalHyperparameter(torch.tensor([1, 2])).choices == (1, 2)
 
 
 def test_independent_controllers_tell_the_best():

@@ -52,6 +52,7 @@ class OptimizerStep:
         rng: The random state before this step, of an optimizer that draws numbers.
         loss: What the optimizer's closure has returned; None where it had none.
         choices: The indices of the choices that were drawn for this step, by name.
+        asked: The names of those that ``training_step`` has asked for.
     """
 
     options: list[dict[str, Any]]
@@ -68,6 +69,7 @@ class OptimizerStep:
     rng: RandomState | None = None
     loss: Any = None
     choices: dict[str, int] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
 
     @property
     def lr(self) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from lightning_hpo.hyperparameters import (
 
 # In raw λ. The step is evaluated in float64, where this leaves a relative error of about 1e-10.
 _EPSILON = 1e-5
+
+# In units of the gradient. Second differences divide by both: an error of about 1e-7 is left.
+_SHARE = 1e-3
 
 # SGD keeps no momentum buffer at exactly 0, and so shows no derivative there.
 _LEAST_MOMENTUM = 1e-6
@@ -85,7 +88,12 @@ class OptimizerOptions:
                 )
             h = hyperparameter or self._default(option, values)
             if isinstance(h, CategoricalHyperparameter):
-                _check_choices(option, h, values)
+                if len(values) != 1:
+                    raise ValueError(
+                        f"The option {option!r} of {type(optimizer).__name__} has {len(values)} "
+                        "numbers; only an option that is a single number can be a choice"
+                    )
+                _check_choices(option, h, _range(option))
             elif h.raw.numel() != len(values):
                 raise ValueError(
                     f"The option {option!r} of {type(optimizer).__name__} has {len(values)} "
@@ -115,11 +123,12 @@ class OptimizerOptions:
             return Hyperparameter(1.0 if self._is_scale else numbers[0], Positive())
         if option == "momentum":
             numbers = [max(v, _LEAST_MOMENTUM) for v in numbers]
-            constraint = Interval(_LEAST_MOMENTUM, 1 - 1e-4)
-        elif option == "betas":
+        if option == "betas":
             constraint = UnitInterval()
+        elif option != "momentum" and min(numbers) > 0:
+            constraint = Positive()
         else:
-            constraint = Positive() if min(numbers) > 0 else Interval(0.0)
+            constraint = _range(option)
         init = numbers[0] if len(numbers) == 1 else torch.tensor(numbers)
         return Hyperparameter(init, constraint)
 
@@ -136,7 +145,7 @@ class OptimizerOptions:
             return  # the optimizer's own acts meanwhile
         value: Any
         if isinstance(h, CategoricalHyperparameter):
-            value = float(h())
+            value = float(h.choices[h.in_force])
         else:
             raw = self._raw(option)
             start = self._starts.get(option)
@@ -203,7 +212,11 @@ class OptimizerOptions:
         return result
 
     def displacement(
-        self, step: OptimizerStep, name: str, baseline: float
+        self,
+        step: OptimizerStep,
+        name: str,
+        baseline: float,
+        along: Sequence[Tensor | None] | None = None,
     ) -> dict[str, dict[int, Tensor]]:
         """Returns (v − v̄) ∂s'/∂v of an option v that was drawn for a step.
 
@@ -214,6 +227,7 @@ class OptimizerOptions:
             step: The step.
             name: Of the hyperparameter.
             baseline: v̄, which does not change that mean.
+            along: A direction d of the gradient g, for (v − v̄) ∂²s'/∂v∂g d in its place.
 
         Returns:
             By the name of the state tensor and the position of the parameter, a tensor like it.
@@ -224,11 +238,21 @@ class OptimizerOptions:
         value = float(h.choices[step.choices[name]])
         width = _EPSILON * max(abs(float(choice)) for choice in h.choices)
 
-        ahead, behind = (
-            self._run(step, option, value + distance, (value + distance) / value if value else 1.0)
-            for distance in (width, -width)
-        )
-        slope = _difference(ahead, behind, 2 * width)
+        def sloped(step: OptimizerStep) -> dict[str, dict[int, Tensor]]:
+            ahead, behind = (
+                self._run(step, option, value + d, (value + d) / value if value else 1.0)
+                for d in (width, -width)
+            )
+            return _difference(ahead, behind, 2 * width)
+
+        if along is None:
+            slope = sloped(step)
+        else:
+            ahead, behind = (
+                sloped(_with_gradient_moved(step, along, distance))
+                for distance in (_SHARE, -_SHARE)
+            )
+            slope = _difference(ahead, behind, 2 * _SHARE)
         return {
             state: {at: (value - baseline) * t for at, t in tensors.items()}
             for state, tensors in slope.items()
@@ -256,6 +280,16 @@ class OptimizerOptions:
         return self._dynamics.run_in_double(step, options)
 
 
+def _with_gradient_moved(
+    step: OptimizerStep, along: Sequence[Tensor | None], distance: float
+) -> OptimizerStep:
+    gradients = [
+        g if g is None or d is None else g.double() + distance * d.double()
+        for g, d in zip(step.gradients, along, strict=True)
+    ]
+    return replace(step, gradients=gradients)
+
+
 def _difference(
     ahead: dict[str, dict[int, Tensor]], behind: dict[str, dict[int, Tensor]], width: float
 ) -> dict[str, dict[int, Tensor]]:
@@ -265,22 +299,31 @@ def _difference(
     }
 
 
-def _check_choices(option: str, h: CategoricalHyperparameter, values: Sequence[Any]) -> None:
+def _range(option: str) -> Constraint:
+    """Returns what an option that is a single number may be."""
+    if option == "lr":
+        return Positive()
+    return Interval(_LEAST_MOMENTUM, 1 - 1e-4) if option == "momentum" else Interval(0.0)
+
+
+def _check_choices(option: str, h: CategoricalHyperparameter, constraint: Constraint) -> None:
     """Refuses choices that an option cannot take.
 
     Raises:
-        ValueError: If they are no numbers, or the option is no single one.
+        ValueError: If they are no numbers, or lie outside the constraint.
     """
-    least = 0.0 if option == "lr" else -math.inf
-    fits = [
-        isinstance(c, (int, float)) and not isinstance(c, bool) and least < c < math.inf
-        for c in h.choices
-    ]
-    if len(values) != 1 or not all(fits):
+    for choice in h.choices:
+        reason = "it is no number"
+        if isinstance(choice, (int, float)) and not isinstance(choice, bool):
+            try:
+                constraint.inverse(torch.tensor(float(choice), dtype=torch.float64))
+            except ValueError as error:
+                reason = str(error)
+            else:
+                continue
         raise ValueError(
-            f"The option {option!r} of the optimizer is to be chosen among {list(h.choices)}, "
-            f"expected {'positive' if option == 'lr' else 'finite'} numbers for an option that is "
-            "a single number"
+            f"The option {option!r} of the optimizer is to be chosen among {list(h.choices)}, but "
+            f"it cannot be {choice!r}: {reason}"
         )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import Enum
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_hpo._arguments import check_choice, check_count, check_number
+from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.step import Space, Step, ValidationGradient
 
@@ -40,8 +42,13 @@ class Implicit(Estimator):
     (online-HPO paper, eq. 2), and an approximation before training has come that far. H, B and g_V
     are taken at the present θ, H and B on the batch of the last step; the optimizer plays no part.
 
-    Cost per update: one product with the joint Hessian per iteration, and one more. It does not
-    depend on the number of λ. Memory: four vectors like θ.
+    Where choices are drawn, θ* is that of the mean loss, and H and B are means over all their
+    combinations. Where these are more than ``enumerate_up_to`` of :class:`PolicyGradient` (8
+    without it), ``"neumann"`` draws choices anew for each term, which is right in the mean; for
+    ``"cg"`` it would not be, and it is refused.
+
+    Cost per update: one product with the joint Hessian per iteration (and combination of choices),
+    and one more. It does not depend on the number of λ. Memory: four vectors like θ.
 
     Args:
         solver: ``"cg"``: conjugate gradients, for positive definite H + damping · I. ``"neumann"``:
@@ -61,6 +68,7 @@ class Implicit(Estimator):
 
     window = 1
     follows_statistics = False
+    enumerate_up_to = 8
 
     def __init__(
         self,
@@ -87,6 +95,19 @@ class Implicit(Estimator):
         """Starts a training."""
         super().setup(space)
         space.refuse_options("Implicit", "the optimizer plays no part in it")
+        self._choices = space.training.choices
+        self._names = self._choices.uncertain()
+        self._drawn = 0
+        number = self._choices.number(self._names)
+        self.is_exact = number <= self.enumerate_up_to  # B is a mean over all choices
+        if not self.is_exact and self.solver == "cg":
+            raise MisconfigurationException(
+                f"Implicit(solver='cg') needs the mean of the Hessian over all {number} "
+                f"combinations of the choices {self._names}, which are more than "
+                f"enumerate_up_to={self.enumerate_up_to}. Use Implicit('neumann'), whose terms "
+                "draw choices anew, or for choices PolicyGradient(Implicit(), "
+                f"enumerate_up_to={number})"
+            )
 
     def observe(self, step: Step) -> None:
         """Notes the batch and which parameters take part; θ is read after the step."""
@@ -95,13 +116,31 @@ class Implicit(Estimator):
     def hypergradient(self, validation: ValidationGradient) -> Estimate:
         """Returns −Bᵀ v, with respect to raw λ."""
         solve = self._cg if self.solver == "cg" else self._neumann
+        self._every = self._choices.every(self._names) if self.is_exact else [({}, 1.0)]
         v, outcome = solve([g.unsqueeze(0) for g in validation.tensors()], self._step.lr)
-        _, total = self._step.products(v, here=True, theta_part=False)
+        total = self._mean(lambda step: step.products(v, here=True, theta_part=False)[1])
         del self._step
         return Estimate([-t[0] for t in total], outcome=str(outcome))
 
+    def _mean(self, product: Callable[[Step], list[Tensor]]) -> list[Tensor]:
+        """Returns the mean of a product over the choices in the loss."""
+        total: list[Tensor] = []
+        for indices, weight in self._every:
+            found = product(self._step.under(indices))
+            torch._foreach_mul_(found, weight)
+            if total:
+                torch._foreach_add_(total, found)
+            else:
+                total = found
+        return total
+
     def _damped(self, u: list[Tensor]) -> list[Tensor]:
-        product, _ = self._step.products(u, here=True, lambda_part=False)
+        step = self._step
+        if not self.is_exact:
+            self._step = step.under(self._choices.sample("implicit", self._drawn))
+            self._drawn += 1
+        product = self._mean(lambda step: step.products(u, here=True, lambda_part=False)[0])
+        self._step = step
         if self.damping:
             torch._foreach_add_(product, u, alpha=self.damping)
         return product
@@ -147,6 +186,14 @@ class Implicit(Estimator):
                 break
         torch._foreach_mul_(total, lr)
         return total, outcome
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns how many choices have been drawn."""
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores it."""
+        self._drawn = state["drawn"]
 
     def _dot(self, a: list[Tensor], b: list[Tensor]) -> float:
         return float(self.space.dot(a, b))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +18,7 @@ from lightning_hpo._arguments import (
     check_integer,
     check_number,
 )
+from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.choices import Indices
 from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.estimators.implicit import Implicit
@@ -40,9 +43,13 @@ class PolicyGradient(Estimator):
     The direct gradient is REINFORCE on held-out losses of choices that are drawn for the update, or
     exact where all choices together are few: Σ_a L_V(θ, a) ∇φ p_φ(a). The response gradient, which
     ENAS (Pham et al. 2018) takes to be 0, is what the choices of the training steps have done to θ:
-    Bᵀu with u of another estimator, B = E[∇θL_T(θ, a) ∇φ log p_φ(a)ᵀ]. An option of the optimizer
-    has a response only. The response is right to first order in the length of a step, since
-    L_V is taken to be linear between the θ that different choices lead to.
+    Bᵀu with u of another estimator, B = E[∇θL_T(θ, a) ∇φ log p_φ(a)ᵀ]. The response is right to
+    first order in the length of a step, since L_V is taken to be linear between the θ that
+    different choices lead to.
+
+    An option of the optimizer has a response only. Choices of ``lr`` are learning rates; under a
+    scheduler, or where the parameter groups differ in it, they are factors of the rates in force,
+    as a continuous one is.
 
     Cost per update: one validation gradient for each choice that is looked at, and the cost of the
     other estimator. Memory: twice θ, and that of the other estimator.
@@ -50,13 +57,15 @@ class PolicyGradient(Estimator):
     Args:
         estimator: Gives the response: :class:`T1T2` (the default), :class:`UnrollK` or
             :class:`Implicit`.
-        response: With False, the response is left out: ENAS.
+        response: With False, the response is left out: ENAS. Options of the optimizer are refused.
         samples: How many choices are drawn for an update, where they are too many to look at all.
         baseline: b. ``"average"``: a moving average of held-out losses; ``"leave_one_out"``: the
             mean loss of the other samples; ``"none"``: 0. b' is a moving average of earlier
             responses, or with ``"none"`` 0. They leave the mean of the estimate as it is.
         entropy: A bonus for the entropy H of p_φ, in units of the loss, against early decisions.
-        enumerate_up_to: With at most so many combinations of choices the direct gradient is exact.
+        enumerate_up_to: With at most so many combinations of choices the direct gradient is exact,
+            and so is H of an :class:`LSTMController` that decides about no more, those of options
+            included. Else they are estimated by ``samples`` choices.
 
     Raises:
         TypeError: If ``estimator`` is none of these, or a flag or number is of the wrong type.
@@ -105,13 +114,25 @@ class PolicyGradient(Estimator):
     def setup(self, space: Space) -> None:
         """Starts a training."""
         super().setup(space)
+        if not self.response and space.options:
+            raise MisconfigurationException(
+                f"PolicyGradient(response=False) cannot learn {space.options}: options of the "
+                "optimizer act on the held-out loss by the response alone. Leave response=True, or "
+                "give them no choices"
+            )
         self._inner = copy.copy(self.estimator)
+        if isinstance(self._inner, Implicit):
+            self._inner.enumerate_up_to = self.enumerate_up_to
         self._inner.setup(space)
+        # A mean over all choices has no noise that a baseline could take away.
+        self._is_noisy = not (isinstance(self._inner, Implicit) and self._inner.is_exact)
+        self._is_told = False
         self._policy = list(space.hyperparameters.values())
         self._choices = space.training.choices
         options = space.training.options
         of_optimizer = set() if options is None else set(options.choices)
-        self._names = [n for n in self._choices.decided_by(self._policy) if n not in of_optimizer]
+        own = [n for n in self._choices.decided_by(self._policy) if n not in of_optimizer]
+        self._names = self._choices.relevant(own)
         self._score = self._zeros()
         self._mean_loss = math.nan
         self._mean_response = 0.0
@@ -129,8 +150,7 @@ class PolicyGradient(Estimator):
             place: What identifies the update.
         """
         choices = self._choices
-        number = math.prod(len(choices[name].choices) for name in self._names)
-        self._is_exact = number <= self.enumerate_up_to and not choices.is_mixed(self._names)
+        self._is_exact = choices.number(self._names) <= self.enumerate_up_to
         if not self._is_exact:
             return [(choices.sample(*place, i), 1 / self.samples) for i in range(self.samples)]
         others = choices.sample(*place)
@@ -139,8 +159,10 @@ class PolicyGradient(Estimator):
     def observe(self, step: Step) -> None:
         """Lets the other estimator see the step."""
         self._inner.observe(step)
-        drawn = step.point.choices
-        torch._foreach_add_(self._score, self._choices.score(self._policy, drawn, drawn.keys()))
+        if self._is_noisy:
+            drawn = step.point.choices
+            score = self._choices.score(self._policy, drawn, drawn.keys())
+            torch._foreach_add_(self._score, score)
 
     def hypergradient(self, validation: ValidationGradient) -> Estimate | None:
         """Returns direct and response gradient, with respect to raw λ: logits φ."""
@@ -157,7 +179,8 @@ class PolicyGradient(Estimator):
             self._subtract_baseline_(total, score)
         torch._foreach_add_(total, self._direct(validation))
         if self.entropy:
-            slope = self._choices.entropy_slope(self._policy, validation.drawn[0][0])
+            drawn = [indices for indices, _ in validation.drawn]
+            slope = self._choices.entropy_slope(self._policy, drawn, self.enumerate_up_to)
             torch._foreach_add_(total, slope, alpha=-self.entropy)
         return Estimate(total, outcome=outcome)
 
@@ -176,6 +199,7 @@ class PolicyGradient(Estimator):
         """Returns the direct gradient, of the choices that the held-out loss depends on."""
         losses = validation.losses()
         drawn = validation.drawn
+        self._tell_of_losses(losses, [indices for indices, _ in drawn], validation.asked)
         factors: list[float]
         if self._is_exact:
             weights = [weight for _, weight in drawn]
@@ -195,6 +219,24 @@ class PolicyGradient(Estimator):
             score = self._choices.score(self._policy, indices, validation.asked & indices.keys())
             torch._foreach_add_(total, score, alpha=factor)
         return total
+
+    def _tell_of_losses(
+        self, losses: list[float], drawn: list[Indices], asked: Collection[str]
+    ) -> None:
+        """Warns once of choices under which the held-out loss is not finite."""
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if self._is_told or not bad:
+            return
+        self._is_told = True
+        indices = drawn[bad[0]]
+        names = [name for name in indices if name in asked]
+        shown = ", ".join(f"{n}={self._choices[n].choices[indices[n]]!r}" for n in names)
+        warnings.warn(
+            f"PolicyGradient: the held-out loss is {losses[bad[0]]} with {shown}; λ stays where it "
+            "is in updates that look at such choices. Remove them, or see to it that their loss is "
+            "finite",
+            stacklevel=2,
+        )
 
     def _baseline(self, losses: list[float], i: int) -> float:
         if self.baseline == "leave_one_out":

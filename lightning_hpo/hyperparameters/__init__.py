@@ -16,12 +16,7 @@ from lightning_hpo.hyperparameters.constraints import (
     Unconstrained,
     UnitInterval,
 )
-from lightning_hpo.hyperparameters.controller import (
-    Controller,
-    IndependentController,
-    LSTMController,
-    Pick,
-)
+from lightning_hpo.hyperparameters.controller import IndependentController, LSTMController
 from lightning_hpo.hyperparameters.hyperparameter import Hyperparameter, named_hyperparameters
 
 __all__ = [
@@ -29,13 +24,11 @@ __all__ = [
     "Box",
     "CategoricalHyperparameter",
     "Constraint",
-    "Controller",
     "Hyperparameter",
     "IndependentController",
     "Interval",
     "L1Ball",
     "LSTMController",
-    "Pick",
     "Positive",
     "Simplex",
     "Softmax",

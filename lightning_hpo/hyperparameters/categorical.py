@@ -73,7 +73,12 @@ class CategoricalHyperparameter(Hyperparameter):
         x = getattr(torch, self.activation())(x)
 
     Given as an option of the optimizer, ``optimizer_hyperparameters={"lr":
-    CategoricalHyperparameter([1e-3, 1e-2])}``, it is drawn for each step.
+    CategoricalHyperparameter([1e-3, 1e-2])}``, it is drawn for each step. Under a scheduler, or
+    where the parameter groups differ in it, a choice of ``lr`` is a factor of the rates in force:
+    then choose among ``[0.3, 1.0, 3.0]``.
+
+    Under ``torch.compile`` a step that branches on a choice is compiled anew for each value, up to
+    ``torch._dynamo.config.recompile_limit`` (8): raise it where there are more, or use masks.
 
     Args:
         choices: What to choose from: anything that can be compared, such as numbers or names. For
@@ -86,8 +91,8 @@ class CategoricalHyperparameter(Hyperparameter):
         was_asked: Whether it has been called since this was last set to False.
 
     Raises:
-        TypeError: If ``choices`` is no sequence of several things, or ``logits`` no tensor of
-            floating-point numbers.
+        TypeError: If ``choices`` is no sequence of several things, or they cannot be compared, as
+            tensors cannot; or ``logits`` is no tensor of floating-point numbers.
         ValueError: If there are fewer than two choices, or the same one twice; or ``logits`` has
             another shape or is not finite.
     """
@@ -109,6 +114,13 @@ class CategoricalHyperparameter(Hyperparameter):
                 f"CategoricalHyperparameter: logits have shape {tuple(logits.shape)}, expected "
                 f"{shape}: one for each of {list(found)}"
             )
+        if not bool(logits.isfinite().all()):
+            raise ValueError(
+                f"CategoricalHyperparameter: logits={logits.tolist()} are not finite; leave a "
+                "choice out that is never to be made"
+            )
+        # In half precision, steps of the λ-optimizer would be lost to rounding.
+        logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         super().__init__(logits.softmax(-1), Softmax())
         self.raw.copy_(logits)
         self._begin(found)
@@ -132,10 +144,15 @@ class CategoricalHyperparameter(Hyperparameter):
         return int(self.distribution().logits.argmax())
 
     @property
-    def index(self) -> int:
+    def in_force(self) -> int:
         """The index of the choice that is in force."""
-        self.was_asked = True
         return self.best() if self.drawn is None else self.drawn
+
+    @property
+    def index(self) -> int:
+        """The index of the choice that is in force, for a step that asks for it."""
+        self.was_asked = True
+        return self.in_force
 
     def forward(self) -> Any:
         """Returns the choice that is in force."""
@@ -152,7 +169,7 @@ class CategoricalHyperparameter(Hyperparameter):
             ValueError: If it is none of the choices.
         """
         for i, choice in enumerate(self.choices):
-            if choice == value:
+            if _is_same(choice, value):
                 return self._certain(i)
         raise ValueError(f"got {value!r}, expected one of {list(self.choices)}")
 
@@ -209,6 +226,13 @@ def _checked(choices: Any) -> tuple[Any, ...]:
         raise TypeError(
             f"CategoricalHyperparameter: choices={choices!r}, expected several, in a list"
         )
+    if isinstance(choices, (set, frozenset)):
+        raise TypeError(
+            f"CategoricalHyperparameter: choices={choices!r} is a {type(choices).__name__}, whose "
+            "order differs between processes; pass a list"
+        )
+    if isinstance(choices, Tensor) and choices.dim() == 1:
+        choices = choices.tolist()
     found = tuple(choices)
     if len(found) < 2:
         raise ValueError(
@@ -216,15 +240,33 @@ def _checked(choices: Any) -> tuple[Any, ...]:
             "to be chosen needs no hyperparameter"
         )
     for i, choice in enumerate(found):
-        if choice in found[:i]:
+        if any(_is_same(choice, other) for other in found[:i]):
             raise ValueError(
                 f"CategoricalHyperparameter: choices={list(found)} has {choice!r} twice"
             )
     return found
 
 
+def _is_same(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError) as error:  # of several numbers
+        raise TypeError(
+            f"CategoricalHyperparameter: choices that are a {type(a).__name__} cannot be compared "
+            f"({error}); choose among indices, range(n), and look them up in a list"
+        ) from None
+
+
+def labels(choices: Sequence[Any]) -> list[str]:
+    """Returns names of choices, which differ from each other and from ``"entropy"``."""
+    names = [str(choice) for choice in choices]
+    if len({*names, "entropy"}) == len(names) + 1:
+        return names
+    return [f"{name} ({i})" for i, name in enumerate(names)]
+
+
 def described(choices: Sequence[Any], probabilities: Sequence[float]) -> str:
     """Returns choices with their probabilities, the most probable ones first."""
-    pairs = sorted(zip(probabilities, choices, strict=True), key=lambda pair: -pair[0])
+    pairs = sorted(zip(probabilities, labels(choices), strict=True), key=lambda pair: -pair[0])
     shown = [f"{choice} {p:.2f}" for p, choice in pairs[:4]]
     return ", ".join(shown) + (", …" if len(pairs) > 4 else "")

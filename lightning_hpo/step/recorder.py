@@ -309,6 +309,7 @@ class Recorder:
     def _show(self, entry: Entry | None, loss: Any) -> None:
         point = self._training.dynamics.capture()
         point.choices = self._training.choices.drawn()
+        point.asked = self._training.choices.asked()
         if entry is not None:
             # A copy, for whoever adds to the loss in place.
             point.loss = loss.detach().clone() if isinstance(loss, Tensor) else loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -235,6 +235,18 @@ class Step:
         self._add_products_(u, result, total, None if here else self.point)
         return result, list(total.values())
 
+    def under(self, choices: Mapping[str, int]) -> Step:
+        """Returns the step with other choices in its loss.
+
+        Args:
+            choices: Their indices, by name; those that are not named stay.
+        """
+        moments = [
+            (replace(moment, choices={**moment.choices, **choices}), weight)
+            for moment, weight in self.moments
+        ]
+        return replace(self, moments=moments)
+
     def _add_products_(
         self,
         u: list[Tensor],
@@ -305,20 +317,49 @@ class Step:
     def _chosen_options(
         self,
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, dict[int, Tensor]]]]:
-        """Yields, for each option of the optimizer that was drawn, ∇φ log p_φ and what it did.
+        r"""Yields, for each option v of the optimizer that was drawn, ∇φ log p_φ and what it did.
 
-        The first by the names of the λ of this space; their product is ∂s'/∂φ in the mean.
+        The first by the names of the λ of this space; their product is ∂s'/∂φ in the mean. Where a
+        network decides v together with choices a of the loss, B has S = ∇φ log p_φ(a) already,
+        times ∂s'/∂g at v. With what is yielded here it is ∂s'/∂g at v̄, so that nothing counts
+        twice.
         """
         training = self.space.training
         policy = {n: h for n, h in self.space.hyperparameters.items() if h.is_policy}
         if training.options is None or not policy:
             return
+
+        def score(asked: list[str], sign: float = 1.0) -> dict[str, Tensor]:
+            found = training.choices.score(list(policy.values()), self.point.choices, asked)
+            return {name: sign * s for name, s in zip(policy, found, strict=True)}
+
         for name in training.options.choices:
-            if name in self.point.choices:
-                score = training.choices.score(list(policy.values()), self.point.choices, [name])
-                baseline = training.choices.mean(name)
-                derivative = training.options.displacement(self.point, name, baseline)
-                yield dict(zip(policy, score, strict=True)), derivative
+            if name not in self.point.choices:
+                continue
+            baseline = training.choices.mean(name)
+            together = training.choices.decided_with(name, self.point.asked)
+            yield (
+                score([*together, name]),
+                training.options.displacement(self.point, name, baseline),
+            )
+            if together:
+                along = self._loss_gradient()
+                change = training.options.displacement(self.point, name, baseline, along)
+                yield score(together, -1.0), change
+
+    def _loss_gradient(self) -> list[Tensor]:
+        """Returns C ∇L_T, the part of ĝ that comes from the loss alone; C linearizes clipping."""
+        point = self.point
+        whole = point.gradients if point.unclipped is None else point.unclipped
+        pairs = zip(whole, point.theta, strict=True)
+        result = [torch.zeros_like(p) if g is None else -g for g, p in pairs]
+        for penalty, which, index in self.space.training.penalties_in(point):
+            own = [result[i] for i in index]
+            penalty.add_gradient_(which, own, [point.theta[i] for i in index])
+        torch._foreach_neg_(result)
+        if point.clipping is not None:
+            point.clipping.product_(whole, [t.unsqueeze(0) for t in result])
+        return result
 
     # ---------------------------------------------------------------------------- after the step
 
