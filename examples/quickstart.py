@@ -184,8 +184,8 @@ def draw(path: str, tuned: list[Result], fixed: list[Result], costs: list[float]
     right.annotate(
         "best of so many grid values,\ndrawn at random", (2.2, grid[1][0] + 0.06), color=AMBER
     )
-    right.annotate("one tuned\ntraining", (median(costs), mean(r.test for r in tuned)), (-8, 0),
-                   textcoords="offset points", ha="right", color=BLUE)  # fmt: skip
+    right.annotate("one tuned training", (median(costs), mean(r.test for r in tuned)), (7, -12),
+                   textcoords="offset points", color=BLUE)  # fmt: skip
     for axes in (left, middle, right):
         tidy(axes)
     middle.legend(frameon=False, fontsize=8, loc="upper center")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -33,10 +34,15 @@ def run(page: Path, names: dict) -> None:
         exec(compile(shortened(block), f"{page.name}, block {number}", "exec"), names)
 
 
-@pytest.fixture
-def readme(tmp_path, monkeypatch):
-    """The names that the README's example leaves."""
+@pytest.fixture(autouse=True)
+def _as_a_user_has_it(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)  # which conftest puts back
     monkeypatch.chdir(tmp_path)  # for logs, checkpoints and pictures
+
+
+@pytest.fixture
+def readme():
+    """The names that the README's example leaves."""
     names = {"__name__": "guide"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of trainings that are so short
@@ -48,8 +54,8 @@ def test_the_readme_is_one_page():
     assert len(README.read_text().splitlines()) <= 120
 
 
-def test_the_example_of_the_readme(readme, capsys):
-    """It is complete: it needs nothing but what it imports, and prints what it has found."""
+def test_the_example_of_the_readme(readme):
+    """It is complete, and its second training has tuned λ."""
     (block,) = blocks(README)
     assert shortened(block).count(f"max_epochs={EPOCHS}") == 1
     marked = [line for line in block.splitlines() if "# +" in line]
@@ -61,9 +67,8 @@ def test_the_example_of_the_readme(readme, capsys):
     assert readme["trainer"].global_step == EPOCHS * 5
 
 
-def test_what_is_marked_is_all_that_is_added(tmp_path, monkeypatch):
+def test_what_is_marked_is_all_that_is_added():
     """Without what is marked, the example is an ordinary training."""
-    monkeypatch.chdir(tmp_path)
     (block,) = blocks(README)
     lines = []
     for line in block.splitlines():
@@ -87,6 +92,30 @@ def test_the_code_of_a_page_runs(page, readme):
 def test_every_page_of_the_guide_has_code():
     without = {page.name for page in GUIDE if not blocks(page)}
     assert without <= {"README.md", "limits.md"}
+
+
+# Each kind of warning of the diagnosis, and how its words begin.
+WARNINGS = {
+    "same data": "the held-out data are training data",
+    "many": "carries forward tangents of",
+    "no update": "there was no update",
+    "dead": "the network is dead",
+    "skipped": "updates were skipped",
+    "bound": "λ sits at a bound",
+    "radius": "the tangent sits at the radius of ClipR",
+    "effect": "λ has no measurable effect",
+    "overfitted": "λ is fitted to its held-out data",
+}
+
+
+def test_every_warning_of_the_diagnosis_is_explained():
+    source = (ROOT / "lightning_hpo" / "diagnosis.py").read_text()
+    assert set(re.findall(r'\.warn\(\s*"([a-z ]+)"', source)) == set(WARNINGS)
+    page = (ROOT / "examples" / "guide" / "when_it_goes_wrong.md").read_text()
+    text = re.sub(r"\s+", " ", page.replace("\n> ", " "))
+    for words in WARNINGS.values():
+        assert words in re.sub(r'"\s+f?"', "", source)
+        assert text.count(words) >= 2, words  # in the table, and in a section of its own
 
 
 # ------------------------------------------------------------------------------------------- links
