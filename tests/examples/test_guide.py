@@ -76,7 +76,7 @@ def test_what_is_marked_is_all_that_is_added():
             assert "# +" in line
             continue
         line = line.replace("L2Mixin, ", "").replace("OnlineHPOCallback()", "")
-        lines.append(line.replace(", λ = {module.l2().item():.1e}", ""))
+        lines.append(line.replace(" to {module.l2().item():.1e}", ""))
     names = {"__name__": "plain"}
     exec(compile(shortened("\n".join(lines)), "README without", "exec"), names)
     assert not any("lightning_hpo" in getattr(v, "__module__", "") for v in names.values())
