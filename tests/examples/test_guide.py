@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 GUIDE = sorted((ROOT / "examples" / "guide").glob("*.md"))
 PAGES = [README, *GUIDE]
 # The trainings of the pages are cut down to so many epochs, of 5 steps each.
-EPOCHS = 5
+EPOCHS = 3
 
 
 def blocks(page: Path) -> list[str]:
