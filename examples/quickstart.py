@@ -1,15 +1,15 @@
-"""One training instead of a grid search: a network finds its own L2 strength while it learns.
+"""One training instead of a grid: a network finds its own L2 strength λ while it learns.
 
-A small network learns handwritten digits from few examples, so that it overfits unless the L2
-strength λ is right. λ starts far too small: the callback takes that for a guess, begins where λ
-begins to matter, and goes on from there by hypergradients. The script trains once with
-``OnlineHPOCallback`` and once for each λ of a grid (the bad start is one of them), and compares.
+A small network learns handwritten digits from few examples, so that it overfits unless λ is right.
+From each of six starts it is trained twice: with ``OnlineHPOCallback``, and with λ fixed there. The
+six fixed values are a grid, too: what it reaches after so many trainings is what one tuned training
+has to beat. A start that is far from where λ begins to matter over this training is taken for a
+guess, and replaced before the first step; from there on, hypergradients move it.
 
     python examples/quickstart.py                    # scikit-learn's digits, nothing to download
     python examples/quickstart.py --data-dir DATA    # MNIST below DATA
 
-It prints the losses and the cost of both ways, and draws λ and the validation loss over the
-training (``--out``, default: quickstart.png).
+It prints losses and costs, and draws them (``--out``, default: quickstart.png).
 """
 
 from __future__ import annotations
@@ -19,32 +19,21 @@ import logging
 import time
 import warnings
 from dataclasses import dataclass
-from statistics import median
+from math import comb
+from statistics import mean, median
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    TensorDataset,
-)
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_hpo import L2Mixin, OnlineHPOCallback
 
-START = 1e-6
-GRID = [10.0**k for k in range(-6, 1)]
+STARTS = [10.0**k for k in range(-6, 0)]
 STEPS = 1500
-CHECK_EVERY = 25
-
-# --------------------------------------------------------------------------- the model and its data
 
 
 class LitClassifier(L2Mixin, lightning.LightningModule):
@@ -60,20 +49,13 @@ class LitClassifier(L2Mixin, lightning.LightningModule):
             nn.Linear(100, 10),
         )
         self.register_l2(init=l2)
-        self.validation_losses: list[float] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         return F.cross_entropy(self.net(images), labels)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = F.cross_entropy(self.net(images), labels)
-        self.log("val_loss", loss, prog_bar=True)
-        return loss
-
-    def on_validation_epoch_end(self) -> None:
-        self.validation_losses.append(self.trainer.callback_metrics["val_loss"].item())
+        return self.training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
@@ -83,7 +65,7 @@ class LitClassifier(L2Mixin, lightning.LightningModule):
 class Data:
     name: str
     train: TensorDataset
-    validation: TensorDataset
+    held_out: TensorDataset
     test: TensorDataset
 
 
@@ -111,178 +93,116 @@ def load(data_dir: str | None) -> Data:
     return Data(name, *(TensorDataset(images[part], labels[part]) for part in parts))
 
 
-def batches(data: TensorDataset, sampler: Sampler, size: int) -> DataLoader:
+def batches(data: TensorDataset, size: int, draws: int | None = None) -> DataLoader:
     """Indexes the tensors once per batch: collating single examples would take most of the time."""
+    sampler = RandomSampler(data, replacement=draws is not None, num_samples=draws)
     return DataLoader(data, batch_size=None, sampler=BatchSampler(sampler, size, drop_last=False))
-
-
-# ----------------------------------------------------------------------------------------- training
 
 
 @dataclass
 class Result:
-    """One training.
+    """One training: λ at its end, losses at its end, CPU time, and λ after each update."""
 
-    Attributes:
-        start: λ at its start.
-        end: λ at its end.
-        validation: Cross-entropy on the validation examples at the end.
-        test: Cross-entropy on the test examples.
-        accuracy: Accuracy on the test examples.
-        seconds: Wall time.
-        curve: Validation loss after every ``CHECK_EVERY`` steps.
-    """
-
-    start: float
     end: float
-    validation: float
+    held_out: float
     test: float
-    accuracy: float
     seconds: float
-    curve: list[float]
+    path: list[tuple[int, float]]
+    summary: str = ""
 
 
-def train(data: Data, l2: float, callbacks: list[Callback], seed: int) -> Result:
-    """Trains from a start of λ; without an ``OnlineHPOCallback`` λ stays there."""
+def train(data: Data, start: float, seed: int, *, tuned: bool) -> Result:
+    """Trains from a start of λ, where it stays unless it is tuned."""
     lightning.seed_everything(seed, verbose=False)
-    module = LitClassifier(data.train.tensors[0].shape[1], l2)
+    module = LitClassifier(data.train.tensors[0].shape[1], start)
+    callback = OnlineHPOCallback()
     trainer = lightning.Trainer(
         accelerator="cpu",
-        max_epochs=1,
-        callbacks=callbacks,
-        val_check_interval=CHECK_EVERY,
-        num_sanity_val_steps=0,
+        max_epochs=1,  # of all steps: a pass over so few examples would last only two
+        callbacks=[callback] if tuned else [],
+        limit_val_batches=0,  # the callback finds the held-out batches all the same
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    # All steps are one epoch: with so few examples a pass over them would last only two steps.
-    draws = RandomSampler(data.train, replacement=True, num_samples=50 * STEPS)
-    start = time.perf_counter()
-    trainer.fit(
-        module,
-        batches(data.train, draws, 50),
-        batches(data.validation, SequentialSampler(data.validation), 100),
+    began = time.process_time()  # which other programs on the machine do not lengthen
+    trainer.fit(module, batches(data.train, 50, 50 * STEPS), batches(data.held_out, 100))
+    seconds = time.process_time() - began
+    with torch.no_grad():
+        sets = (data.held_out.tensors, data.test.tensors)
+        held_out, test = (F.cross_entropy(module.net(x), y).item() for x, y in sets)
+    path = [(0, start), *((record.step, record.values["l2"]) for record in callback.history)]
+    summary = callback.summary() if tuned else ""
+    return Result(module.l2().item(), held_out, test, seconds, path, summary)
+
+
+def best_of(results: list[Result], n: int) -> tuple[float, float]:
+    """Returns what the best of n of these, drawn at random, reaches: the means of both losses."""
+    ranked = sorted(results, key=lambda result: result.held_out)
+    total = comb(len(ranked), n)
+    # The i-th is the best of those that are drawn if the other n − 1 are among those behind it.
+    odds = [comb(len(ranked) - 1 - i, n - 1) / total for i in range(len(ranked))]
+    pairs = list(zip(odds, ranked, strict=True))
+    return sum(p * r.held_out for p, r in pairs), sum(p * r.test for p, r in pairs)
+
+
+BLUE, AMBER, GREY = "#1f5fbf", "#c97a06", "#4b5563"
+
+
+def draw(path: str, tuned: list[Result], fixed: list[Result], costs: list[float]) -> None:
+    """Draws λ over the training, both losses over the start, and over the cost."""
+    figure = Figure(figsize=(11.5, 3.9), dpi=100, layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.1, 1, 1])
+    for result in tuned:
+        left.plot(*zip(*result.path, strict=True), color=BLUE, alpha=0.75, linewidth=1.6)
+        left.plot(0, result.path[0][1], "o", color=BLUE, clip_on=False, zorder=5)
+    left.set(title="Six starts, one λ", xlabel="training step", ylabel="L2 strength λ")
+    left.set(yscale="log", xlim=(0, STEPS))
+    left.annotate("far starts are replaced\nbefore the first step", (0.06, 0.03), (0.14, 0.04),
+                  xycoords="axes fraction", color=GREY, fontsize=9)  # fmt: skip
+
+    for results, color, name in ((fixed, AMBER, "fixed"), (tuned, BLUE, "tuned")):
+        for loss, style in (("held_out", "-o"), ("test", "--o")):
+            losses = [getattr(result, loss) for result in results]
+            label = f"{name}, {'held-out' if loss == 'held_out' else loss}"
+            middle.plot(STARTS, losses, style, color=color, markersize=4, label=label)
+    middle.set(title="Loss against the start", xlabel="λ at the start", xscale="log")
+    middle.set(ylabel="loss at the end", ylim=loss_limits(tuned, fixed))
+
+    counts = range(1, len(fixed) + 1)
+    grid = [best_of(fixed, n) for n in counts]
+    for i, style in ((0, "-o"), (1, "--o")):
+        right.plot(counts, [pair[i] for pair in grid], style, color=AMBER, markersize=4)
+    for i, loss in enumerate(("held_out", "test")):
+        losses = [getattr(result, loss) for result in tuned]
+        spread = [[mean(losses) - min(losses)], [max(losses) - mean(losses)]]
+        right.errorbar(median(costs), mean(losses), spread, fmt="o", color=BLUE, capsize=4,
+                       markerfacecolor="white" if i else BLUE)  # fmt: skip
+    right.set(title="Loss against the cost", xlabel="cost, in plain trainings", xlim=(0.5, 6.4))
+    right.set(ylim=loss_limits(tuned, fixed))
+    right.annotate(
+        "best of so many grid values,\ndrawn at random", (2.2, grid[1][0] + 0.06), color=AMBER
     )
-    seconds = time.perf_counter() - start
-    validation, _ = evaluate(module, data.validation)
-    test, accuracy = evaluate(module, data.test)
-    end = module.l2().item()
-    return Result(l2, end, validation, test, accuracy, seconds, module.validation_losses)
-
-
-@torch.no_grad()
-def evaluate(module: LitClassifier, data: TensorDataset) -> tuple[float, float]:
-    """Returns cross-entropy and accuracy."""
-    images, labels = data.tensors
-    logits = module.net(images)
-    accuracy = (logits.argmax(1) == labels).float().mean()
-    return F.cross_entropy(logits, labels).item(), accuracy.item()
-
-
-# ------------------------------------------------------------------------------------------- report
-
-
-def report(tuned: Result, frozen: Result, grid: list[Result]) -> None:
-    """Prints the comparison."""
-    best = min(grid, key=lambda result: result.validation)
-    print(f"\n{'':28}{'λ':>16}  validation    test  test accuracy")
-    for name, result in (
-        ("tuned during one training", tuned),
-        ("the same with λ frozen", frozen),
-        (f"best of {len(grid)} fixed λ", best),
-    ):
-        lam = f"{result.start:.0e}"
-        if result is tuned:
-            lam += f" → {result.end:.1e}"
-        print(
-            f"{name:28}{lam:>16}  {result.validation:10.4f}  {result.test:6.4f}  "
-            f"{result.accuracy:13.1%}"
-        )
-    plain = median(result.seconds for result in grid)
-    print(
-        f"\nThe tuned training took {tuned.seconds:.1f} s: {tuned.seconds / plain:.2f} times one "
-        f"plain training of {plain:.1f} s. The grid took {len(grid)} of them."
-    )
-
-
-BLUE, RED, AMBER, GREY = "#1f5fbf", "#c8373d", "#c97a06", "#4b5563"
-DASHED = (0, (5, 3))
-
-
-def draw(
-    path: str,
-    lams: list[tuple[int, float]],
-    tuned: Result,
-    frozen: Result,
-    grid: list[Result],
-) -> None:
-    """Draws λ after each step of its own, and the validation loss over the training."""
-    best = min(grid, key=lambda result: result.validation)
-    figure = Figure(figsize=(7.6, 6.0), dpi=110, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    figure.suptitle(
-        "One training finds its own L2 strength", x=0.02, ha="left", fontsize=14, weight="bold"
-    )
-
-    best_name = f"best of {len(grid)}\nfixed λ"
-    upper.axhline(best.start, color=AMBER, linestyle=DASHED, linewidth=2)
-    at, values = zip(*lams, strict=True)
-    upper.plot(at, values, color=BLUE, linewidth=2.2)
-    for end in (0, -1):
-        upper.plot(at[end], values[end], "o", color=BLUE, clip_on=False, zorder=5)
-    upper.annotate(
-        f"bad start, λ = {values[0]:.0e}",
-        (0, values[0]),
-        xytext=(8, -17),
-        textcoords="offset points",
-        va="center",
-        color=BLUE,
-    )
-    label(
-        upper, {f"tuned\nλ = {values[-1]:.1e}": (values[-1], BLUE), best_name: (best.start, AMBER)}
-    )
-    upper.set(yscale="log", ylim=(min(values) / 6, 10 * max(values)), ylabel="L2 strength λ")
-
-    steps = range(CHECK_EVERY, STEPS + 1, CHECK_EVERY)
-    lower.plot(steps, best.curve, color=AMBER, linestyle=DASHED, linewidth=2)
-    lower.plot(steps, frozen.curve, color=RED, linewidth=2)
-    lower.plot(steps, tuned.curve, color=BLUE, linewidth=2.2)
-    label(lower, {"tuned": (tuned.curve[-1], BLUE), best_name: (best.curve[-1], AMBER)})
-    label(lower, {"λ frozen at\nthe bad start": (frozen.curve[-1], RED)})
-    top = 1.15 * max(frozen.curve[len(frozen.curve) // 4 :])
-    lower.set(ylim=(0.9 * min(tuned.curve + best.curve), top), xlim=(0, STEPS))
-    lower.set(xlabel="training step", ylabel="validation loss")
-
-    for axes in (upper, lower):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=GREY)
-        axes.yaxis.label.set_color(GREY)
-        axes.xaxis.label.set_color(GREY)
+    right.annotate("one tuned training", (median(costs), mean(r.test for r in tuned)), (9, -10),
+                   textcoords="offset points", color=BLUE)  # fmt: skip
+    for axes in (left, middle, right):
+        tidy(axes)
+    middle.legend(frameon=False, fontsize=8, loc="upper center")
     figure.savefig(path)
 
 
-def label(axes: Axes, lines: dict[str, tuple[float, str]]) -> None:
-    """Names lines at their right ends: one, or two whose names must not run into each other."""
-    by_height = sorted(lines.items(), key=lambda line: line[1][0])
-    sides = ["center"] if len(lines) == 1 else ["top", "bottom"]
-    for side, (text, (height, color)) in zip(sides, by_height, strict=True):
-        axes.annotate(
-            text,
-            (1, height),
-            xycoords=("axes fraction", "data"),
-            xytext=(10, 0),
-            textcoords="offset points",
-            va=side,
-            color=color,
-            annotation_clip=False,
-        )
+def loss_limits(tuned: list[Result], fixed: list[Result]) -> tuple[float, float]:
+    """Shows all but what has learned nothing."""
+    losses = [x for r in tuned + fixed for x in (r.held_out, r.test)]
+    return 0.8 * min(losses), 1.6 * sorted(losses)[-3]
 
 
-# --------------------------------------------------------------------------------------------- main
+def tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=GREY)
 
 
 def main() -> None:
@@ -300,31 +220,31 @@ def main() -> None:
 
     data = load(arguments.data_dir)
     print(
-        f"{data.name}: {len(data.train)} training, {len(data.validation)} validation and "
-        f"{len(data.test)} test examples; {STEPS} steps per training"
+        f"{data.name}: {len(data.train)} training, {len(data.held_out)} held-out and "
+        f"{len(data.test)} test examples; {STEPS} steps per training\n"
     )
-    print(f"\nOne training with OnlineHPOCallback(), from λ = {START:.0e}")
-    callback = OnlineHPOCallback()
-    tuned = train(data, START, [callback], arguments.seed)
-
-    print(f"\nThe same training with each of {len(GRID)} fixed λ")
-    grid = []
-    for lam in GRID:
-        grid.append(train(data, lam, [], arguments.seed))
+    print("λ at the start        fixed: held-out    test        tuned: held-out    test       → λ")
+    fixed, tuned = [], []
+    for start in STARTS:
+        fixed.append(train(data, start, arguments.seed, tuned=False))
+        tuned.append(train(data, start, arguments.seed, tuned=True))
+        a, b = fixed[-1], tuned[-1]
         print(
-            f"  λ = {lam:.0e}   validation {grid[-1].validation:.4f}   {grid[-1].seconds:4.1f} s",
+            f"{start:14.0e}{a.held_out:23.4f}{a.test:8.4f}{b.held_out:23.4f}{b.test:8.4f}"
+            f"{b.end:10.1e}",
             flush=True,
         )
-    frozen = grid[GRID.index(START)]
-    print(f"\n{callback.summary()}")
-    report(tuned, frozen, grid)
-    draw(
-        arguments.out,
-        [(0, START), *((record.step, record.values["l2"]) for record in callback.history)],
-        tuned,
-        frozen,
-        grid,
+    costs = [b.seconds / a.seconds for a, b in zip(fixed, tuned, strict=True)]
+    best = min(fixed, key=lambda result: result.held_out)
+    held_out, test = (mean(getattr(r, name) for r in tuned) for name in ("held_out", "test"))
+    print(f"\n{tuned[0].summary}")
+    print(
+        f"\nOne tuned training, mean of {len(tuned)} starts: held-out {held_out:.4f}, test "
+        f"{test:.4f}, at {median(costs):.2f} times the CPU time of a plain one "
+        f"({median(a.seconds for a in fixed):.1f} s).\nBest of the {len(fixed)} fixed λ: held-out "
+        f"{best.held_out:.4f}, test {best.test:.4f}, at {len(fixed)} times."
     )
+    draw(arguments.out, tuned, fixed, costs)
     print(f"Picture: {arguments.out}")
 
 

@@ -256,7 +256,7 @@ SLOW = ("compiled_net_in_place", "compiled_net")
     "regime", [pytest.param(r, marks=[pytest.mark.slow] * (r in SLOW)) for r in REGIMES]
 )
 def test_hypergradient(regime, derivatives, estimator):
-    """Each cell of the table "Architectures" in the README."""
+    """Each cell of the table "Architectures" in the guide."""
     make = REGIMES[regime][0]
     if is_refused(regime, derivatives):
         with pytest.raises(RuntimeError, match=rf"(?s)'{derivatives}'.*Use derivatives='auto'"):

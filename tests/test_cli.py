@@ -84,7 +84,9 @@ def lambda_optimizer(callback: OnlineHPOCallback) -> torch.optim.Optimizer:
 # ------------------------------------------------------------------------------------ the example
 
 
-@pytest.mark.parametrize("name", ["README.md", "examples/cli/main.py", "examples/cli/config.yaml"])
+@pytest.mark.parametrize(
+    "name", ["examples/guide/first_run.md", "examples/cli/main.py", "examples/cli/config.yaml"]
+)
 def test_the_one_line_is_written_wherever_it_is_looked_for(name):
     lines = [line.strip("# ") for line in (ROOT / name).read_text().splitlines()]
     assert COMMAND in lines

@@ -439,7 +439,7 @@ def test_hypergradients_equal_brute_force(regime: str, estimator: str) -> None:
         assert expected.abs() > spec.least
 
 
-# -------------------------------------------------------------------------- the table in the README
+# -------------------------------------------------------------------------- the table in the guide
 
 # Row, the test that backs it, and what each estimator is called there.
 OTHER_ROWS = {
@@ -494,11 +494,11 @@ def collected() -> list[str]:
     return [line for line in output.splitlines() if "::" in line]
 
 
-def test_the_table_in_the_readme_is_that_of_the_tests() -> None:
+def test_the_table_in_the_guide_is_that_of_the_tests() -> None:
     cells = [row.strip("|").split("|")[1:] for row in table(collected()).splitlines()[2:]]
     assert len(cells) == len(REGIMES) + len(OTHER_ROWS)
     assert all([cell.strip() for cell in row] == ["✓"] * len(ESTIMATORS) for row in cells)
-    assert table(collected()) in (ROOT / "README.md").read_text()
+    assert table(collected()) in (ROOT / "examples" / "guide" / "at_scale.md").read_text()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``examples/extending.md``: its code runs, and finds what it says."""
+"""``examples/guide/extending.md``: its code runs, and finds what it says."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hpo import ClipR, Implicit, L2Mixin, OnlineHPOCallback, freeze
 
-GUIDE = Path(__file__).parents[2] / "examples" / "extending.md"
+GUIDE = Path(__file__).parents[2] / "examples" / "guide" / "extending.md"
 ESTIMATOR, PENALTY, OPTIMIZER = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
 
 

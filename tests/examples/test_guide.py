@@ -1,0 +1,157 @@
+"""The README and ``examples/guide``: their code runs, their links lead somewhere."""
+
+import re
+import unicodedata
+import warnings
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+GUIDE = sorted((ROOT / "examples" / "guide").glob("*.md"))
+PAGES = [README, *GUIDE]
+# The trainings of the pages are cut down to so many epochs, of 5 steps each.
+EPOCHS = 3
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def shortened(code: str) -> str:
+    """Cuts the trainings down; it is all that is changed."""
+    code = re.sub(r"\bmax_epochs=\d+", f"max_epochs={EPOCHS}", code)
+    return re.sub(r"\bfor epochs in \([\d, ]+\)", f"for epochs in ({EPOCHS},)", code)
+
+
+def run(page: Path, names: dict) -> None:
+    """Runs the blocks of a page one after the other, in one namespace."""
+    for number, block in enumerate(blocks(page), start=1):
+        lightning.seed_everything(0, verbose=False)
+        exec(compile(shortened(block), f"{page.name}, block {number}", "exec"), names)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_user_has_it(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)  # which conftest puts back
+    monkeypatch.chdir(tmp_path)  # for logs, checkpoints and pictures
+
+
+@pytest.fixture
+def readme():
+    """The names that the README's example leaves."""
+    names = {"__name__": "guide"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of trainings that are so short
+        run(README, names)
+        yield names
+
+
+def test_the_readme_is_one_page():
+    assert len(README.read_text().splitlines()) <= 120
+
+
+def test_the_example_of_the_readme(readme):
+    """It is complete, and its second training has tuned λ."""
+    (block,) = blocks(README)
+    assert shortened(block).count(f"max_epochs={EPOCHS}") == 1
+    marked = [line for line in block.splitlines() if "# +" in line]
+    assert len(marked) == 4
+    module = readme["module"]
+    (name,) = readme["callbacks"][0].history[-1].values
+    assert name == "l2"
+    assert module.l2().item() != pytest.approx(1e-4)
+    assert readme["trainer"].global_step == EPOCHS * 5
+
+
+def test_what_is_marked_is_all_that_is_added():
+    """Without what is marked, the example is an ordinary training."""
+    (block,) = blocks(README)
+    lines = []
+    for line in block.splitlines():
+        if line.startswith("from lightning_hpo") or "register_l2" in line:
+            assert "# +" in line
+            continue
+        line = line.replace("L2Mixin, ", "").replace("OnlineHPOCallback()", "")
+        lines.append(line.replace(" to {module.l2().item():.1e}", ""))
+    names = {"__name__": "plain"}
+    exec(compile(shortened("\n".join(lines)), "README without", "exec"), names)
+    assert not any("lightning_hpo" in getattr(v, "__module__", "") for v in names.values())
+    assert names["trainer"].global_step == EPOCHS * 5
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=[page.stem for page in GUIDE])
+def test_the_code_of_a_page_runs(page, readme):
+    """Pages go on from the README's example; each by itself, in any order."""
+    run(page, readme)
+
+
+def test_every_page_of_the_guide_has_code():
+    without = {page.name for page in GUIDE if not blocks(page)}
+    assert without <= {"README.md", "limits.md"}
+
+
+# Each kind of warning of the diagnosis, and how its words begin.
+WARNINGS = {
+    "same data": "the held-out data are training data",
+    "many": "carries forward tangents of",
+    "no update": "there was no update",
+    "dead": "the network is dead",
+    "skipped": "updates were skipped",
+    "bound": "λ sits at a bound",
+    "radius": "the tangent sits at the radius of ClipR",
+    "effect": "λ has no measurable effect",
+    "overfitted": "λ is fitted to its held-out data",
+}
+
+
+def test_every_warning_of_the_diagnosis_is_explained():
+    source = (ROOT / "lightning_hpo" / "diagnosis.py").read_text()
+    assert set(re.findall(r'\.warn\(\s*"([a-z ]+)"', source)) == set(WARNINGS)
+    page = (ROOT / "examples" / "guide" / "when_it_goes_wrong.md").read_text()
+    text = re.sub(r"\s+", " ", page.replace("\n> ", " "))
+    for words in WARNINGS.values():
+        assert words in re.sub(r'"\s+f?"', "", source)
+        assert text.count(words) >= 2, words  # in the table, and in a section of its own
+
+
+# ------------------------------------------------------------------------------------------- links
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns those that GitHub makes of the headings."""
+    found: set[str] = set()
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        kept = [c for c in heading.lower() if c in " -_" or unicodedata.category(c)[0] in "LN"]
+        found.add("".join(kept).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_index():
+    index = (ROOT / "examples" / "guide" / "README.md").read_text()
+    for page in GUIDE:
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_paths_in_the_text_are_there(page):
+    """Such as `tests/test_resume.py` or `examples/noise.py`, in commands, too."""
+    for path in re.findall(r"\b(?:examples|tests|lightning_hpo)/[\w/]+\.\w+", page.read_text()):
+        assert (ROOT / path).exists(), path
