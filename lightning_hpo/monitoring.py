@@ -15,6 +15,9 @@ from torch import Tensor
 
 from lightning_hpo.hyperparameters import Hyperparameter
 
+__docformat__ = "google"
+__all__ = ["History", "HistoryRecord"]
+
 # Above this many elements, the history keeps summaries instead of the tensors themselves.
 SUMMARY_ABOVE = 1000
 
@@ -38,7 +41,7 @@ class HistoryRecord:
         skipped: How many updates have been skipped so far because their hypergradient was not
             finite, this one included.
         outcome: How the solver of an implicit estimator ended (the value of a
-            :class:`~lightning_hpo.estimators.SolverOutcome`); None for other estimators. Of several
+            :class:`lightning_hpo.estimators.SolverOutcome`); None for other estimators. Of several
             estimators, ``"pattern: outcome"`` for each that has one, separated by commas.
         loss: L_V on the held-out batch of this update, before it; None where it was not asked for.
     """

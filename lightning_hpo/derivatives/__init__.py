@@ -25,6 +25,8 @@ BACKENDS: dict[str, type[Reverse | Forward | FiniteDifference]] = {
 }
 """The backends by the names that the callback's argument ``derivatives`` knows them by."""
 
+__docformat__ = "google"
+
 __all__ = [
     "BACKENDS",
     "Backend",

@@ -24,6 +24,8 @@ from lightning_hpo.hyperparameters.controller import (
 )
 from lightning_hpo.hyperparameters.hyperparameter import Hyperparameter, named_hyperparameters
 
+__docformat__ = "google"
+
 __all__ = [
     "BernoulliHyperparameter",
     "Box",

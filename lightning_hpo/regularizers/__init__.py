@@ -12,6 +12,8 @@ from lightning_hpo.regularizers.stacked_rnn import StackedRNN
 from lightning_hpo.regularizers.tunable_dropout import TunableDropout, keep_probability
 from lightning_hpo.regularizers.with_mixins import with_mixins
 
+__docformat__ = "google"
+
 __all__ = [
     "DropoutMixin",
     "ExampleWeightMixin",

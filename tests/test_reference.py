@@ -1,0 +1,119 @@
+"""The reference: what users call says what it is, what it takes, and how it is called."""
+
+import doctest
+import inspect
+import re
+from types import ModuleType
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+import lightning_hpo
+
+USED = [n for n in lightning_hpo.__all__ if not isinstance(getattr(lightning_hpo, n), ModuleType)]
+PAGES = [
+    lightning_hpo,
+    *(v for n in lightning_hpo.__all__ if isinstance(v := getattr(lightning_hpo, n), ModuleType)),
+]
+# By qualified names, each once.
+PUBLIC = {
+    f"{thing.__module__}.{thing.__qualname__}": thing
+    for page in PAGES
+    for name in page.__all__
+    if inspect.isclass(thing := getattr(page, name)) or inspect.isfunction(thing)
+}
+SECTIONS = {"Args", "Attributes", "Example", "Raises", "Returns", "Yields"}
+
+
+def _sections(doc):
+    """Returns the text before all sections, and that of each, by its heading."""
+    parts = re.split(r"^([A-Z][A-Za-z ]+):\n", inspect.cleandoc(doc), flags=re.MULTILINE)
+    return parts[0], dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _parameters(function):
+    return [n for n in inspect.signature(function).parameters if n not in ("self", "cls")]
+
+
+def _described(doc):
+    return re.findall(r"^    \*{0,2}(\w+):", _sections(doc)[1].get("Args", ""), flags=re.MULTILINE)
+
+
+def _methods(cls):
+    """Yields the public methods that a class defines itself, and is the first to document."""
+    for name, member in vars(cls).items():
+        function = getattr(member, "__func__", getattr(member, "fget", member))
+        if name.startswith("_") or not inspect.isfunction(function):
+            continue
+        if next(base for base in reversed(cls.__mro__) if name in vars(base)) is cls:
+            yield name, function
+
+
+@pytest.mark.parametrize("name", USED)
+def test_what_users_call_is_described_with_an_example(name):
+    thing = getattr(lightning_hpo, name)
+    summary, sections = _sections(thing.__doc__)
+    first = summary.split("\n")[0]
+    assert first.endswith((".", "?"))
+    own = inspect.isfunction(thing) or "__init__" in vars(thing)
+    taken = _parameters(thing) if own or hasattr(thing, "__dataclass_fields__") else []
+    assert _described(thing.__doc__) == taken
+    assert ">>> " in sections.get("Example", "")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_thing_and_its_methods_have_a_summary(name):
+    thing = PUBLIC[name]
+    functions = {name: thing}
+    if inspect.isclass(thing):
+        functions |= {f"{name}.{n}": method for n, method in _methods(thing)}
+    for path, function in functions.items():
+        summary, sections = _sections(function.__doc__ or "")
+        first = summary.split("\n")[0]
+        assert first.endswith((".", "?")), path
+        # Other lines that look like headings would become some on the page.
+        assert sections.keys() <= SECTIONS, path
+        assert "::\n" not in function.__doc__, path
+        assert ":`~" not in function.__doc__, path
+
+
+@pytest.mark.parametrize("name", USED)
+def test_methods_that_users_call_name_what_they_take(name):
+    thing = getattr(lightning_hpo, name)
+    if not inspect.isclass(thing):
+        return
+    for path, method in _methods(thing):
+        taken = _parameters(method)
+        if taken and not _is_a_hook(thing, path):
+            assert _described(method.__doc__) == taken, path
+
+
+def _is_a_hook(cls, name):
+    """Whether a method is one of Lightning's or torch's, which call it and describe it."""
+    return any(hasattr(base, name) for base in (pl.Callback, nn.Module) if issubclass(cls, base))
+
+
+@pytest.fixture(scope="module")
+def names():
+    """Returns what the example of the package has defined, where the others go on."""
+    torch.set_default_dtype(torch.float32)
+    return _run(lightning_hpo.__doc__, {}, "lightning_hpo")
+
+
+@pytest.mark.parametrize("name", [n for n, thing in PUBLIC.items() if ">>> " in thing.__doc__])
+def test_examples_show_what_happens(name, names):
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    _run(PUBLIC[name].__doc__, names, name)
+
+
+def _run(doc, names, name):
+    """Runs the example of a docstring with a copy of names; returns these and its own."""
+    test = doctest.DocTestParser().get_doctest(doc, names, name, None, None)
+    said = []
+    result = doctest.DocTestRunner().run(test, out=said.append, clear_globs=False)
+    assert result.attempted > 0
+    assert result.failed == 0, "".join(said)
+    return test.globs
