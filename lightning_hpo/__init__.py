@@ -4,7 +4,7 @@
 and layers of this package bring some (:class:`L2Mixin`, :class:`DropoutMixin` …); your own act
 wherever ``training_step`` uses them.
 
-Eight words and their symbols:
+Eight words, with their symbols:
 
     hyperparameter   λ     what is tuned: ``raw`` is moved, value = constraint(raw) acts
     weights          θ     what the optimizer trains; s is its state, η its learning rate

@@ -53,7 +53,7 @@ class OnlineHPOCallback(pl.Callback):
     Example:
         >>> callback = OnlineHPOCallback()
         >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
-        >>> print(callback.summary())  # doctest: +ELLIPSIS
+        >>> print(callback.summary())
         OnlineHPOCallback: ... updates of λ in 20 steps...
 
     Args:

@@ -63,20 +63,27 @@ def test_what_users_call_is_described_with_an_example(name):
     assert ">>> " in sections.get("Example", "")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
+def test_pages_begin_with_what_is_on_them(page):
+    _check_text(page.__name__, page.__doc__)
+    assert page.__docformat__ == "google"  # pdoc asks each module
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_thing_and_its_methods_have_a_summary(name):
     thing = PUBLIC[name]
-    functions = {name: thing}
-    if inspect.isclass(thing):
-        functions |= {f"{name}.{n}": method for n, method in _methods(thing)}
-    for path, function in functions.items():
-        summary, sections = _sections(function.__doc__ or "")
-        first = summary.split("\n")[0]
-        assert first.endswith((".", "?")), path
-        # Other lines that look like headings would become some on the page.
-        assert sections.keys() <= SECTIONS, path
-        assert "::\n" not in function.__doc__, path
-        assert ":`~" not in function.__doc__, path
+    _check_text(name, thing.__doc__)
+    for path, method in _methods(thing) if inspect.isclass(thing) else ():
+        _check_text(f"{name}.{path}", method.__doc__)
+
+
+def _check_text(path, doc):
+    summary, sections = _sections(doc or "")
+    assert summary.split("\n")[0].endswith((".", "?")), path
+    # Other lines that look like headings would become some on the page.
+    assert sections.keys() <= SECTIONS, path
+    assert "::\n" not in doc, path
+    assert ":`~" not in doc, path
 
 
 @pytest.mark.parametrize("name", USED)
@@ -113,7 +120,7 @@ def _run(doc, names, name):
     """Runs the example of a docstring with a copy of names; returns these and its own."""
     test = doctest.DocTestParser().get_doctest(doc, names, name, None, None)
     said = []
-    result = doctest.DocTestRunner().run(test, out=said.append, clear_globs=False)
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append, clear_globs=False)
     assert result.attempted > 0
     assert result.failed == 0, "".join(said)
     return test.globs
