@@ -140,7 +140,7 @@ from lightning_hpo.regularizers import (
 # After the run
 from lightning_hpo.values import fixed_values, freeze
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __docformat__ = "google"
 
