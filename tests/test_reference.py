@@ -120,7 +120,9 @@ def _run(doc, names, name):
     """Runs the example of a docstring with a copy of names; returns these and its own."""
     test = doctest.DocTestParser().get_doctest(doc, names, name, None, None)
     said = []
-    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append, clear_globs=False)
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(
+        test, out=said.append, clear_globs=False
+    )
     assert result.attempted > 0
     assert result.failed == 0, "".join(said)
     return test.globs
