@@ -59,6 +59,9 @@ class History(Sequence[HistoryRecord]):
     """A list of records that takes a few bytes per number, however long the training.
 
     Records are made anew where they are read. It grows by :meth:`append` alone.
+
+    Args:
+        records: What it begins with.
     """
 
     def __init__(self, records: Iterable[HistoryRecord] = ()) -> None:
@@ -73,7 +76,11 @@ class History(Sequence[HistoryRecord]):
             self.append(record)
 
     def append(self, record: HistoryRecord) -> None:
-        """Adds a record."""
+        """Adds a record.
+
+        Args:
+            record: That of the next update.
+        """
         entries = _entries(record)
         layout = [(part, name, _Shape.of(value)) for part, name, value in entries]
         if not self._layouts or self._layouts[-1][1] != layout:
@@ -170,7 +177,11 @@ class History(Sequence[HistoryRecord]):
         return torch.tensor(self._steps, dtype=torch.float64)
 
     def loss_at(self, index: int) -> float:
-        """Returns L_V of one update; NaN where it was not asked for."""
+        """Returns L_V of one update; NaN where it was not asked for.
+
+        Args:
+            index: That of the update, from 0; negative from the end.
+        """
         return self._losses[index]
 
     def losses(self) -> Tensor:
