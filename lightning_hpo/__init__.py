@@ -6,9 +6,9 @@ wherever ``training_step`` uses them.
 
 Eight words, with their symbols:
 
-    hyperparameter   λ     what is tuned: ``raw`` is moved, value = constraint(raw) acts
+    hyperparameter   λ     what is tuned: raw λ is moved, value = constraint(raw) acts
     weights          θ     what the optimizer trains; s is its state, η its learning rate
-    losses    L_T, L_V     of a training batch, penalties included; of a held-out batch, without
+    losses    L_T, L_V     of a training batch, with penalties; of a held-out one, without
     step             Φ     the optimizer's: s' = Φ(s, g, λ) with the gradient g of L_T
     hypergradient          dL_V/d(raw λ), through all steps that an estimator looks back on
     tangent          y     dθ/d(raw λ), carried forward from step to step
