@@ -28,6 +28,9 @@ from lightning_hpo.distributed import broadcast_, is_sharded, local, sum_over_sh
 from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 from lightning_hpo.schedule import Group, steps_left, total_rates
 
+__docformat__ = "google"
+__all__: list[str] = []  # its page is the text above
+
 if TYPE_CHECKING:
     from lightning_hpo.regularizers.penalty import Penalty
 

@@ -47,23 +47,26 @@ class OnlineHPOCallback(pl.Callback):
     hypergradient dL_V/dλ, and moves raw λ with an optimizer of its own. With a λ-optimizer of
     learning rate 0 the training is bit-identical to one without the callback.
 
-    Example::
-
-        trainer = lightning.Trainer(callbacks=[OnlineHPOCallback()])
-
     Without an ``estimator``, all that is not given is chosen when a training starts, from its
     length and from the kinds and the number of the λ; one line says what, and ``strategy`` has it.
 
+    Example:
+        >>> callback = OnlineHPOCallback()
+        >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+        >>> print(callback.summary())
+        OnlineHPOCallback: ... updates of λ in 20 steps...
+
     Args:
         estimator: How the hypergradient is estimated. Default: chosen, see
-            :func:`~lightning_hpo.strategy.choose_estimators`. A mapping from patterns
+            :func:`lightning_hpo.strategy.choose_estimators`. A mapping from patterns
             of hyperparameter names to estimators, such as ``{"keep*": T1T2(), "*": ClipR()}``,
             gives each hyperparameter the estimator of the first pattern that fits (``*``, ``?`` and
             ``[...]`` as in :mod:`fnmatch`). They share the copies of batches, and the validation
             batch with its gradient; tangents share the graph of a replay. All λ are updated
             together.
-        optimizer: Makes the λ-optimizer from the list of raw tensors. Default, with the estimator:
-            :class:`~lightning_hpo.signal_to_noise.SignalToNoise`, whose rate suits the length of
+        optimizer: Makes the λ-optimizer from the list of raw tensors; its learning rate is in units
+            of raw λ. Default, with the estimator:
+            :class:`lightning_hpo.signal_to_noise.SignalToNoise`, whose rate suits the length of
             the training. With an estimator of yours: Adam with learning rate 0.01.
         every_n_steps: Optimizer steps between two updates. Default: the longest horizon of the
             estimators that were given (1 for T1T2 and ClipR, K for UnrollK), else chosen.
@@ -85,18 +88,18 @@ class OnlineHPOCallback(pl.Callback):
             ``validation_loss``.
         dataloader_idx: Which of several dataloaders to draw from, of the validation or given.
         seed: Seed of the order in which held-out batches are drawn.
+        optimizer_hyperparameters: Options of the model's optimizer to tune as well, such as
+            ``["lr", "momentum"]``, or a mapping from options to the :class:`Hyperparameter` to use.
+            They are named ``optimizer.<option>`` and common to all parameter groups. ``lr`` is
+            tuned on a log scale; under a schedule, or where the groups differ, as the *scale* on
+            the learning rates, which starts at 1. A :class:`CategoricalHyperparameter` is drawn for
+            each step; choices of ``lr`` are scales where that is. ``{"weight_decay": "auto"}``
+            starts where it begins to matter over this training (see :mod:`lightning_hpo.auto`).
         strict: Whether a checkpoint of other hyperparameters, or of another estimator, is refused.
             With False the training goes on with what fits: the states of the λ-optimizer and of
             the estimator where they and the hyperparameters are the same. (Where the module has
             other hyperparameters, Lightning itself needs ``strict_loading = False`` on it.)
-        optimizer_hyperparameters: Options of the model's optimizer to tune as well, such as
-            ``["lr", "momentum"]``, or a mapping from options to the :class:`Hyperparameter` to use;
-            see :class:`~lightning_hpo.dynamics.OptimizerOptions`. One that is a
-            :class:`CategoricalHyperparameter` is drawn for each step. Under a scheduler, or where
-            parameter groups differ in it, ``lr`` is a factor of the rates in force, as are its
-            choices. ``{"weight_decay": "auto"}``
-            starts where it begins to matter over this training (see :mod:`lightning_hpo.auto`).
-        lr: A factor on the rate of the default λ-optimizer.
+        lr: A factor, without unit, on the rate of the default λ-optimizer; 0 lets λ stay.
 
     Attributes:
         strategy: What acts in the training, given or chosen; None before the first one.
@@ -194,7 +197,7 @@ class OnlineHPOCallback(pl.Callback):
 
     @property
     def history(self) -> History:
-        """One :class:`~lightning_hpo.monitoring.HistoryRecord` per update.
+        """One :class:`lightning_hpo.monitoring.HistoryRecord` per update.
 
         A sequence that takes a few bytes per number. Where a package trains with a copy of this
         callback (``copy.deepcopy``), it is the copy's, until this one trains itself; a copy made by
@@ -258,9 +261,12 @@ class OnlineHPOCallback(pl.Callback):
         return Diagnosis() if diagnosis is None else diagnosis
 
     def should_update(self, step: int) -> bool:
-        """Whether λ is updated after the given optimizer step (counted from 1). May be overridden.
+        """Whether λ is updated after the given optimizer step. May be overridden.
 
         An override must leave at least the window of every estimator between two updates.
+
+        Args:
+            step: The number of the step in this training, counted from 1.
         """
         every = self.every_n_steps
         return every is not None and step % every == 0 and step > self.warmup_steps

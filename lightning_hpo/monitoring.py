@@ -15,6 +15,9 @@ from torch import Tensor
 
 from lightning_hpo.hyperparameters import Hyperparameter
 
+__docformat__ = "google"
+__all__ = ["History", "HistoryRecord"]
+
 # Above this many elements, the history keeps summaries instead of the tensors themselves.
 SUMMARY_ABOVE = 1000
 
@@ -38,7 +41,7 @@ class HistoryRecord:
         skipped: How many updates have been skipped so far because their hypergradient was not
             finite, this one included.
         outcome: How the solver of an implicit estimator ended (the value of a
-            :class:`~lightning_hpo.estimators.SolverOutcome`); None for other estimators. Of several
+            :class:`lightning_hpo.estimators.SolverOutcome`); None for other estimators. Of several
             estimators, ``"pattern: outcome"`` for each that has one, separated by commas.
         loss: L_V on the held-out batch of this update, before it; None where it was not asked for.
     """
@@ -56,6 +59,9 @@ class History(Sequence[HistoryRecord]):
     """A list of records that takes a few bytes per number, however long the training.
 
     Records are made anew where they are read. It grows by :meth:`append` alone.
+
+    Args:
+        records: What it begins with.
     """
 
     def __init__(self, records: Iterable[HistoryRecord] = ()) -> None:
@@ -70,7 +76,11 @@ class History(Sequence[HistoryRecord]):
             self.append(record)
 
     def append(self, record: HistoryRecord) -> None:
-        """Adds a record."""
+        """Adds a record.
+
+        Args:
+            record: That of the next update.
+        """
         entries = _entries(record)
         layout = [(part, name, _Shape.of(value)) for part, name, value in entries]
         if not self._layouts or self._layouts[-1][1] != layout:
@@ -167,7 +177,11 @@ class History(Sequence[HistoryRecord]):
         return torch.tensor(self._steps, dtype=torch.float64)
 
     def loss_at(self, index: int) -> float:
-        """Returns L_V of one update; NaN where it was not asked for."""
+        """Returns L_V of one update; NaN where it was not asked for.
+
+        Args:
+            index: That of the update, from 0; negative from the end.
+        """
         return self._losses[index]
 
     def losses(self) -> Tensor:

@@ -39,25 +39,20 @@ from lightning_hpo.regularizers import Penalty, PenaltyMixin
 from lightning_hpo.rng import ResumedRandomState
 from lightning_hpo.served import Served
 from lightning_hpo.signal_to_noise import SignalToNoise
-from lightning_hpo.step import (
-    ExpectedValidation,
-    Recorder,
-    Snapshot,
-    Space,
-    TraceCheck,
-    TrainingMap,
-    ValidationGradient,
+from lightning_hpo.step import ExpectedValidation, Space, TrainingMap, ValidationGradient
+from lightning_hpo.step.backends import settle, settle_statistics
+from lightning_hpo.step.buffers import (
     check_buffers,
-    check_forward,
-    check_value,
     find_buffers,
     follow_newly_written,
-    read_as_numbers,
-    settle,
-    settle_statistics,
     warn_of_newly_written,
-    warn_of_other_paths,
 )
+from lightning_hpo.step.forward_check import check_forward
+from lightning_hpo.step.numbers import read_as_numbers, warn_of_other_paths
+from lightning_hpo.step.recorder import Recorder
+from lightning_hpo.step.snapshot import Snapshot
+from lightning_hpo.step.trace_check import TraceCheck
+from lightning_hpo.step.value_check import check_value
 from lightning_hpo.strategy import LOGIT_STEP, LOOKS, TypicalValues, choose
 from lightning_hpo.values import fixed_options, remember_options
 

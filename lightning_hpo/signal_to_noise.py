@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lightning_hpo.hyperparameters import Hyperparameter
 
+__docformat__ = "google"
+__all__ = ["SignalToNoise"]
+
 # An update moves λ only where the mean of its hypergradients exceeds this part of their size.
 THRESHOLD = 0.15
 # How fast mean and mean square forget.

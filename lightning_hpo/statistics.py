@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_hpo._tensors import stacked_zeros, widened
 from lightning_hpo.distributed import world_size
 from lightning_hpo.exchange import ModuleState
+
+# torch 2.6 does not say which hooks pack what autograd saves.
+_CAN_ASK = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+_seen: list[Any] = []
 
 Place = tuple[nn.Module, str]
 """A module, and the name of one of its buffers."""
@@ -169,7 +173,8 @@ def differentiable_statistics() -> Iterator[None]:
     try:
         torch.batch_norm = partial(_normalized, before[0], _of_batch)
         torch.instance_norm = partial(_normalized, before[1], _of_instances)
-        yield
+        with nullcontext() if _CAN_ASK else _hooks_seen():
+            yield
     finally:
         torch.batch_norm, torch.instance_norm = before
 
@@ -228,6 +233,33 @@ def _updates() -> int:
     """
     if torch._C._current_graph_task_id() != -1:
         return 0
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    name = "" if hooks is None else getattr(hooks[0], "__qualname__", "")
+    if _CAN_ASK:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        packs = [] if hooks is None else [hooks[0]]
+    else:
+        packs = _seen
+    name = getattr(packs[-1], "__qualname__", "") if packs else ""
     return 2 if name.startswith(("_checkpoint_hook", "_recomputation_hook")) else 1
+
+
+@contextmanager
+def _hooks_seen() -> Iterator[None]:
+    """Notes the hooks that pack what autograd saves while they are in force."""
+    kind = torch.autograd.graph.saved_tensors_hooks
+    enter, leave = kind.__enter__, kind.__exit__
+
+    def noting(self: Any) -> None:
+        enter(self)
+        _seen.append(self.pack_hook)
+
+    def forgetting(self: Any, *args: Any) -> None:
+        if _seen and _seen[-1] is self.pack_hook:
+            _seen.pop()
+        leave(self, *args)
+
+    try:
+        kind.__enter__, kind.__exit__ = noting, forgetting  # type: ignore[method-assign]
+        yield
+    finally:
+        kind.__enter__, kind.__exit__ = enter, leave  # type: ignore[method-assign]
+        _seen.clear()

@@ -29,6 +29,9 @@ from lightning_hpo.hyperparameters import (
 from lightning_hpo.regularizers import Penalty
 from lightning_hpo.schedule import UNKNOWN_LENGTH
 
+__docformat__ = "google"
+__all__ = ["Strategy", "choose_estimators"]
+
 # Steps between two updates, where these are cheap.
 INTERVAL = 10
 # Tangents and mixed derivatives may cost so many gradients of the training loss per step.

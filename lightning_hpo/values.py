@@ -31,13 +31,19 @@ def fixed_values(module: nn.Module) -> dict[str, float | list[Any] | str]:
     """Reads the constrained value of every hyperparameter of a module.
 
     Args:
-        module: The module that was trained.
+        module: The module that was trained, or that is to be.
 
     Returns:
         A plain dict from names to floats, or nested lists for tensors; it can be written as JSON.
         Options of the optimizer that the last callback has tuned with this module are among them,
         as ``optimizer.<option>``; under a learning-rate schedule ``optimizer.lr`` is the scale on
         it. A strength with ``init="auto"`` that no training has resolved is ``"auto"``.
+
+    Example:
+        >>> module = Tuned()
+        >>> module.l2.value = 0.5
+        >>> fixed_values(module)
+        {'l2': 0.5}
     """
     tuned = {**named_hyperparameters(module), **record_of(module).tuned_options}
     values = {name: h.fixed() if h.is_resolved else "auto" for name, h in tuned.items()}
@@ -54,9 +60,9 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
 
     Args:
         module: A fresh module.
-        values: What :func:`fixed_values` or ``best()`` of a controller returned, or the path of a
-            Lightning checkpoint. Options of the optimizer are found there with the state of the
-            callback.
+        values: What :func:`fixed_values` or ``best()`` of a controller returned, in the scale of
+            the values (not raw), or the path of a Lightning checkpoint. Options of the optimizer
+            are found there with the state of the callback.
 
     Returns:
         The same module.
@@ -65,6 +71,11 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
         ValueError: If a name is unknown, or a value lies outside its constraint or has another
             shape. Nothing is changed then. Options that the optimizer does not have, and values
             that it cannot take, are refused when the optimizer is made.
+
+    Example:
+        >>> module = freeze(Tuned(), {"l2": 0.5})
+        >>> module.l2
+        Hyperparameter(0.5, constraint=Positive(low=1e-10, high=10000.0), frozen)
     """
     known = named_hyperparameters(module)
     if isinstance(values, (str, Path)):

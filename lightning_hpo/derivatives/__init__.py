@@ -10,10 +10,10 @@ With H = ∂²L/∂θ² and B = ∂²L/∂θ∂λ, a :class:`Backend` makes two 
 - :class:`LambdaDifference` completes any of them for λ that act through random masks.
 """
 
+from lightning_hpo.derivatives._gradient import gradient, gradient_products
 from lightning_hpo.derivatives.backend import Backend, is_missing_derivative
 from lightning_hpo.derivatives.finite_difference import FiniteDifference
 from lightning_hpo.derivatives.forward import Forward
-from lightning_hpo.derivatives.gradient import gradient, gradient_products
 from lightning_hpo.derivatives.lambda_difference import LambdaDifference
 from lightning_hpo.derivatives.loss import Loss
 from lightning_hpo.derivatives.reverse import Reverse
@@ -24,6 +24,8 @@ BACKENDS: dict[str, type[Reverse | Forward | FiniteDifference]] = {
     "finite_difference": FiniteDifference,
 }
 """The backends by the names that the callback's argument ``derivatives`` knows them by."""
+
+__docformat__ = "google"
 
 __all__ = [
     "BACKENDS",

@@ -20,8 +20,8 @@ from lightning_hpo._tensors import (
     stacked_zeros,
     widened,
 )
+from lightning_hpo.derivatives._gradient import gradient
 from lightning_hpo.derivatives.backend import direction_count
-from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.derivatives.loss import Loss
 from lightning_hpo.distributed import is_sharded, local, norm_over_shards
 

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 
 from lightning_hpo._dual import dual_level
 from lightning_hpo._tensors import stacked_zeros
+from lightning_hpo.derivatives._gradient import gradient
 from lightning_hpo.derivatives.backend import direction_count
-from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.derivatives.loss import Loss
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_hpo._tensors import is_on_host, rows, separate, stacked_zeros
+from lightning_hpo.derivatives._gradient import gradient
 from lightning_hpo.derivatives.backend import Backend, direction_count
-from lightning_hpo.derivatives.gradient import gradient
 from lightning_hpo.derivatives.loss import Loss
 from lightning_hpo.distributed import is_sharded, local, sum_over_shards
 

@@ -7,6 +7,8 @@ from lightning_hpo.estimators.policy_gradient import PolicyGradient, serves_choi
 from lightning_hpo.estimators.t1t2 import T1T2
 from lightning_hpo.estimators.unroll import UnrollK
 
+__docformat__ = "google"
+
 __all__ = [
     "T1T2",
     "ClipR",

@@ -36,7 +36,20 @@ class Estimator(ABC):
     what changes belongs into :meth:`setup`. For every optimizer step
     that the estimator asks for, :meth:`observe` gets the :class:`Step` when the gradient is final
     and θ has not moved; where an update is due, :meth:`hypergradient` follows after θ has moved to
-    θ_{t+1}. ``examples/extending.md`` writes one.
+    θ_{t+1}. ``examples/guide/extending.md`` writes one.
+
+    Example:
+        >>> class OneStep(Estimator):
+        ...     window = 1
+        ...
+        ...     def observe(self, step):
+        ...         self.kept = step.kept()
+        ...
+        ...     def hypergradient(self, validation):
+        ...         adjoint = {"theta": [g.unsqueeze(0) for g in validation.tensors()]}
+        ...         return estimators.Estimate([t[0] for t in self.kept.vjp_(adjoint)])
+        >>> callback = OnlineHPOCallback(OneStep(), every_n_steps=10)
+        >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
 
     Attributes:
         horizon: Steps between λ updates unless ``every_n_steps`` says otherwise.
@@ -70,7 +83,12 @@ class Estimator(ABC):
 
     @abstractmethod
     def observe(self, step: Step) -> None:
-        """Sees a step: its gradient is final, θ_t is still in place."""
+        """Sees a step: its gradient is final, θ_t is still in place.
+
+        Args:
+            step: The step as a map with its derivative. It is good until it returns; what is needed
+                later is made by ``step.kept()``.
+        """
 
     @abstractmethod
     def hypergradient(self, validation: ValidationGradient) -> Estimate | None:
@@ -93,4 +111,8 @@ class Estimator(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no state
-        """Restores what :meth:`state_dict` returned, after :meth:`setup`."""
+        """Restores what :meth:`state_dict` returned, after :meth:`setup`.
+
+        Args:
+            state: As it was saved.
+        """

@@ -52,6 +52,12 @@ class ClipR(Estimator):
         TypeError: If an argument is not a number, or ``sync_tangents`` is not a bool.
         ValueError: If ``radius`` is NaN or not positive, ``decay`` is outside [0, 1], or
             ``stride`` is no positive integer.
+
+    Example:
+        >>> callback = OnlineHPOCallback(ClipR(20.0, decay=0.99))
+        >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+        >>> callback.history[-1].tangent_norms["l2"] <= 20.0
+        True
     """
 
     def __init__(

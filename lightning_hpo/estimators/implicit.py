@@ -55,7 +55,7 @@ class Implicit(Estimator):
             v = a Σ_k (I − a H)^k g_V (Lorraine et al. 2020, eq. 3), with the learning rate in force
             as the step a.
         iterations: The largest number of iterations.
-        damping: Added to the diagonal of H.
+        damping: Added to the diagonal of H, in its units: loss per square of θ.
         tolerance: The solver stops where the residual is below ``tolerance`` · ‖g_V‖.
 
     The history has the outcome of every solve, a :class:`SolverOutcome`.
@@ -64,6 +64,12 @@ class Implicit(Estimator):
         TypeError: If ``damping`` or ``tolerance`` is not a number.
         ValueError: If ``solver`` is unknown, ``iterations`` is no positive integer, or ``damping``
             or ``tolerance`` is negative or not finite.
+
+    Example:
+        >>> callback = OnlineHPOCallback(Implicit("neumann", iterations=5), every_n_steps=10)
+        >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+        >>> callback.history[-1].outcome
+        'iteration limit'
     """
 
     window = 1

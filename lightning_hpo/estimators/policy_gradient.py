@@ -71,6 +71,22 @@ class PolicyGradient(Estimator):
         TypeError: If ``estimator`` is none of these, or a flag or number is of the wrong type.
         ValueError: If ``baseline`` is unknown, ``"leave_one_out"`` has fewer than two samples, or a
             number is out of range.
+
+    Example:
+        >>> class Searched(LitModel):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.skip = BernoulliHyperparameter()
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = batch
+        ...         return F.cross_entropy(self.net(x) + self.skip() * x[:, :3], y)
+        ...
+        ...     validation_step = training_step
+        >>> callback = OnlineHPOCallback(PolicyGradient(T1T2()), every_n_steps=5)
+        >>> Trainer(callbacks=[callback]).fit(Searched(), train_loader, validation_loader)
+        >>> len(callback.history)
+        4
     """
 
     def __init__(

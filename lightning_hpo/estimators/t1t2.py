@@ -32,6 +32,12 @@ class T1T2(Estimator):
 
     Raises:
         TypeError: If ``scale_by_lr`` is not a bool.
+
+    Example:
+        >>> callback = OnlineHPOCallback(T1T2(), every_n_steps=2)
+        >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+        >>> len(callback.history)
+        10
     """
 
     window = 1

@@ -41,6 +41,12 @@ class UnrollK(Estimator):
     Raises:
         TypeError: If ``k`` is not an integer, or ``restart`` or ``sync_tangents`` is not a bool.
         ValueError: If ``k < 1`` or ``mode`` is unknown.
+
+    Example:
+        >>> callback = OnlineHPOCallback(UnrollK(5))
+        >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+        >>> [record.step for record in callback.history]
+        [5, 10, 15, 20]
     """
 
     def __init__(

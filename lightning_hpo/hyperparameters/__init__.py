@@ -19,6 +19,8 @@ from lightning_hpo.hyperparameters.constraints import (
 from lightning_hpo.hyperparameters.controller import IndependentController, LSTMController
 from lightning_hpo.hyperparameters.hyperparameter import Hyperparameter, named_hyperparameters
 
+__docformat__ = "google"
+
 __all__ = [
     "BernoulliHyperparameter",
     "Box",

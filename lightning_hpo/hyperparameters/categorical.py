@@ -95,6 +95,11 @@ class CategoricalHyperparameter(Hyperparameter):
             tensors cannot; or ``logits`` is no tensor of floating-point numbers.
         ValueError: If there are fewer than two choices, or the same one twice; or ``logits`` has
             another shape or is not finite.
+
+    Example:
+        >>> activation = CategoricalHyperparameter(["relu", "tanh"])
+        >>> getattr(torch, activation())(torch.tensor([-1.0, 1.0]))
+        tensor([0., 1.])
     """
 
     is_policy = True
@@ -204,6 +209,11 @@ class BernoulliHyperparameter(CategoricalHyperparameter):
     Raises:
         TypeError: If ``probability`` is not a number.
         ValueError: If it lies outside of [1e-4, 1 − 1e-4].
+
+    Example:
+        >>> skip = BernoulliHyperparameter(0.75)
+        >>> skip()  # yes is the more probable one
+        True
     """
 
     def __init__(self, probability: float = 0.5) -> None:

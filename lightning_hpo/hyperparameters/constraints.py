@@ -17,8 +17,19 @@ from torch import Tensor
 class Constraint:
     """Contract of a constraint: ``value = constraint(raw)``, elementwise and differentiable.
 
-    A subclass implements :meth:`__call__`, :meth:`inverse`, and, where not every raw tensor is
-    feasible, :meth:`project`.
+    The λ-optimizer moves raw λ, after which :meth:`project` makes it feasible; derivatives are with
+    respect to raw λ. A subclass implements :meth:`__call__`, :meth:`inverse`, and, where not every
+    raw tensor is feasible, :meth:`project`.
+
+    Example:
+        >>> class Square(Constraint):
+        ...     def __call__(self, raw):
+        ...         return raw.square()
+        ...
+        ...     def inverse(self, value):
+        ...         return value.sqrt()
+        >>> Hyperparameter(9.0, Square()).raw
+        tensor(3.)
     """
 
     def __call__(self, raw: Tensor) -> Tensor:
@@ -28,19 +39,29 @@ class Constraint:
     def inverse(self, value: Tensor) -> Tensor:
         """Returns the raw tensor whose value is ``value``.
 
+        Args:
+            value: In the scale of the value, of any shape.
+
         Raises:
             ValueError: If ``value`` is not feasible.
         """
         raise NotImplementedError
 
     def project(self, raw: Tensor) -> Tensor:
-        """Returns the feasible raw tensor nearest to ``raw``; applied after every λ update."""
+        """Returns the feasible raw tensor nearest to ``raw``; applied after every λ update.
+
+        Args:
+            raw: What the λ-optimizer has made of raw λ.
+        """
         return raw
 
     def derivatives(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the value and its derivative with respect to ``raw``, both of its shape.
 
         The default differentiates :meth:`__call__`.
+
+        Args:
+            raw: Raw λ.
         """
         with torch.enable_grad():
             leaf = raw.detach().clone().requires_grad_()
@@ -88,10 +109,15 @@ class Positive(Constraint):
 
     Args:
         low: Smallest value, in the scale of the value. Must be positive.
-        high: Largest value.
+        high: Largest value, likewise.
 
     Raises:
         ValueError: If not ``0 < low < high < inf``.
+
+    Example:
+        >>> strength = Hyperparameter(1e-3, Positive(high=10.0))
+        >>> strength.raw  # log(1e-3)
+        tensor(-6.9078)
     """
 
     low: float = 1e-10
@@ -134,6 +160,11 @@ class UnitInterval(Constraint):
 
     Raises:
         ValueError: If not ``0 < margin < 0.5``.
+
+    Example:
+        >>> probability = Hyperparameter(0.8, UnitInterval())
+        >>> probability.raw  # log(0.8 / 0.2)
+        tensor(1.3863)
     """
 
     margin: float = 1e-4
@@ -168,7 +199,13 @@ class UnitInterval(Constraint):
 
 @dataclass(frozen=True)
 class Unconstrained(Constraint):
-    """Any finite value: the identity, without a projection."""
+    """Any finite value: the identity, without a projection.
+
+    Example:
+        >>> bias = Hyperparameter(-0.5, Unconstrained())
+        >>> bias.raw
+        tensor(-0.5000)
+    """
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Returns ``raw`` itself."""
@@ -189,11 +226,16 @@ class Interval(Unconstrained):
     """Values in ``[low, high]``: the identity, projected by clamping after every update.
 
     Args:
-        low: Smallest value.
+        low: Smallest value, which is raw λ itself; may be ``-inf``.
         high: Largest value; may be ``inf``.
 
     Raises:
         ValueError: If not ``low < high``.
+
+    Example:
+        >>> sigma = Hyperparameter(0.1, Interval(0.0))  # up to infinity
+        >>> Interval(0.0, 2.0).project(torch.tensor([-1.0, 1.5, 2.5]))
+        tensor([0.0000, 1.5000, 2.0000])
     """
 
     low: float = 0.0
@@ -230,7 +272,20 @@ class Interval(Unconstrained):
 
 @dataclass(frozen=True)
 class Box(Interval):
-    """Vectors whose elements all lie in ``[low, high]``: the identity, projected by clamping."""
+    """Vectors whose elements all lie in ``[low, high]``: the identity, projected by clamping.
+
+    Args:
+        low: Smallest value of an element, which is raw λ itself.
+        high: Largest value of an element.
+
+    Raises:
+        ValueError: If not ``low < high``.
+
+    Example:
+        >>> weights = Hyperparameter(torch.ones(128), Box())
+        >>> Box().project(torch.tensor([-0.5, 0.5, 1.5]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
 
     low: float = 0.0
     high: float = 1.0
@@ -241,10 +296,15 @@ class Simplex(Unconstrained):
     """Vectors of weights that are not negative and sum to ``total``, projected by distance.
 
     Args:
-        total: The sum.
+        total: The sum, in the scale of the values, which are raw λ themselves.
 
     Raises:
         ValueError: If ``total`` is not positive and finite.
+
+    Example:
+        >>> mixture = Hyperparameter(torch.tensor([0.25, 0.75]), Simplex())
+        >>> Simplex().project(torch.tensor([0.5, 1.0]))
+        tensor([0.2500, 0.7500])
     """
 
     total: float = 1.0
@@ -275,11 +335,17 @@ class L1Ball(Unconstrained):
     """Vectors with Σ |x| ≤ ``radius``, projected by distance.
 
     Args:
-        radius: R of the data hyper-cleaner (Franceschi et al. 2017, §5.1).
+        radius: R of the data hyper-cleaner (Franceschi et al. 2017, §5.1), in the scale of the
+            values, which are raw λ themselves.
         nonnegative: Whether elements below 0 are projected to 0 too, as weights need.
 
     Raises:
         ValueError: If ``radius`` is not positive and finite.
+
+    Example:
+        >>> weights = Hyperparameter(torch.full((128,), 0.5), L1Ball(64.0))
+        >>> L1Ball(1.0).project(torch.tensor([0.5, 1.0]))
+        tensor([0.2500, 0.7500])
     """
 
     radius: float = 1.0

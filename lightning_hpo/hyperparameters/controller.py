@@ -121,7 +121,13 @@ class Controller(nn.Module, ABC):
 
 
 class IndependentController(Controller):
-    """Choices that know nothing of each other: each has logits of its own."""
+    """Choices that know nothing of each other: each has logits of its own.
+
+    Example:
+        >>> skip = BernoulliHyperparameter(0.75)
+        >>> IndependentController({"skip": skip}).best()
+        {'skip': True}
+    """
 
     def policy(self) -> dict[str, Hyperparameter]:
         """Returns the choices themselves: their logits are λ."""
@@ -164,6 +170,17 @@ class LSTMController(Controller):
         TypeError: If ``decisions`` or ``optimizer`` is no mapping, or a decision no
             :class:`CategoricalHyperparameter`.
         ValueError: If there is none, or ``hidden`` is no positive integer.
+
+    Example:
+        >>> class Searched(LitModel):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.activation = CategoricalHyperparameter(["relu", "tanh"])
+        ...         self.skip = BernoulliHyperparameter()
+        ...         decisions = {"activation": self.activation, "skip": self.skip}
+        ...         self.controller = LSTMController(decisions)
+        >>> sorted(Searched().controller.best())
+        ['activation', 'skip']
     """
 
     is_joint = True

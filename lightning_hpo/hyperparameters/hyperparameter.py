@@ -32,14 +32,29 @@ class Hyperparameter(nn.Module):
             differentiated with respect to this hyperparameter: for one that acts through random
             masks or another step function, where autograd sees no or a wrong derivative. Default:
             autograd.
-        typical: A value that is usual for its kind. Where hypergradients say nothing yet, the
-            λ-optimizer that is chosen by default drifts to it. Default: none.
+        typical: A value that is usual for its kind, in the scale of the value. Where hypergradients
+            say nothing yet, the λ-optimizer that is chosen by default drifts to it. Default: none.
 
     Raises:
         TypeError: If ``init`` is not a number or a floating-point tensor, ``constraint`` is not a
             :class:`Constraint` instance, or ``difference_step`` or ``typical`` is not a number.
         ValueError: If ``init`` is not finite, is empty, or lies outside the constraint, or
             ``difference_step`` is not positive and finite, or ``typical`` not finite.
+
+    Example:
+        >>> class Mixed(LitModel):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gain = Hyperparameter(1.0, Positive())
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = batch
+        ...         return F.cross_entropy(self.gain() * self.net(x), y)
+        >>> module = Mixed()
+        >>> Trainer(callbacks=[OnlineHPOCallback()]).fit(module, train_loader, validation_loader)
+        >>> module.gain.value = 2.0  # in the scale of the value
+        >>> module.gain.raw
+        tensor(0.6931)
     """
 
     raw: Tensor
@@ -97,6 +112,9 @@ class Hyperparameter(nn.Module):
         """Makes one of one element whose value is found at the start of a training.
 
         Until then ``raw`` is NaN, also in a checkpoint.
+
+        Args:
+            constraint: The map from raw to value.
 
         Raises:
             TypeError: If ``constraint`` is no constraint.
@@ -196,13 +214,20 @@ class Hyperparameter(nn.Module):
     def raw_of(self, value: Any) -> Tensor:
         """Returns the raw tensor of what :meth:`fixed` returned.
 
+        Args:
+            value: A number, or nested lists, in the scale of the value.
+
         Raises:
             ValueError: If it lies outside the constraint.
         """
         return self.constraint.inverse(torch.as_tensor(value, dtype=self.raw.dtype))
 
     def settled(self, raw: Tensor) -> Tensor:
-        """Returns the raw tensor that stands for ``raw`` once nothing is tuned: that itself."""
+        """Returns the raw tensor that stands for ``raw`` once nothing is tuned: that itself.
+
+        Args:
+            raw: Raw λ where a training has left it.
+        """
         return self.constraint.project(raw)
 
     def extra_repr(self) -> str:
@@ -231,6 +256,10 @@ def named_hyperparameters(module: nn.Module) -> dict[str, Hyperparameter]:
         Dotted names, as in ``module.named_modules()``, mapped to the hyperparameters. One that is
         registered in several places, as a rate shared by several layers is, appears once, under the
         name that was registered last among those with the fewest dots.
+
+    Example:
+        >>> list(named_hyperparameters(Tuned()))
+        ['l2']
     """
     names: dict[Hyperparameter, str] = {}
     for name, m in module.named_modules(remove_duplicate=False):

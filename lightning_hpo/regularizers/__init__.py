@@ -1,5 +1,6 @@
 """Regularizers with tunable strengths: one file each, with its layer and its mixin."""
 
+from lightning_hpo.regularizers._with_mixins import with_mixins
 from lightning_hpo.regularizers.dropout import DropoutMixin
 from lightning_hpo.regularizers.example_weight import ExampleWeightMixin, IndexedDataset
 from lightning_hpo.regularizers.l1 import L1Mixin, L1Penalty
@@ -10,7 +11,8 @@ from lightning_hpo.regularizers.noise import GaussianNoise, GaussianNoiseMixin
 from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
 from lightning_hpo.regularizers.stacked_rnn import StackedRNN
 from lightning_hpo.regularizers.tunable_dropout import TunableDropout, keep_probability
-from lightning_hpo.regularizers.with_mixins import with_mixins
+
+__docformat__ = "google"
 
 __all__ = [
     "DropoutMixin",

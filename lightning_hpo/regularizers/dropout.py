@@ -34,10 +34,13 @@ _RATES = ("p", "dropout", "drop_prob", "dropout_p", "drop_rate")
 class DropoutMixin(RegularizerMixin):
     """Turns the dropout of a module into tunable dropout.
 
-    Example::
-
-        self.net = make_net()          # with nn.Dropout in it
-        self.register_dropout()
+    Example:
+        >>> class Dropped(DropoutMixin, LitModel):
+        ...     def __init__(self):
+        ...         super().__init__()  # makes a network with nn.Dropout(0.3)
+        ...         self.register_dropout()
+        >>> Dropped().keep
+        Hyperparameter(0.7, constraint=UnitInterval(margin=0.0001))
     """
 
     def register_dropout(
@@ -61,7 +64,8 @@ class DropoutMixin(RegularizerMixin):
         tunes them all the same.
 
         Args:
-            init: Initial *keep* probability, 1 − p of the layers found. Default: theirs.
+            init: Initial *keep* probability, 1 − p of the layers found, in the scale of the value
+                (not its logit). Default: theirs.
             name: The attribute under which the keep probabilities are registered, and the first
                 part of their names.
             tied: Whether all layers share one keep probability, named ``name``. Otherwise there is

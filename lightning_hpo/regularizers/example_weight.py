@@ -19,12 +19,18 @@ from lightning_hpo.regularizers._placement import check_free_name
 class ExampleWeightMixin(RegularizerMixin):
     """Weighs every training example: data hyper-cleaning (Franceschi et al. 2017, §5.1).
 
-    Example::
-
-        self.register_example_weights(len(train_set))
+    Example:
+        >>> class Cleaned(ExampleWeightMixin, LitModel):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_example_weights(len(train_set))
         ...
-        x, y, index = batch                       # from IndexedDataset(train_set)
-        return self.weighted_mean(F.cross_entropy(self.net(x), y, reduction="none"), index)
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y, index = batch
+        ...         losses = F.cross_entropy(self.net(x), y, reduction="none")
+        ...         return self.weighted_mean(losses, index)
+        >>> indexed = DataLoader(IndexedDataset(train_set), batch_size=32, shuffle=True)
+        >>> Trainer(callbacks=[OnlineHPOCallback()]).fit(Cleaned(), indexed, validation_loader)
     """
 
     def register_example_weights(
@@ -73,6 +79,9 @@ class ExampleWeightMixin(RegularizerMixin):
             losses: One loss per example, ``(B,)``.
             index: The positions of the examples in the training set, ``(B,)``, integers.
 
+        Returns:
+            A scalar with the graph of ``losses`` and of the weights.
+
         Raises:
             ValueError: If the index is missing, has another shape, or is out of range.
         """
@@ -107,6 +116,11 @@ class IndexedDataset(Dataset[Any]):
 
     Args:
         dataset: A map-style dataset of tuples.
+
+    Example:
+        >>> x, y, index = IndexedDataset(train_set)[5]
+        >>> index
+        5
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:

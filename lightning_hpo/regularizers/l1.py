@@ -48,13 +48,13 @@ class L1Mixin(PenaltyMixin):
 
     Without the callback the strengths are simply fixed.
 
-    Example::
-
-        class LitClassifier(L1Mixin, lightning.LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.net = make_net()
-                self.register_l1(init=1e-4)
+    Example:
+        >>> class Sparse(L1Mixin, LitModel):  # the mixin first
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_l1(init=1e-4, granularity="layer")
+        >>> sorted(named_hyperparameters(Sparse()))
+        ['l1.net.0', 'l1.net.3']
     """
 
     def register_l1(

@@ -42,13 +42,13 @@ class L2Mixin(PenaltyMixin):
 
     Without the callback the strengths are simply fixed.
 
-    Example::
-
-        class LitClassifier(L2Mixin, lightning.LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.net = make_net()
-                self.register_l2(init=1e-4)
+    Example:
+        >>> class Tuned(L2Mixin, LitModel):  # the mixin first
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_l2()  # once the network is there
+        >>> fixed_values(Tuned())  # found when a training starts
+        {'l2': 'auto'}
     """
 
     def register_l2(

@@ -18,11 +18,16 @@ class LabelSmoothing(nn.Module):
     ``training_step`` and ``validation_step``.
 
     Args:
-        init: Initial strength ε.
+        init: Initial strength ε, a part of 1, in the scale of the value.
         constraint: Default: ``Interval(0, 1)``.
 
     Raises:
         ValueError: If ``init`` lies outside the constraint.
+
+    Example:
+        >>> loss = LabelSmoothing(0.1)
+        >>> loss(torch.zeros(2, 3), torch.tensor([0, 2]))  # log(3)
+        tensor(1.0986)
     """
 
     def __init__(self, init: float, constraint: Constraint | None = None) -> None:
@@ -32,7 +37,12 @@ class LabelSmoothing(nn.Module):
         )
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the mean loss of ``logits`` ``(N, C, …)`` and integer ``labels`` ``(N, …)``."""
+        """Returns the mean loss over a batch.
+
+        Args:
+            logits: ``(N, C, …)``, of C classes.
+            labels: ``(N, …)``, integers.
+        """
         plain = F.cross_entropy(logits, labels)
         if not self.training:
             return plain

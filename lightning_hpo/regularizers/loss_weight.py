@@ -18,11 +18,19 @@ _TAKEN = frozenset(dir(nn.Module)) | {"main", "training"}
 class LossWeightMixin(RegularizerMixin):
     """Weighs auxiliary tasks: ρ in the phone experiment of Franceschi et al. (2017, §5.2).
 
-    Example::
-
-        self.register_loss_weights({"context": 1.6})
+    Example:
+        >>> class MultiTask(LossWeightMixin, LitModel):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_loss_weights({"size": 0.1})
         ...
-        return self.weighted_loss(loss_phones, context=loss_context)
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = batch
+        ...         logits = self.net(x)
+        ...         loss = F.cross_entropy(logits, y)
+        ...         return self.weighted_loss(loss, size=logits.square().mean())
+        >>> trainer = Trainer(callbacks=[OnlineHPOCallback()])
+        >>> trainer.fit(MultiTask(), train_loader, validation_loader)
     """
 
     def register_loss_weights(
@@ -34,7 +42,7 @@ class LossWeightMixin(RegularizerMixin):
         """Registers one weight per auxiliary loss, named ``name.<loss>``.
 
         Args:
-            inits: Initial weights, by the name of the loss.
+            inits: Initial weights ρ (in the scale of the value), by the name of the loss.
             name: The attribute under which they are registered.
             constraint: Default: ``Interval(0, inf)``, so that a weight can reach 0.
 
@@ -58,7 +66,7 @@ class LossWeightMixin(RegularizerMixin):
 
         Args:
             main: The loss whose weight is 1.
-            **auxiliary: The auxiliary losses, by the names that were registered.
+            **auxiliary: The auxiliary losses, by the names that were registered; scalars.
 
         Raises:
             ValueError: If a loss has no registered weight, or a weight no loss.

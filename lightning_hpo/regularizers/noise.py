@@ -28,6 +28,11 @@ class GaussianNoise(nn.Module):
 
     Raises:
         ValueError: If ``init`` lies outside the constraint.
+
+    Example:
+        >>> net = nn.Sequential(GaussianNoise(0.1), nn.Linear(4, 3))
+        >>> net[0].sigma
+        Hyperparameter(0.1, constraint=Interval(low=0.0, high=inf))
     """
 
     def __init__(self, init: float, constraint: Constraint | None = None) -> None:
@@ -35,7 +40,11 @@ class GaussianNoise(nn.Module):
         self.sigma = Hyperparameter(init, Interval(0.0) if constraint is None else constraint)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns a tensor of the shape of ``x``; ``x`` itself in evaluation mode."""
+        """Returns a tensor of the shape of ``x``; ``x`` itself in evaluation mode.
+
+        Args:
+            x: Floating-point numbers, of any shape.
+        """
         return add_noise(x, self.sigma) if self.training else x
 
 
@@ -53,11 +62,14 @@ def add_noise(x: Tensor, sigma: Hyperparameter) -> Tensor:
 class GaussianNoiseMixin(RegularizerMixin):
     """Adds tunable Gaussian noise to the inputs of modules, by hooks.
 
-    Example::
-
-        self.net = make_net()
-        self.register_noise(init=0.1)                        # at the input of the network
-        self.register_noise(init=0.1, at=["net.2", "net.4"], name="hidden_noise", tied=False)
+    Example:
+        >>> class Noisy(GaussianNoiseMixin, LitModel):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_noise(init=0.1)  # at the input of the network
+        ...         self.register_noise(init=0.1, at=["net.3"], name="hidden_noise")
+        >>> sorted(named_hyperparameters(Noisy()))
+        ['hidden_noise', 'noise']
     """
 
     def register_noise(

@@ -34,36 +34,8 @@ class Penalty(ABC):
     :meth:`gradient` and :meth:`hvp`. :meth:`constant` lets it keep something for each weight. The
     chain rule through λ and its constraint is done here, and no method runs the network.
 
-    Example::
-
-        class L2SP(Penalty):
-            '''½ λ ‖w − w₀‖²: stay near where training started (Li et al. 2018).'''
-
-            def constant(self, weight):
-                return weight.detach().clone()
-
-            def value(self, weight, constant):
-                return 0.5 * (weight - constant).square().sum()
-
-        self.register_penalty(L2SP, init=1e-3)   # of PenaltyMixin, in __init__: self.l2sp
-
     What constants are made of comes in by an ``__init__`` of the penalty's own, and an instance
-    is registered. Fisher values, in a dict from parameters to tensors::
-
-        class EWC(Penalty):
-            '''½ λ Σ F (w − w₀)²: elastic weight consolidation (Kirkpatrick et al. 2017).'''
-
-            def __init__(self, fisher):
-                self.fisher = fisher
-
-            def constant(self, weight):
-                return weight.detach().clone(), self.fisher[weight]
-
-            def value(self, weight, constant):
-                start, fisher = constant
-                return 0.5 * (fisher * (weight - start).square()).sum()
-
-        self.register_penalty(EWC(fisher), init=1.0)
+    is registered.
 
     Where parameters are sharded, weights are local slices: :meth:`value` must be a sum over the
     elements of a weight, and constants are refused.
@@ -73,6 +45,37 @@ class Penalty(ABC):
             ``init="auto"`` is known; else None.
         hyperparameter: λ, of one element.
         constants: What :meth:`constant` returned, one entry per weight.
+
+    Example:
+        >>> from lightning_hpo.regularizers import Penalty, PenaltyMixin
+        >>> class L2SP(Penalty):
+        ...     '''½ λ ‖w − w₀‖²: stay near where training started (Li et al. 2018).'''
+        ...
+        ...     def constant(self, weight):
+        ...         return weight.detach().clone()
+        ...
+        ...     def value(self, weight, constant):
+        ...         return 0.5 * (weight - constant).square().sum()
+        >>> class EWC(Penalty):
+        ...     '''½ λ Σ F (w − w₀)²: elastic weight consolidation (Kirkpatrick et al. 2017).'''
+        ...
+        ...     def __init__(self, fisher):  # a dict from parameters to tensors
+        ...         self.fisher = fisher
+        ...
+        ...     def constant(self, weight):
+        ...         return weight.detach().clone(), self.fisher[weight]
+        ...
+        ...     def value(self, weight, constant):
+        ...         start, fisher = constant
+        ...         return 0.5 * (fisher * (weight - start).square()).sum()
+        >>> class FineTuned(PenaltyMixin, LitModel):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_penalty(L2SP, init=1e-3)
+        ...         fisher = {p: torch.ones_like(p) for p in self.parameters()}
+        ...         self.register_penalty(EWC(fisher), init=1.0)
+        >>> sorted(named_hyperparameters(FineTuned()))
+        ['ewc', 'l2sp']
     """
 
     degree: ClassVar[int | None] = None
@@ -110,6 +113,10 @@ class Penalty(ABC):
 
         The default differentiates :meth:`value`. An override must be differentiable, unless it
         comes with an :meth:`hvp` and acts in the gradient.
+
+        Args:
+            weight: w.
+            constant: What :meth:`constant` has kept for it.
         """
         gradient: Tensor = torch.func.grad(self.value)(weight, constant)
         return gradient
@@ -174,7 +181,11 @@ class Penalty(ABC):
         return any(constant is not None for constant in self.constants)
 
     def total(self, weights: Sequence[Tensor]) -> Tensor:
-        """Returns R(w), the sum over all weights; an override may need fewer kernels."""
+        """Returns R(w), the sum over all weights; an override may need fewer kernels.
+
+        Args:
+            weights: Their values, in the order of :attr:`weights`.
+        """
         values = [self.value(w, self._constant(k, w)) for k, w in enumerate(weights)]
         return torch.stack(values).sum()
 

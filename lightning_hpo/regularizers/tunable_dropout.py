@@ -23,6 +23,12 @@ def keep_probability(init: float) -> Hyperparameter:
 
     Raises:
         ValueError: If ``init`` is not within the margins of :class:`UnitInterval`.
+
+    Example:
+        >>> keep = keep_probability(0.75)  # one λ, two layers
+        >>> net = nn.Sequential(TunableDropout(keep), nn.Linear(4, 3), TunableDropout(keep))
+        >>> len(named_hyperparameters(net))
+        1
     """
     return Hyperparameter(
         init, UnitInterval(), difference_step=_DIFFERENCE_STEP, typical=_TYPICAL_KEEP
@@ -67,6 +73,11 @@ class TunableDropout(nn.Module):
     Raises:
         ValueError: If the keep probability is not between 0 and 1, or is a
             :class:`Hyperparameter` of another kind.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 16), TunableDropout(0.75), nn.Linear(16, 3))
+        >>> net[1].keep
+        Hyperparameter(0.75, constraint=UnitInterval(margin=0.0001))
     """
 
     def __init__(
@@ -97,7 +108,11 @@ class TunableDropout(nn.Module):
             self.keep.raw.copy_(self.keep.constraint.inverse(value))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns a tensor of the shape of ``x``; ``x`` itself in evaluation mode."""
+        """Returns a tensor of the shape of ``x``; ``x`` itself in evaluation mode.
+
+        Args:
+            x: Floating-point numbers, units or channels as ``spatial`` says.
+        """
         if not self.training:
             return x
         keep: Tensor = self.keep().to(x.dtype)

@@ -84,6 +84,9 @@ class Effect:
         """Returns ⟨g_V, ∂θ_{t+1}/∂λ⟩, one tensor per λ, with respect to raw λ.
 
         g_V is multiplied as it arrives, and need not exist as a whole.
+
+        Args:
+            validation: g_V at θ_{t+1}.
         """
         totals = {
             name: torch.zeros_like(raw)

@@ -117,19 +117,30 @@ class Space:
         return directions
 
     def split(self, stack: Tensor) -> list[Tensor]:
-        """Splits m numbers, one per scalar hyperparameter, into tensors shaped like raw λ."""
+        """Splits m numbers, one per scalar hyperparameter, into tensors shaped like raw λ.
+
+        Args:
+            stack: ``(m,)``, in the order of the hyperparameters.
+        """
         sizes = [raw.numel() for raw in self.raws]
         parts = zip(stack.split(sizes), self.raws, strict=True)
         return [part.reshape(raw.shape) for part, raw in parts]
 
     def zeros(self, m: int) -> dict[str, Tensor]:
-        """Returns m zeros per λ, in float32 or better, by name."""
+        """Returns m zeros per λ, in float32 or better, by name.
+
+        Args:
+            m: The number of directions.
+        """
         return dict(zip(self.hyperparameters, stacked_zeros(self.raws, m), strict=True))
 
     def penalties_in(
         self, step: OptimizerStep
     ) -> Iterator[tuple[str | None, Penalty, list[int], list[int]]]:
         """Yields the penalties that acted in a step, as :meth:`TrainingMap.penalties_in` does.
+
+        Args:
+            step: What the optimizer was given.
 
         Yields:
             The name of the strength, None where it is frozen or another estimator's; the penalty;
@@ -140,17 +151,31 @@ class Space:
             yield names.get(id(penalty.hyperparameter)), penalty, which, index
 
     def average_(self, theta: Sequence[Tensor | None], lam: Iterable[Tensor] = ()) -> None:
-        """Averages parts of a gradient over the ranks, in place; those over sharded θ come so."""
+        """Averages parts of a gradient over the ranks, in place; those over sharded θ come so.
+
+        Args:
+            theta: One tensor per parameter; None is passed over.
+            lam: Tensors of the size of λ.
+        """
         own = [] if self.training.sharded else [t for t in theta if t is not None]
         average_([*own, *lam])
 
     def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        """Returns ⟨a, b⟩ over all elements of θ."""
+        """Returns ⟨a, b⟩ over all elements of θ.
+
+        Args:
+            a: One tensor per parameter.
+            b: The same.
+        """
         dots = torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)])
         return sum_over_shards(dots.sum(), self.training.sharded)
 
     def refuse_options(self, estimator: str, reason: str) -> None:
         """Refuses to tune the optimizer's options with an estimator that cannot see them.
+
+        Args:
+            estimator: How the message calls it.
+            reason: Why it cannot, as the message says.
 
         Raises:
             MisconfigurationException: If any is to be tuned.

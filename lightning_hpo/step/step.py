@@ -74,6 +74,9 @@ class Step:
         for every scalar λ, e its unit vector, C the derivative of clipping (online-HPO paper, eq.
         7, with the user's optimizer in the place of plain gradient descent). Costs one product with
         the Hessian per scalar λ.
+
+        Args:
+            tangents: What ``space.tangents()`` has made.
         """
         self._check_in_place()
         assert self.batches is not None
@@ -368,6 +371,9 @@ class Step:
 
         None where some λ acts inside the loss or in Φ, or Φ mixes elements. Else the step is used
         up: where clipping by norm acts, its gradient becomes a part of the effect.
+
+        Args:
+            through_optimizer: Whether the gradient passes through Φ; without, −1 stands for it.
         """
         self._check_in_place()
         space = self.space
@@ -440,6 +446,9 @@ class Step:
 
         The gradient is taken again with the same batches and random draws, and gets the penalties
         and the clipping; θ and the state are those to which the optimizer's own formula leads.
+
+        Args:
+            before: The step that led to this one, which has its θ.
         """
         training = self.space.training
         after = GenericDynamics(training.dynamics.optimizer).advance(before.point)
@@ -508,7 +517,12 @@ class Step:
 
     @classmethod
     def unpack(cls, space: Space, packed: dict[str, Any]) -> Step:
-        """Reads what :meth:`pack` returned, onto the device of the training."""
+        """Reads what :meth:`pack` returned, onto the device of the training.
+
+        Args:
+            space: That of the resumed training.
+            packed: What was saved.
+        """
         objective = space.training.objective
         point = move_data_to_device(packed["point"], space.theta[0].device)
         if point["clipping"] is not None:

@@ -116,7 +116,11 @@ class Tangents:
         return self._norms
 
     def scale_(self, factors: Tensor | float) -> None:
-        """Multiplies each tangent, all of its parts, by its factor (``(m,)`` or one)."""
+        """Multiplies each tangent, all of its parts, by its factor.
+
+        Args:
+            factors: One per tangent, ``(m,)``, or one for all.
+        """
         for tensors in self._tensors():
             for t in tensors:
                 if isinstance(factors, Tensor):
@@ -127,7 +131,11 @@ class Tangents:
             self._norms = self._norms * factors
 
     def project_(self, radius: float) -> None:
-        """Projects each tangent on a ball, optimizer state along: r / max(‖y‖, r) · ṡ."""
+        """Projects each tangent on a ball, optimizer state along: r / max(‖y‖, r) · ṡ.
+
+        Args:
+            radius: r, in the units of θ per unit of raw λ; ``inf`` leaves them alone.
+        """
         if math.isinf(radius):
             return
         norms = self.norms()
@@ -142,6 +150,9 @@ class Tangents:
 
         The product is NaN where ‖y‖ has overflowed; those tangents start anew, since they would
         stay non-finite for ever.
+
+        Args:
+            validation: g_V at θ_{t+1}.
         """
         self.follow()  # parameters that have joined since the step
         y = self.state[THETA]
@@ -187,7 +198,11 @@ class Tangents:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the tangents onto the devices of the parameters."""
+        """Restores the tangents onto the devices of the parameters.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
         # Parameters may have joined since; they get zero tangents at the next step.
         parameters = self._training.theta
         self.state = {

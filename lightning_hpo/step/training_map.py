@@ -62,7 +62,14 @@ class TrainingMap:
         self.sharded = is_sharded(self.theta)
 
     def difference_step(self, name: str) -> float | None:
-        """Returns half the width of the difference over a λ; None where autograd serves."""
+        """Returns half the width of the difference over a λ; None where autograd serves.
+
+        Args:
+            name: That of the hyperparameter.
+
+        Returns:
+            A number in units of raw λ, or None.
+        """
         h = self.hyperparameters[name]
         if h.difference_step is None or not isinstance(h.constraint, UnitInterval):
             return h.difference_step
@@ -112,6 +119,9 @@ class TrainingMap:
         """Yields the penalties that acted in a step: on weights that had a gradient.
 
         Not those whose strength is not resolved yet.
+
+        Args:
+            step: What the optimizer was given.
 
         Yields:
             The penalty, the positions of these weights among its own, and those in θ.

@@ -16,13 +16,9 @@ from lightning_hpo.regularizers._mixin import RegularizerMixin
 def with_mixins(module: nn.Module, *mixins: type[RegularizerMixin]) -> Any:
     """Adds mixins to a LightningModule that something else has built.
 
-    For packages that make the module themselves::
-
-        class Estimator(DeepAREstimator):              # of gluonts
-            def create_lightning_module(self):
-                module = with_mixins(super().create_lightning_module(), L2Mixin)
-                module.register_l2(init=1e-4)
-                return module
+    That is for packages which make the module themselves: where the package lets you at it, after
+    it has been built and before ``Trainer.fit`` (in gluonts, an override of
+    ``create_lightning_module``).
 
     The module becomes an instance of a class made of the mixins and its own; it keeps parameters,
     name and behaviour, and may be copied and pickled. ``load_from_checkpoint`` of its class makes a
@@ -39,6 +35,12 @@ def with_mixins(module: nn.Module, *mixins: type[RegularizerMixin]) -> Any:
         TypeError: If one is no such mixin, or ``module`` is no LightningModule.
         MisconfigurationException: If the class of the module has no subclasses, or asks for
             arguments to make one.
+
+    Example:
+        >>> module = with_mixins(LitModel(), L2Mixin)
+        >>> module.register_l2(init=1e-4)
+        >>> type(module).__name__, list(named_hyperparameters(module))
+        ('LitModel', ['l2'])
     """
     if not is_lightning_module(module):
         raise TypeError(
