@@ -23,6 +23,21 @@ def shown(owner: Any, names: tuple[str, ...] | None = None) -> str:
     )
 
 
+def briefly(owner: Any) -> str:
+    """Returns how an object is made, with what differs from the defaults, and numbers rounded."""
+    kept = vars(owner)
+    parts = []
+    for name, parameter in inspect.signature(type(owner).__init__).parameters.items():
+        value = kept.get(name, parameter.default)
+        if name == "self" or value == parameter.default:
+            continue
+        if type(value).__module__.startswith("lightning_hpo"):
+            parts.append(f"{name}={briefly(value)}")
+        else:
+            parts.append(f"{name}={value:.4g}" if type(value) is float else f"{name}={value!r}")
+    return f"{type(owner).__name__}({', '.join(parts)})"
+
+
 def listed(parts: Sequence[str], most: int) -> str:
     """Returns the first of some names, and how many more there are."""
     more = len(parts) - most

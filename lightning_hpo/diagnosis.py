@@ -375,7 +375,7 @@ class Diagnosis:
                 f"λ has no measurable effect on the held-out loss: {_some(parts)}. A whole unit "
                 f"of raw λ (a factor e of a strength) changes it by less than {MEASURABLE:g} of "
                 "itself, so λ moves at random. Start it where it acts, or leave it alone "
-                "(frozen=True)",
+                "(for one of them: module.NAME.frozen = True)",
             )
 
     def _tell_overfitted(self, history: History) -> None:
@@ -571,9 +571,9 @@ def _movement(subject: Subject, values: Tensor) -> str:
     except ValueError:  # a constraint of the user's, which may look at the whole tensor
         is_raw, raw = True, tail.mean(1)
     net = float(raw[-1] - raw[0])
-    # On a log or logit scale a change is relative already.
+    # On a log or logit scale a change is relative already. Less than a twentieth is of no account.
     scale = float(raw.abs().max()) if is_raw else 1.0
-    if not abs(net) > max(0.5 * float(raw.diff().abs().sum()), 0.02 * scale):
+    if not abs(net) > max(0.5 * float(raw.diff().abs().sum()), 0.05 * scale):
         return "settled"
     return "still rising" if net > 0 else "still falling"
 

@@ -14,7 +14,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_hpo._repr import counted, listed
+from lightning_hpo._repr import briefly, counted, listed
 from lightning_hpo._trainer import length
 from lightning_hpo.auto import Starts, agreed
 from lightning_hpo.estimators import T1T2, ClipR, Estimator, PolicyGradient
@@ -105,7 +105,7 @@ class Strategy:
         return max(1, self.steps // self.every_n_steps)
 
     def __str__(self) -> str:
-        parts = [f"{estimator!r} for {_some(names)}" for _, estimator, names in self.assigned]
+        parts = [f"{briefly(estimator)} for {_some(names)}" for _, estimator, names in self.assigned]
         parts.append(f"λ every {counted(self.every_n_steps, 'step')}")
         if self.lr is not None and not self.is_chosen:
             parts.append(f"by Adam({DEFAULT_RATE * self.lr:g})")
