@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hpo._arguments import named_arguments
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
 from lightning_hpo.regularizers._mixin import RegularizerMixin
-from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
+from lightning_hpo.regularizers._placement import (
+    INIT_HINTS,
+    attach,
+    check_free_name,
+    find_modules,
+)
 
 
 class GaussianNoise(nn.Module):
@@ -60,6 +66,7 @@ class GaussianNoiseMixin(RegularizerMixin):
         self.register_noise(init=0.1, at=["net.2", "net.4"], name="hidden_noise", tied=False)
     """
 
+    @named_arguments("register_noise", INIT_HINTS)
     def register_noise(
         self,
         init: float,
