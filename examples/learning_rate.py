@@ -49,8 +49,9 @@ train, held_out, test = random_split(data, [800, 300, 697], torch.Generator().ma
 
 callback = OnlineHPOCallback(
     T1T2(),
-    # On a log scale: at most 5 % per step, and so a factor of ten in 46 steps.
-    optimizer=lambda raw: torch.optim.Adam(raw, lr=0.05),
+    # On a log scale: at most 20 % per update, a factor of ten in 13 updates.
+    optimizer=lambda raw: torch.optim.Adam(raw, lr=0.2),
+    every_n_steps=4,
     optimizer_hyperparameters=["lr"],
 )
 losses, seconds = [], []

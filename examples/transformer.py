@@ -26,7 +26,9 @@ class LitTransformer(DropoutMixin, lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.symbols, self.places = nn.Embedding(128, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.1, batch_first=True)
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, 4, 4 * WIDTH, dropout=0.5, batch_first=True, norm_first=True
+        )
         self.layers = nn.TransformerEncoder(layer, num_layers=2)
         self.head = nn.Linear(WIDTH, 128)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(LENGTH))
@@ -47,7 +49,7 @@ class LitTransformer(DropoutMixin, lightning.LightningModule):
         self.log("test_loss", self.training_step(batch, batch_idx))
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=2e-3)
+        return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -89,7 +91,7 @@ for callbacks in [], [callback]:
 callback.plot()[0].savefig(arguments.output)
 rates = [f"{1 - keep:.2f}" for keep in fixed_values(module).values()]
 print(
-    f"Drop rates of {' and '.join(rates)} instead of 0.1 take the test loss from {losses[0]:.3f} "
+    f"Drop rates of {' and '.join(rates)} instead of 0.5 take the test loss from {losses[0]:.3f} "
     f"to {losses[1]:.3f}, in one training of {seconds[1] / seconds[0]:.1f} times the time of a "
     f"plain one ({seconds[0]:.0f} s)."
 )
