@@ -1,4 +1,4 @@
-"""Auxiliary tasks that find their own weights: a helpful one stays, a harmful one vanishes.
+"""Auxiliary tasks that find their own weights: one that harms the main task all but vanishes.
 
 Only 50 of 500 training images say reliably which digit they show. All carry two more labels: its
 ``kind`` (odd or even, above four or not), which helps, and a ``guess`` of the digit that is no

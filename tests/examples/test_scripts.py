@@ -15,7 +15,7 @@ EPOCHS = {
     "adamw_decay": 8,
     "augmentation": 8,
     "dropout": 8,
-    "hyper_cleaning": 3,
+    "hyper_cleaning": 12,
     "learning_rate": 2,
     "multitask": 6,
     "noise": 8,
