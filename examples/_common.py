@@ -1,11 +1,10 @@
-"""What the short examples share: scikit-learn's digits, a silent Trainer, and the evaluation."""
+"""What ``architecture_search.py`` trains with: digits, a silent Trainer, and the evaluation."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import lightning
 import torch
@@ -62,11 +61,6 @@ def fit(
     trainer.fit(module, train, held_out)
 
 
-def adam(rate: float) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    """Makes the λ-optimizer for ``OnlineHPOCallback(optimizer=...)``."""
-    return lambda raw: torch.optim.Adam(raw, lr=rate)
-
-
 @torch.no_grad()
 def evaluate(net: nn.Module, data: TensorDataset) -> tuple[float, float]:
     """Returns cross-entropy and accuracy."""
@@ -75,15 +69,6 @@ def evaluate(net: nn.Module, data: TensorDataset) -> tuple[float, float]:
     logits: Tensor = net(images)
     accuracy = (logits.argmax(1) == labels).float().mean()
     return F.cross_entropy(logits, labels).item(), accuracy.item()
-
-
-def parse_seed(doc: str | None) -> int:
-    """Reads the only argument that the examples have."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    return int(parser.parse_args().seed)
 
 
 def print_header(*columns: str) -> None:

@@ -6,9 +6,49 @@ and the arguments by their names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NO_HINTS: Mapping[str, str] = MappingProxyType({})
+
+
+def named_arguments(
+    owner: str, hints: Mapping[str, str] = _NO_HINTS
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Lets the error for an unknown keyword name the argument that may have been meant.
+
+    Args:
+        owner: Whose arguments they are.
+        hints: What to do instead, by keywords of the same meaning in other places.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name not in known and name != "self":
+                    raise TypeError(f"{owner} has no argument {name!r}: {_meant(name)}")
+            return function(*args, **kwargs)
+
+        def _meant(name: str) -> str:
+            if name in hints:
+                return hints[name]
+            close = difflib.get_close_matches(name, known, n=1)
+            return f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
+
+        return checked
+
+    return decorate
 
 
 def check_flag(owner: str, /, **flags: Any) -> None:

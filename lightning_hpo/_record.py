@@ -28,6 +28,8 @@ class ModuleRecord:
         penalties_applied: Whether that has happened in the step under way.
         found_dry: The penalties whose strengths ``fast_dev_run`` has resolved; they are for a dry
             run only.
+        awaits_later_weights: Whether penalties are meant for all weights, and none was looked for
+            that was added later.
         constants_agreed: Whether all processes have the same constants of penalties.
         without_penalty: Whether ``penalty()`` returns 0: within a validation loss.
         example_weights: The name of the submodule with the weights of the examples.
@@ -41,6 +43,7 @@ class ModuleRecord:
     penalties_in_gradient: tuple[Any, ...] = ()
     penalties_applied: bool = False
     found_dry: tuple[Any, ...] = ()
+    awaits_later_weights: bool = False
     constants_agreed: bool = True
     without_penalty: bool = False
     example_weights: str | None = None

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from torch import Tensor
 
 from lightning_hpo import compatibility
-from lightning_hpo._arguments import check_integer, check_number
+from lightning_hpo._arguments import check_integer, check_number, named_arguments
 from lightning_hpo._lightning import join, join_again
 from lightning_hpo._repr import shown
 from lightning_hpo._stopwatch import Stopwatch
@@ -39,6 +39,18 @@ from lightning_hpo.rng import RandomState, ResumedRandomState
 from lightning_hpo.run import Finished, Run, Settings, Update, Waiting
 from lightning_hpo.strategy import Strategy
 
+_RATE = (
+    "the rate at which λ moves is chosen; lr=2.0 doubles it, and optimizer=lambda raw: "
+    "torch.optim.Adam(raw, lr=0.01) sets one of your own"
+)
+_LIKE_A_RATE = (1e-5, 0.05)  # where learning rates lie, and factors do not
+_HINTS = {
+    "learning_rate": _RATE,
+    "hyper_lr": _RATE,
+    "val_dataloader": "held-out data are given as dataloader=",
+    "loss": "L_V is given as validation_loss=lambda module, batch: ...",
+}
+
 
 class OnlineHPOCallback(pl.Callback):
     """Tunes every :class:`Hyperparameter` of the module during a single training.
@@ -46,6 +58,9 @@ class OnlineHPOCallback(pl.Callback):
     After every ``every_n_steps`` optimizer steps it draws a held-out batch, estimates the
     hypergradient dL_V/dλ, and moves raw λ with an optimizer of its own. With a λ-optimizer of
     learning rate 0 the training is bit-identical to one without the callback.
+
+    A Trainer takes one such callback. Where hyperparameters need different estimators, give it a
+    mapping (below).
 
     Without an ``estimator``, all that is not given is chosen when a training starts, from its
     length and from the kinds and the number of the λ; one line says what, and ``strategy`` has it.
@@ -83,8 +98,9 @@ class OnlineHPOCallback(pl.Callback):
             the online-HPO paper.
         validation_loss: L_V as a function of the module and a batch. Default: that of
             ``validation_step``.
-        monitor: The name under which ``validation_step`` logs its loss, a tensor or a metric.
-            Default: what it returns, or else logs as ``val_loss``, ``valid_loss`` or
+        monitor: The name under which ``validation_step`` logs its loss, a tensor or a metric, or
+            returns it in a dict. Default: what it returns, a loss or a dict with ``loss``, else
+            what it logs, or has in that dict, as ``val_loss``, ``valid_loss`` or
             ``validation_loss``.
         dataloader_idx: Which of several dataloaders to draw from, of the validation or given.
         seed: Seed of the order in which held-out batches are drawn.
@@ -115,6 +131,7 @@ class OnlineHPOCallback(pl.Callback):
             module, the data or the trainer do not fit; all findings in one message.
     """
 
+    @named_arguments("OnlineHPOCallback", _HINTS)
     def __init__(
         self,
         estimator: Estimator | Mapping[str, Estimator] | None = None,
@@ -163,6 +180,13 @@ class OnlineHPOCallback(pl.Callback):
             raise ValueError(
                 f"OnlineHPOCallback: lr={lr:g} scales the rate of the λ-optimizer that is chosen "
                 "where none is given; set the rate of your own in optimizer="
+            )
+        if _LIKE_A_RATE[0] <= lr <= _LIKE_A_RATE[1]:
+            warnings.warn(
+                f"OnlineHPOCallback: lr={lr:g} is a factor on the rate that is chosen, expected "
+                f"near 1; λ will move {1 / lr:.0f} times as slowly. Leave it out, or for a rate in "
+                f"raw λ pass optimizer=lambda raw: torch.optim.Adam(raw, lr={lr:g})",
+                stacklevel=3,
             )
         if estimators is not None and every_n_steps is not None:
             compatibility.check_windows(estimators.values(), every_n_steps)
@@ -295,6 +319,8 @@ class OnlineHPOCallback(pl.Callback):
         assert isinstance(self._phase, Waiting)
         waiting = self._phase
         clock = Stopwatch()
+        count = sum(isinstance(c, OnlineHPOCallback) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        compatibility.refuse(compatibility.check_alone(count))
         with clock:
             with together():
                 self._phase = Run(self._settings(), trainer, pl_module, self, waiting, clock)
@@ -378,6 +404,8 @@ class OnlineHPOCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Keeps the state for a later checkpoint, and lets go of everything else."""
+        if isinstance(self._phase, Waiting):
+            compatibility.add_advice(exception)
         # Sharded tangents are assembled by all processes together, and here others may be missing.
         if isinstance(self._phase, Run) and self._phase.training.sharded:
             self._phase.close()

@@ -17,6 +17,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from lightning_hpo._arguments import check_choice, check_flag
 from lightning_hpo._lightning import MisconfigurationException, classes
 from lightning_hpo._record import record_of
+from lightning_hpo._repr import listed
 from lightning_hpo._trainer import is_foreign, overrides
 from lightning_hpo.auto import is_adaptive, is_decoupled
 from lightning_hpo.distributed import is_fully_sharded, is_sharded
@@ -43,6 +44,53 @@ _REFUSED_OPTIMIZERS = {
 }
 
 
+def check_alone(count: int) -> list[str]:
+    """Refuses several callbacks, which would all move the same λ."""
+    if count <= 1:
+        return []
+    return [
+        f"The Trainer has {count} OnlineHPOCallbacks, expected one, which tunes all that there is. "
+        "Where hyperparameters need different estimators, give it those by their names: "
+        "OnlineHPOCallback({'l2*': T1T2(), '*': ClipR()})"
+    ]
+
+
+_ONE_OPTIMIZER = (
+    "Use one optimizer with several parameter groups, each with its own learning rate, under "
+    "automatic optimization: torch.optim.Adam([{'params': self.encoder.parameters(), 'lr': 1e-4}, "
+    "{'params': self.head.parameters(), 'lr': 1e-3}]), and return the sum of the losses from "
+    "training_step. Optimizers that take turns, as in a GAN, cannot be followed"
+)
+
+
+def add_advice(error: BaseException) -> None:
+    """Completes the message with which Lightning refuses several optimizers.
+
+    It advises manual optimization, in which hyperparameters cannot be tuned.
+    """
+    if isinstance(error, RuntimeError) and "multiple optimizers" in str(error):
+        error.args = (
+            f"{error}\nWith OnlineHPOCallback, do not set automatic_optimization = False. "
+            f"{_ONE_OPTIMIZER}",
+        )
+
+
+def _nothing_to_tune(module: pl.LightningModule) -> str:
+    """Says why there is no hyperparameter to tune."""
+    name = type(module).__name__
+    frozen = [n for n, h in named_hyperparameters(module).items() if h.frozen]
+    if frozen:
+        return (
+            f"All hyperparameters of {name} are frozen ({listed(frozen, 3)}), so that there is "
+            "nothing to tune. Leave OnlineHPOCallback out to train with the values as they are, or "
+            f"let one be tuned again: module.{frozen[0]}.frozen = False"
+        )
+    return (
+        f"{name} has no Hyperparameter to tune. Register one, for example with self.register_l2() "
+        "of L2Mixin, or assign a Hyperparameter to an attribute"
+    )
+
+
 def check_trainer(
     trainer: pl.Trainer,
     module: pl.LightningModule,
@@ -62,11 +110,7 @@ def check_trainer(
     """
     findings = []
     if not names:
-        findings.append(
-            f"{type(module).__name__} has no Hyperparameter to tune. Register one, for example "
-            "with self.register_l2() of L2Mixin, or assign a Hyperparameter to an "
-            "attribute"
-        )
+        findings.append(_nothing_to_tune(module))
     if not module.automatic_optimization:
         findings.append(
             "The module uses manual optimization (automatic_optimization=False): replaying its "
@@ -76,7 +120,7 @@ def check_trainer(
     if len(trainer.optimizers) != 1:
         findings.append(
             f"configure_optimizers returned {len(trainer.optimizers)} optimizers, expected one. "
-            "Use one optimizer with several parameter groups"
+            + _ONE_OPTIMIZER
         )
     for optimizer in trainer.optimizers:
         findings += check_optimizer(optimizer)
@@ -243,6 +287,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
                 "elementwise optimizer"
             ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(p.requires_grad for p in parameters):
+        return [
+            f"All {len(parameters)} parameters that the optimizer moves are frozen "
+            "(requires_grad=False): nothing is trained, so that no λ has an effect. Let those "
+            "that are to be trained have requires_grad_(True)"
+        ]
     others = not type(optimizer).__module__.startswith("torch.optim")  # may move what it is given
     return check_complex(p for p in parameters if p.requires_grad or others)
 
@@ -399,6 +449,41 @@ def check_dependence(
             )
         findings.append(f"The hyperparameter {name!r} has no effect on the training: {reason}")
     return findings
+
+
+def check_counted_once(
+    module: pl.LightningModule,
+    hyperparameters: Mapping[str, Hyperparameter],
+    gradients: Mapping[str, Tensor | None],
+) -> list[str]:
+    """Refuses a training loss that has the penalties twice.
+
+    λ R(w) has the derivative λ' R(w) with respect to raw λ; a loss that adds it k times has k times
+    that.
+
+    Args:
+        module: The LightningModule.
+        hyperparameters: Those that are tuned.
+        gradients: The derivative of the training loss with respect to raw λ, by name.
+    """
+    terms: dict[str, Tensor] = {}
+    names = {id(h): name for name, h in hyperparameters.items()}
+    with torch.no_grad():
+        for penalty in getattr(module, "loss_penalties", ()):
+            name = names.get(id(penalty.hyperparameter))
+            if name is not None:
+                _, first = penalty.hyperparameter.constraint.derivatives(penalty.raw)
+                terms[name] = first.reshape(()) * penalty.total(penalty.weights)
+    for name, term in terms.items():
+        g = gradients.get(name)
+        times = 0.0 if g is None or float(term) == 0 else float(g.reshape(())) / float(term)
+        if round(times) > 1 and abs(times - round(times)) < 0.01:
+            return [
+                f"The loss of training_step contains the penalty of {name!r} {round(times)} times, "
+                "expected once: it would act with another strength than is shown. Add "
+                "self.penalty() once, in training_step or in what it calls"
+            ]
+    return []
 
 
 def check_asked(

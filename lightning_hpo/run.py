@@ -478,19 +478,16 @@ class Run:
         training.in_loss |= read_as_numbers(training, moment)
         self._ask_for_choices(moment)
         options = {} if training.options is None else training.options.hyperparameters
-        compatibility.refuse(
-            compatibility.check_dependence(
-                self._module,
-                {
-                    n: h
-                    for n, h in self.hyperparameters.items()
-                    if n not in options and not h.is_policy
-                },
-                training.in_loss,
-                training.penalties,
-                theta,
-            )
+        findings = compatibility.check_dependence(
+            self._module,
+            {n: h for n, h in self.hyperparameters.items() if n not in options and not h.is_policy},
+            training.in_loss,
+            training.penalties,
+            theta,
         )
+        over_lambda = dict(zip(self.hyperparameters, gradients[len(theta) :], strict=True))
+        findings += compatibility.check_counted_once(self._module, self.resolved, over_lambda)
+        compatibility.refuse(findings)
         warn_of_other_paths(training, moment, gradients[: len(theta)])
         return gradients[: len(theta)]
 

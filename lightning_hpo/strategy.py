@@ -105,7 +105,9 @@ class Strategy:
         return max(1, self.steps // self.every_n_steps)
 
     def __str__(self) -> str:
-        parts = [f"{briefly(estimator)} for {_some(names)}" for _, estimator, names in self.assigned]
+        parts = [
+            f"{briefly(estimator)} for {_some(names)}" for _, estimator, names in self.assigned
+        ]
         parts.append(f"λ every {counted(self.every_n_steps, 'step')}")
         if self.lr is not None and not self.is_chosen:
             parts.append(f"by Adam({DEFAULT_RATE * self.lr:g})")

@@ -17,6 +17,10 @@ _REMEDY = (
     "Return the loss (a tensor, or a dict with 'loss'), or pass monitor= (the name under which it "
     "is logged) or validation_loss=lambda module, batch: ... (the loss itself) to OnlineHPOCallback"
 )
+_NO_DERIVATIVE = (
+    "An accuracy, or what else is counted or goes through argmax, round or a comparison, has no "
+    "derivative: return the loss, and log the accuracy"
+)
 
 
 class DetachedMetric(MisconfigurationException):
@@ -26,8 +30,9 @@ class DetachedMetric(MisconfigurationException):
 def find_loss(output: Any, logged: Mapping[str, Any], monitor: str | None, origin: str) -> Tensor:
     """Finds the loss of a validation step.
 
-    An explicit ``monitor`` wins. Then come a returned scalar with a graph, or ``"loss"`` of a
-    returned dict, and what is logged under ``val_loss``, ``valid_loss`` or ``validation_loss``.
+    An explicit ``monitor`` wins, logged or in a returned dict. Then come a returned scalar with a
+    graph, or ``"loss"`` of a returned dict, and what is logged, or in that dict, under
+    ``val_loss``, ``valid_loss`` or ``validation_loss``.
 
     Args:
         output: What the step returned.
@@ -41,10 +46,13 @@ def find_loss(output: Any, logged: Mapping[str, Any], monitor: str | None, origi
     Raises:
         MisconfigurationException: If there is none.
     """
+    returned_dict: Mapping[str, Any] = output if isinstance(output, Mapping) else {}
     if monitor is not None:
         # With on_step=True and on_epoch=True Lightning appends to the name that is logged.
         plain = monitor.removesuffix("_epoch").removesuffix("_step")
         monitor = monitor if monitor in logged or plain not in logged else plain
+        if monitor not in logged and monitor in returned_dict:
+            return check_loss(output[monitor], f"{origin}, returned as {monitor!r},")
         if monitor not in logged:
             raise MisconfigurationException(
                 f"{origin} returned no loss and logged {sorted(logged) or 'nothing'}. {_REMEDY}"
@@ -53,15 +61,19 @@ def find_loss(output: Any, logged: Mapping[str, Any], monitor: str | None, origi
                 f"{sorted(logged) or 'nothing'}. {_REMEDY}"
             )
         return check_loss(logged[monitor], f"{origin}, logged as {monitor!r},")
-    returned = output.get("loss") if isinstance(output, Mapping) else output
+    returned = returned_dict.get("loss") if isinstance(output, Mapping) else output
     if _is_loss(returned):
         return check_loss(returned, origin)
     name = next((name for name in NAMES if name in logged), None)
     if name is not None:
         return check_loss(logged[name], f"{origin}, logged as {name!r},")
+    name = next((name for name in NAMES if name in returned_dict), None)
+    if name is not None and returned is None:
+        return check_loss(returned_dict[name], f"{origin}, returned as {name!r},")
     if returned is None:
+        keys = f" (a dict with {list(map(str, returned_dict))})" if returned_dict else ""
         raise MisconfigurationException(
-            f"{origin} returned no loss and logged {sorted(logged) or 'nothing'}. {_REMEDY}"
+            f"{origin} returned no loss{keys} and logged {sorted(logged) or 'nothing'}. {_REMEDY}"
         )
     return check_loss(returned, origin)
 
@@ -78,7 +90,7 @@ def check_loss(value: Any, origin: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise MisconfigurationException(
             f"The validation loss of {origin} is a {type(value).__name__}, expected a tensor with "
-            f"a graph; do not call .item() on it. {_REMEDY}"
+            f"a graph{'; do not call .item() on it' * isinstance(value, (int, float))}. {_REMEDY}"
         )
     if value.numel() != 1:
         raise MisconfigurationException(
@@ -91,8 +103,8 @@ def check_loss(value: Any, origin: str) -> Tensor:
         raise error(
             f"The validation loss of {origin}{kind} is detached from the parameters. Compute it "
             "without torch.no_grad() and without .detach(); Lightning itself disables gradients "
-            "where they are not needed. Or pass validation_loss=lambda module, batch: ... to "
-            "OnlineHPOCallback"
+            f"where they are not needed. {_NO_DERIVATIVE}. Or pass validation_loss=lambda module, "
+            "batch: ... to OnlineHPOCallback"
         )
     return value.reshape(())
 

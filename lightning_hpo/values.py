@@ -39,15 +39,33 @@ def fixed_values(module: nn.Module) -> dict[str, float | list[Any] | str]:
         as ``optimizer.<option>``; under a learning-rate schedule ``optimizer.lr`` is the scale on
         it. A strength with ``init="auto"`` that no training has resolved is ``"auto"``.
 
+    Raises:
+        TypeError: If ``module`` is none. The values of a checkpoint are
+            ``fixed_values(freeze(module, path))``, with a fresh module.
+
     Example:
         >>> module = Tuned()
         >>> module.l2.value = 0.5
         >>> fixed_values(module)
         {'l2': 0.5}
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"fixed_values: got a {type(module).__name__}, expected a module. {_instead(module)}"
+        )
     tuned = {**named_hyperparameters(module), **record_of(module).tuned_options}
     values = {name: h.fixed() if h.is_resolved else "auto" for name, h in tuned.items()}
     return values | fixed_options(module)
+
+
+def _instead(given: Any) -> str:
+    """Says where the values are that were looked for in something else than a module."""
+    if isinstance(given, (str, Path)):
+        return (
+            f"The values of a checkpoint: fixed_values(freeze(LitClassifier(), {str(given)!r})), "
+            "with a fresh module of the same class; freeze alone is enough to train with them"
+        )
+    return "After trainer.fit(module), pass that module: fixed_values(module)"
 
 
 def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
@@ -68,6 +86,7 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
         The same module.
 
     Raises:
+        TypeError: If ``module`` or ``values`` is something else.
         ValueError: If a name is unknown, or a value lies outside its constraint or has another
             shape. Nothing is changed then. Options that the optimizer does not have, and values
             that it cannot take, are refused when the optimizer is made.
@@ -77,6 +96,16 @@ def freeze(module: ModuleT, values: Mapping[str, Any] | str | Path) -> ModuleT:
         >>> module.l2
         Hyperparameter(0.5, constraint=Positive(low=1e-10, high=10000.0), frozen)
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"freeze: got a {type(module).__name__} as the module, expected a fresh module, and "
+            "after it the values: freeze(LitClassifier(), values)"
+        )
+    if not isinstance(values, (str, Path, Mapping)):
+        raise TypeError(
+            f"freeze: values is a {type(values).__name__}, expected what fixed_values(module) "
+            "returned, or the path of a checkpoint"
+        )
     known = named_hyperparameters(module)
     if isinstance(values, (str, Path)):
         raws, options = _from_checkpoint(values, known)

@@ -54,7 +54,7 @@ def test_a_callback_leaves_frozen_hyperparameters_alone(tuned):
 
 
 def test_with_everything_frozen_there_is_nothing_to_tune(tuned):
-    with pytest.raises(Exception, match="no Hyperparameter to tune"):
+    with pytest.raises(Exception, match="All hyperparameters of Mlp are frozen"):
         fit(freeze(Mlp(), fixed_values(tuned)), OnlineHPOCallback(T1T2()))
 
 

@@ -238,6 +238,32 @@ class Hyperparameter(nn.Module):
         return f"{shown}, constraint={self.constraint}{', frozen' if self.frozen else ''}"
 
 
+def _refuse_arithmetic(symbol: str) -> Callable[..., Any]:
+    def refuse(self: Hyperparameter, *others: Any) -> Any:
+        raise TypeError(
+            f"{symbol} was given a {type(self).__name__} itself, expected its value: call it, as "
+            "in self.alpha() * x instead of self.alpha * x (without a derivative it is "
+            "self.alpha.value). Options of the optimizer are tuned by "
+            'OnlineHPOCallback(optimizer_hyperparameters=["lr"])'
+        )
+
+    return refuse
+
+
+# Not in the class: type checkers are to refuse it as well.
+for _name, _symbol in {
+    **dict.fromkeys(("add", "radd", "iadd"), "+"),
+    **dict.fromkeys(("sub", "rsub", "isub"), "-"),
+    **dict.fromkeys(("mul", "rmul", "imul"), "*"),
+    **dict.fromkeys(("truediv", "rtruediv", "itruediv"), "/"),
+    **dict.fromkeys(("pow", "rpow"), "**"),
+    **dict.fromkeys(("matmul", "rmatmul"), "@"),
+    **dict.fromkeys(("lt", "le", "gt", "ge"), "A comparison"),
+    **{"neg": "-", "abs": "abs", "float": "float", "int": "int", "index": "An index"},
+}.items():
+    setattr(Hyperparameter, f"__{_name}__", _refuse_arithmetic(_symbol))
+
+
 def _check_constraint(constraint: Any) -> None:
     if not isinstance(constraint, Constraint):
         raise TypeError(

@@ -7,6 +7,15 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+# Keywords that are looked for in register_*, and what to do instead.
+LR_HINTS = dict.fromkeys(
+    ("lr", "learning_rate"), "how fast λ moves is said once for all: OnlineHPOCallback(lr=2.0)"
+)
+INIT_HINTS = LR_HINTS | dict.fromkeys(
+    ("strength", "value", "weight", "lam", "lambda_", "alpha", "sigma", "std", "coefficient"),
+    "where the value starts is given as init=",
+)
+
 
 def check_free_name(caller: str, module: nn.Module, name: str) -> None:
     """Refuses a name that is taken, or is none.

@@ -11,10 +11,16 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from lightning_hpo._arguments import named_arguments
 from lightning_hpo._repr import listed
 from lightning_hpo.hyperparameters import Hyperparameter
 from lightning_hpo.regularizers._mixin import RegularizerMixin
-from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
+from lightning_hpo.regularizers._placement import (
+    LR_HINTS,
+    attach,
+    check_free_name,
+    find_modules,
+)
 from lightning_hpo.regularizers.live_rate import follow_keep_probability, is_following
 from lightning_hpo.regularizers.stacked_rnn import StackedRNN
 from lightning_hpo.regularizers.tunable_dropout import TunableDropout, keep_probability
@@ -31,6 +37,14 @@ _SPATIAL: dict[type[nn.Module], int] = {
 _RATES = ("p", "dropout", "drop_prob", "dropout_p", "drop_rate")
 
 
+_KEEP = "init= is the keep probability, 1 − p: for a drop rate of p=0.2 pass init=0.8"
+_HINTS = {
+    "keep": "the keep probability is given as init=, and its name as name=",
+    **dict.fromkeys((*_RATES, "rate"), _KEEP),
+    **LR_HINTS,
+}
+
+
 class DropoutMixin(RegularizerMixin):
     """Turns the dropout of a module into tunable dropout.
 
@@ -43,6 +57,7 @@ class DropoutMixin(RegularizerMixin):
         Hyperparameter(0.7, constraint=UnitInterval(margin=0.0001))
     """
 
+    @named_arguments("register_dropout", _HINTS)
     def register_dropout(
         self,
         init: float | None = None,

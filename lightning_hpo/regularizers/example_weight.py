@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_hpo._arguments import check_count
+from lightning_hpo._arguments import check_count, named_arguments
 from lightning_hpo._record import record_of, update_record
 from lightning_hpo._tensors import is_on_host
 from lightning_hpo.hyperparameters import Box, Constraint, Hyperparameter
 from lightning_hpo.regularizers._mixin import RegularizerMixin
-from lightning_hpo.regularizers._placement import check_free_name
+from lightning_hpo.regularizers._placement import INIT_HINTS, check_free_name
 
 
 class ExampleWeightMixin(RegularizerMixin):
@@ -33,6 +33,7 @@ class ExampleWeightMixin(RegularizerMixin):
         >>> Trainer(callbacks=[OnlineHPOCallback()]).fit(Cleaned(), indexed, validation_loader)
     """
 
+    @named_arguments("register_example_weights", INIT_HINTS)
     def register_example_weights(
         self,
         count: int,

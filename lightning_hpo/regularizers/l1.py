@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_hpo._arguments import named_arguments
 from lightning_hpo.hyperparameters import Constraint
+from lightning_hpo.regularizers._placement import INIT_HINTS
 from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
 
 
@@ -57,6 +59,7 @@ class L1Mixin(PenaltyMixin):
         ['l1.net.0', 'l1.net.3']
     """
 
+    @named_arguments("register_l1", INIT_HINTS)
     def register_l1(
         self,
         init: float | Literal["auto"] = "auto",

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_hpo._arguments import named_arguments
 from lightning_hpo.hyperparameters import Constraint
+from lightning_hpo.regularizers._placement import INIT_HINTS
 from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
 
 
@@ -51,6 +53,7 @@ class L2Mixin(PenaltyMixin):
         {'l2': 'auto'}
     """
 
+    @named_arguments("register_l2", INIT_HINTS)
     def register_l2(
         self,
         init: float | Literal["auto"] = "auto",

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lightning_hpo._arguments import named_arguments
 from lightning_hpo._record import record_of, update_record
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
 from lightning_hpo.regularizers._mixin import RegularizerMixin
-from lightning_hpo.regularizers._placement import attach, check_free_name, closest
+from lightning_hpo.regularizers._placement import LR_HINTS, attach, check_free_name, closest
 
 # torch keeps submodules of these names from being registered.
 _TAKEN = frozenset(dir(nn.Module)) | {"main", "training"}
+
+_INITS = "the initial weights are given as inits={'context': 1.0}"
 
 
 class LossWeightMixin(RegularizerMixin):
@@ -33,6 +36,7 @@ class LossWeightMixin(RegularizerMixin):
         >>> trainer.fit(MultiTask(), train_loader, validation_loader)
     """
 
+    @named_arguments("register_loss_weights", LR_HINTS | {"init": _INITS, "weights": _INITS})
     def register_loss_weights(
         self,
         inits: Mapping[str, float],

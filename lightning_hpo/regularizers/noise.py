@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hpo._arguments import named_arguments
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
 from lightning_hpo.regularizers._mixin import RegularizerMixin
-from lightning_hpo.regularizers._placement import attach, check_free_name, find_modules
+from lightning_hpo.regularizers._placement import (
+    INIT_HINTS,
+    attach,
+    check_free_name,
+    find_modules,
+)
 
 
 class GaussianNoise(nn.Module):
@@ -72,6 +78,7 @@ class GaussianNoiseMixin(RegularizerMixin):
         ['hidden_noise', 'noise']
     """
 
+    @named_arguments("register_noise", INIT_HINTS)
     def register_noise(
         self,
         init: float,

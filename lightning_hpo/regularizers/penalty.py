@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from lightning_hpo._arguments import named_arguments
 from lightning_hpo._lightning import MisconfigurationException, is_lightning_module
 from lightning_hpo._record import record_of, update_record
 from lightning_hpo._repr import listed
@@ -20,7 +22,7 @@ from lightning_hpo.auto import resolve_penalties
 from lightning_hpo.distributed import broadcast_, local, world_size
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Positive
 from lightning_hpo.regularizers._mixin import RegularizerMixin, lightning_bases
-from lightning_hpo.regularizers._placement import attach, check_free_name
+from lightning_hpo.regularizers._placement import INIT_HINTS, attach, check_free_name
 from lightning_hpo.regularizers._weights import chosen_weights, current_weight, default_weights
 from lightning_hpo.regularizers.constants import Constants, kept, refuse_sharded, tensors_of
 
@@ -374,6 +376,7 @@ class PenaltyMixin(RegularizerMixin):
                     f"{base.__name__})"
                 )
 
+    @named_arguments("register_penalty", INIT_HINTS)
     def register_penalty(
         self,
         kind: type[Penalty] | Penalty,
@@ -497,7 +500,8 @@ class PenaltyMixin(RegularizerMixin):
             update_record(self, penalties_in_loss=(*self.loss_penalties, *made.values()))
         else:
             update_record(self, penalties_in_gradient=(*self.gradient_penalties, *made.values()))
-        update_record(self, constants_agreed=False)
+        awaits = record_of(self).awaits_later_weights or parameters is None
+        update_record(self, constants_agreed=False, awaits_later_weights=awaits)
 
     @property
     def gradient_penalties(self) -> list[Penalty]:
@@ -570,7 +574,31 @@ class PenaltyMixin(RegularizerMixin):
     def on_train_start(self) -> None:
         """Resolves ``init="auto"``, where no gradient is needed; an override calls ``super()``."""
         super().on_train_start()  # type: ignore[misc]
+        self._warn_of_later_weights()
         self.resolve_strengths()
+
+    def _warn_of_later_weights(self) -> None:
+        """Names, once, the trained weights that were added after all had been registered."""
+        if not record_of(self).awaits_later_weights:
+            return
+        update_record(self, awaits_later_weights=False)
+        trainer: Any = self.trainer
+        moved = [p for o in trainer.optimizers for g in o.param_groups for p in g["params"]]
+        trained = {id(p) for p in moved if p.requires_grad}
+        penalties = (*self.gradient_penalties, *self.loss_penalties)
+        covered = {id(w) for penalty in penalties for w in penalty.weights}
+        later = [
+            repr(full)
+            for full, owner, leaf in default_weights(self)
+            if id(owner._parameters[leaf]) in trained - covered
+        ]
+        if later:
+            warnings.warn(
+                f"{type(self).__name__}: no penalty acts on {listed(later, 3)}, added after "
+                "penalties were registered for all weights. Register them at the end of __init__, "
+                "or say with parameters= which weights are meant",
+                stacklevel=2,
+            )
 
     def on_train_end(self) -> None:
         """Forgets what ``fast_dev_run`` has resolved; an override calls ``super()``."""

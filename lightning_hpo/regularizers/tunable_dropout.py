@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_hpo._arguments import named_arguments
 from lightning_hpo._tensors import is_on_host
 from lightning_hpo.hyperparameters import Hyperparameter, UnitInterval
 
@@ -22,7 +23,7 @@ def keep_probability(init: float) -> Hyperparameter:
         init: Initial keep probability (1 − drop rate), strictly between 0 and 1.
 
     Raises:
-        ValueError: If ``init`` is not within the margins of :class:`UnitInterval`.
+        ValueError: If ``init`` is not within the margins of :class:`UnitInterval`, as 0 and 1.
 
     Example:
         >>> keep = keep_probability(0.75)  # one λ, two layers
@@ -30,9 +31,15 @@ def keep_probability(init: float) -> Hyperparameter:
         >>> len(named_hyperparameters(net))
         1
     """
-    return Hyperparameter(
-        init, UnitInterval(), difference_step=_DIFFERENCE_STEP, typical=_TYPICAL_KEEP
-    )
+    bounds = UnitInterval()
+    is_number = isinstance(init, (int, float)) and not isinstance(init, bool)
+    if is_number and not bounds.margin <= init <= 1 - bounds.margin:
+        raise ValueError(
+            f"The keep probability is {init!r}, expected a number from {bounds.margin:g} to "
+            f"{1 - bounds.margin:g}. It is 1 − p: for a drop rate of p = 0.2 pass 0.8. Where it "
+            "is 1, which drops nothing, or 0 its derivative vanishes, so start inside: 0.95, say"
+        )
+    return Hyperparameter(init, bounds, difference_step=_DIFFERENCE_STEP, typical=_TYPICAL_KEEP)
 
 
 def drop_rate(keep: Hyperparameter) -> float:
@@ -80,6 +87,9 @@ class TunableDropout(nn.Module):
         Hyperparameter(0.75, constraint=UnitInterval(margin=0.0001))
     """
 
+    @named_arguments(
+        "TunableDropout", {"p": "pass the keep probability, 1 − p: for p=0.2, keep=0.8"}
+    )
     def __init__(
         self, keep: float | Hyperparameter, spatial: int = 0, inplace: bool = False
     ) -> None:
