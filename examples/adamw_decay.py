@@ -71,5 +71,5 @@ decay = callback.history[-1].values["optimizer.weight_decay"]
 print(
     f"A weight decay of {decay:.2g} instead of AdamW's 0.01 takes the test loss from "
     f"{losses[0]:.3f} to {losses[1]:.3f}, in one training of {seconds[1] / seconds[0]:.1f} times "
-    f"the time of a plain one ({seconds[0]:.0f} s)."
+    f"the time of a plain one ({seconds[0]:.1f} s)."
 )

@@ -85,5 +85,5 @@ callback.plot()[0].savefig(arguments.output)
 print(
     f"An augmentation of strength {module.strength().item():.2g} instead of 0.3 takes the test "
     f"loss from {losses[0]:.3f} to {losses[1]:.3f}, in one training of "
-    f"{seconds[1] / seconds[0]:.1f} times the time of a plain one ({seconds[0]:.0f} s)."
+    f"{seconds[1] / seconds[0]:.1f} times the time of a plain one ({seconds[0]:.1f} s)."
 )

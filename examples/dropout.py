@@ -77,5 +77,5 @@ rates = [f"{1 - keep:.2f}" for keep in fixed_values(module).values()]
 print(
     f"Drop rates of {' and '.join(rates)} instead of 0.7 take the test loss from {losses[0]:.3f} "
     f"to {losses[1]:.3f}, in one training of {seconds[1] / seconds[0]:.1f} times the time of a "
-    f"plain one ({seconds[0]:.0f} s)."
+    f"plain one ({seconds[0]:.1f} s)."
 )

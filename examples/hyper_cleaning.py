@@ -92,5 +92,5 @@ found = (weights < 0.5) == wrong
 print(
     f"The weights tell {found.float().mean():.1%} of the right and wrong labels apart and take the "
     f"test accuracy from {accuracies[0]:.1%} to {accuracies[1]:.1%}, in one training of "
-    f"{seconds[1] / seconds[0]:.1f} times the time of a plain one ({seconds[0]:.0f} s)."
+    f"{seconds[1] / seconds[0]:.1f} times the time of a plain one ({seconds[0]:.1f} s)."
 )

@@ -78,5 +78,5 @@ rates = [record.values["optimizer.lr"] for record in callback.history]
 print(
     f"A learning rate that goes from 0.001 to {max(rates):.2g} and ends at {rates[-1]:.2g} takes "
     f"the test loss from {losses[0]:.3f} to {losses[1]:.3f}, in one training of "
-    f"{seconds[1] / seconds[0]:.1f} times the time of a plain one ({seconds[0]:.0f} s)."
+    f"{seconds[1] / seconds[0]:.1f} times the time of a plain one ({seconds[0]:.1f} s)."
 )

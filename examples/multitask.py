@@ -87,5 +87,5 @@ weights = module.loss_weights
 print(
     f"Weights of {weights.kind().item():.2f} for the kind and {weights.guess().item():.2f} for the "
     f"guess instead of 1 take the test loss from {losses[0]:.3f} to {losses[1]:.3f}, in one "
-    f"training of {seconds[1] / seconds[0]:.1f} times the time of a plain one ({seconds[0]:.0f} s)."
+    f"training of {seconds[1] / seconds[0]:.1f} times the time of a plain one ({seconds[0]:.1f} s)."
 )

@@ -72,5 +72,5 @@ callback.plot()[0].savefig(arguments.output)
 print(
     f"Noise of σ = {module.noise().item():.2g} instead of 0.6 takes the test loss from "
     f"{losses[0]:.3f} to {losses[1]:.3f}, in one training of {seconds[1] / seconds[0]:.1f} times "
-    f"the time of a plain one ({seconds[0]:.0f} s)."
+    f"the time of a plain one ({seconds[0]:.1f} s)."
 )

@@ -70,5 +70,5 @@ callback.plot()[0].savefig(arguments.output)
 print(
     f"A drop rate of {1 - keep:.2f} instead of 0.5 takes the test loss from {losses[0]:.3f} to "
     f"{losses[1]:.3f}, in one training of {seconds[1] / seconds[0]:.1f} times the time of a plain "
-    f"one ({seconds[0]:.0f} s)."
+    f"one ({seconds[0]:.1f} s)."
 )

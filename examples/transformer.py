@@ -27,7 +27,7 @@ class LitTransformer(DropoutMixin, lightning.LightningModule):
         super().__init__()
         self.symbols, self.places = nn.Embedding(128, WIDTH), nn.Embedding(LENGTH, WIDTH)
         layer = nn.TransformerEncoderLayer(
-            WIDTH, 4, 4 * WIDTH, dropout=0.5, batch_first=True, norm_first=True
+            WIDTH, 4, 4 * WIDTH, dropout=0.1, batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, num_layers=2)
         self.head = nn.Linear(WIDTH, 128)
@@ -49,13 +49,13 @@ class LitTransformer(DropoutMixin, lightning.LightningModule):
         self.log("test_loss", self.training_step(batch, batch_idx))
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=3e-3)
+        return torch.optim.Adam(self.parameters(), lr=2e-3)
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data-dir", type=Path, help="folder with ptb.{train,valid,test}.txt")
 parser.add_argument("--characters", type=int, default=16000, help="of training, from the start")
-parser.add_argument("--epochs", type=int, default=25)
+parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--output", default="transformer.png", help="the picture of the training")
 arguments = parser.parse_args()
@@ -84,14 +84,14 @@ for callbacks in [], [callback]:
         enable_model_summary=False,
     )
     start = time.perf_counter()
-    trainer.fit(module, DataLoader(train, 16, shuffle=True), DataLoader(held_out, 16))
+    trainer.fit(module, DataLoader(train, 8, shuffle=True), DataLoader(held_out, 16))
     seconds.append(time.perf_counter() - start)
     losses.append(trainer.test(module, DataLoader(test, 16), verbose=False)[0]["test_loss"])
 
 callback.plot()[0].savefig(arguments.output)
 rates = [f"{1 - keep:.2f}" for keep in fixed_values(module).values()]
 print(
-    f"Drop rates of {' and '.join(rates)} instead of 0.5 take the test loss from {losses[0]:.3f} "
+    f"Drop rates of {' and '.join(rates)} instead of 0.1 take the test loss from {losses[0]:.3f} "
     f"to {losses[1]:.3f}, in one training of {seconds[1] / seconds[0]:.1f} times the time of a "
-    f"plain one ({seconds[0]:.0f} s)."
+    f"plain one ({seconds[0]:.1f} s)."
 )
