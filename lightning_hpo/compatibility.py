@@ -519,6 +519,20 @@ def check_asked(
     ]
 
 
+def warn_of_clipped_responses(trainer: pl.Trainer, estimators: Iterable[Estimator]) -> None:
+    """Warns where clipping takes away what choices in the training loss do to θ."""
+    if trainer.gradient_clip_val and any(
+        isinstance(estimator, PolicyGradient) and estimator.response for estimator in estimators
+    ):
+        warnings.warn(
+            f"PolicyGradient with gradient_clip_val={trainer.gradient_clip_val}: the response is "
+            "linear in the gradient of the choice that was drawn, and clipping keeps the length of "
+            "that. Where gradients are clipped, choices are learned by the direct gradient alone, "
+            "and options of the optimizer as before; clip less, or not at all",
+            stacklevel=2,
+        )
+
+
 def check_controllers(
     module: pl.LightningModule, choices: Mapping[str, CategoricalHyperparameter]
 ) -> list[str]:

@@ -345,7 +345,7 @@ class Diagnosis:
         parts = []
         for name, subject in self.subjects.items():
             gradients = tables["hypergradients"].get(name)
-            if gradients is None or subject.choices:
+            if gradients is None or subject.choices or not subject.span:
                 continue  # what a choice does at once is no sum over windows
             if isinstance(subject.initial, dict):
                 gradients = gradients[:, [0, 2]]  # the smallest and the largest

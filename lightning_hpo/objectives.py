@@ -371,29 +371,32 @@ class TrainingObjective:
                     arguments = _step_arguments(step, copy_batch(moment.batch), moment.batch_idx)
                     before = _versions(self.unwritten)
                     value = _training_loss(step(*arguments))
-                    value = self._weighted(value, moment.choices, lam, at_rest)
+                    ratio = self._ratio(moment.choices, lam, at_rest)
                     if before != (after := _versions(self.unwritten)):
                         self._note_written(before, after)
                 # The step may have put others in their place.
-                return value, self.statistics.buffers() if followed else []
+                moved = self.statistics.buffers() if followed else []
+                if ratio is None:
+                    return value, moved
+                moved = [
+                    new + (ratio - 1) * (new - old).detach()
+                    for new, old in zip(moved, present, strict=True)
+                ]
+                return None if value is None else value * ratio, moved
 
             yield evaluate
 
-    def _weighted(
-        self,
-        loss: Tensor | None,
-        drawn: Indices,
-        lam: Sequence[Tensor],
-        at_rest: Sequence[Tensor],
+    def _ratio(
+        self, drawn: Indices, lam: Sequence[Tensor], at_rest: Sequence[Tensor]
     ) -> Tensor | None:
-        """Multiplies a loss by p_φ(a) / p_φ'(a) of the choices a that the step has asked for.
+        """Returns p_φ(a) / p_φ'(a) of the choices a that the step has asked for.
 
         φ' is where the choices were drawn: the factor is 1, and its derivative that of log p_φ(a).
-        With it the loss has the mixed derivative B = ∇θL ∇φ log p_φ(a)ᵀ, whose mean over a is that
-        of the expected loss.
+        A loss that is multiplied by it has the mixed derivative B = ∇θL ∇φ log p_φ(a)ᵀ, whose mean
+        over a is that of the expected loss. So have the moves of running statistics.
         """
-        if loss is None or not self.choices:
-            return loss
+        if not self.choices:
+            return None
         asked = self.choices.names_of(h for h in self._categorical if h.was_asked)
         new, old = (
             self.choices.log_probability(
@@ -401,7 +404,7 @@ class TrainingObjective:
             )
             for raws in (lam, [raw.detach() for raw in at_rest])
         )
-        return loss if new is None or old is None else loss * (new - old).exp()
+        return None if new is None or old is None else (new - old).exp()
 
     def _note_written(self, before: Sequence[Any], after: Sequence[Any]) -> None:
         pairs = zip(self.unwritten, before, after, strict=True)

@@ -503,6 +503,7 @@ class Run:
                 was not looked at.
         """
         training = self.training
+        compatibility.warn_of_clipped_responses(self._trainer, [e for _, e, _ in self.assigned])
         options = [] if training.options is None else training.options.choices
         policy = {name: h for name, h in self.hyperparameters.items() if h.is_policy}
         wanted = [n for n in self.choices.decided_by(policy.values()) if n not in options]

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -180,6 +181,50 @@ def test_the_mean_over_all_paths_is_exact(case, monkeypatch):
     p = LOGITS.softmax(0)
     weights = torch.stack([p[list(path)].prod() for path in paths])
     assert torch.allclose(weights @ found, exact, rtol=1e-6, atol=1e-9)
+
+
+class Normalized(Quadratic):
+    """What is normalized depends on the choice, and the held-out loss on the running mean."""
+
+    MOMENTUM = 0.3
+    INPUTS = torch.tensor([[1.0, -2.0, 0.5], [2.0, 0.5, 1.0]], dtype=torch.float64)
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, momentum=self.MOMENTUM, affine=False)
+
+    def training_step(self, batch, batch_idx):
+        choice = self.choice()
+        self.norm(FACTORS[choice] * self.INPUTS + self.theta)
+        return training_loss(self.theta, choice)
+
+    def validation_step(self, batch, batch_idx):
+        return 2 + (TRUTH * (self.norm.running_mean + self.theta)).sum()
+
+    @classmethod
+    def expected(cls, logits, window):
+        p, total = logits.softmax(0), 0.0
+        for path in itertools.product(range(4), repeat=window):
+            theta, mean, weight = START, torch.zeros_like(START), 1.0
+            for a in path:
+                inputs = (FACTORS[a] * cls.INPUTS + theta).mean(0)
+                mean = (1 - cls.MOMENTUM) * mean + cls.MOMENTUM * inputs
+                theta = theta - RATE * CURVATURE * (theta - TARGETS[a])
+                weight = weight * p[a]
+            total = total + weight * (2 + (TRUTH * (mean + theta)).sum())
+        return total
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_running_statistics_respond_to_choices(mode, monkeypatch):
+    exact = differences(lambda phi: Normalized.expected(phi, 2), LOGITS)
+    paths = list(itertools.product(range(4), repeat=2))
+    force(monkeypatch, [[{"choice": a} for a in path] for path in paths])
+    policy = PolicyGradient(UnrollK(2, mode, restart=True), baseline="none")
+    found = estimates(Normalized(), policy, 2 * len(paths))
+    p = LOGITS.softmax(0)
+    weights = torch.stack([p[list(path)].prod() for path in paths])
+    assert torch.allclose(weights @ found, exact, rtol=1e-5, atol=1e-9)
 
 
 # How strongly training pulls differs between choices as well.
@@ -899,6 +944,8 @@ def test_a_choice_under_two_rare_ones():
         (({1, 2},), TypeError, "order differs between processes; pass a list"),
         ((frozenset("ab"),), TypeError, "order differs between processes; pass a list"),
         (([torch.zeros(2), torch.ones(2)],), TypeError, "cannot be compared .* range"),
+        (([nn.Linear(1, 1), nn.Linear(1, 1)],), TypeError, r"nn.ModuleList.*range\(2\)"),
+        (([math.nan, math.nan],), ValueError, "has nan twice"),
     ],
 )
 def test_bad_choices(arguments, error, message):
@@ -909,7 +956,8 @@ def test_bad_choices(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"estimator": ClipR()}, TypeError, "expected T1T2, UnrollK or Implicit"),
+        ({"estimator": ClipR()}, TypeError, r"expected T1T2\(\), UnrollK or Implicit"),
+        ({"estimator": T1T2(scale_by_lr=False)}, TypeError, "or are no derivatives"),
         ({"baseline": "mean"}, ValueError, "expected one of"),
         ({"baseline": "leave_one_out", "samples": 1}, ValueError, "expected at least 2"),
         ({"samples": 0}, ValueError, "positive integer"),
@@ -991,6 +1039,37 @@ def test_a_choice_with_a_loss_that_is_not_finite_is_named():
     with pytest.warns(UserWarning, match=r"held-out loss is nan with choice=2; λ stays"):
         make_trainer(2, callbacks=callback).fit(model, DataLoader(torch.zeros(2)))
     assert torch.equal(model.choice.raw, LOGITS)
+
+
+def test_clipping_takes_the_response_away_and_is_named():
+    def found(**options):
+        policy = PolicyGradient(**options)
+        held_out = [torch.zeros(1)]
+        callback = OnlineHPOCallback(policy, optimizer=frozen, dataloader=held_out, seed=1)
+        trainer = make_trainer(1, callbacks=callback, gradient_clip_val=0.1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(Quadratic(), DataLoader(torch.zeros(1)))
+        told = [w for w in caught if "learned by the direct gradient alone" in str(w.message)]
+        return callback.history[0].hypergradients["choice"], len(told)
+
+    (both, told), (direct, not_told) = found(), found(response=False)
+    assert torch.allclose(both, direct, atol=1e-9)
+    assert (told, not_told) == (1, 0)
+
+
+def test_what_only_the_training_asks_for_needs_the_response():
+    class Augmented(Quadratic):
+        def validation_step(self, batch, batch_idx):
+            return validation_loss(self.theta, 0)
+
+    with pytest.warns(UserWarning, match=r"asks for none of the choices \['choice'\].*response"):
+        estimates(Augmented(), PolicyGradient(response=False), 2)
+
+
+def test_a_long_training_without_the_response():
+    """Its network is summed up at the end as choices are, though it spans no window."""
+    estimates(Decided(), PolicyGradient(response=False), 25, name="controller.weights")
 
 
 def test_names_of_choices_differ():

@@ -47,6 +47,11 @@ class PolicyGradient(Estimator):
     first order in the length of a step, since L_V is taken to be linear between the θ that
     different choices lead to.
 
+    What a step does with the gradient is linearized at the gradient of the choice that was drawn.
+    Clipping, which leaves the length of a gradient as it is, so takes the response away, and says
+    so at the start; the first steps of Adam, whose size does not depend on the gradient, distort
+    it, by a factor of up to 3. With SGD, momentum, and Adam after its first steps it is right.
+
     An option of the optimizer has a response only. Choices of ``lr`` are learning rates; under a
     scheduler, or where the parameter groups differ in it, they are factors of the rates in force,
     as a continuous one is.
@@ -113,7 +118,8 @@ class PolicyGradient(Estimator):
         if not serves_choices(estimator):
             raise TypeError(
                 f"{name}: estimator={estimator!r} cannot give the response of choices, expected "
-                "T1T2, UnrollK or Implicit: others would carry the noise of every earlier draw"
+                "T1T2(), UnrollK or Implicit: others would carry the noise of every earlier draw, "
+                "or are no derivatives"
             )
         self.estimator = estimator
         self.response = response
@@ -239,7 +245,15 @@ class PolicyGradient(Estimator):
     def _tell_of_losses(
         self, losses: list[float], drawn: list[Indices], asked: Collection[str]
     ) -> None:
-        """Warns once of choices under which the held-out loss is not finite."""
+        """Warns once of choices under which the held-out loss is not finite, or that it ignores."""
+        if not (self._is_told or self.response or asked):
+            self._is_told = True
+            warnings.warn(
+                "PolicyGradient(response=False) learns nothing: the held-out loss asks for none of "
+                f"the choices {self._names}, so that they act on it by the response alone. Leave "
+                "response=True",
+                stacklevel=2,
+            )
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if self._is_told or not bad:
             return
@@ -283,4 +297,6 @@ class PolicyGradient(Estimator):
 
 def serves_choices(estimator: Estimator) -> bool:
     """Whether an estimator can give the response of choices."""
-    return isinstance(estimator, (T1T2, UnrollK, Implicit))
+    if isinstance(estimator, T1T2):
+        return estimator.scale_by_lr  # else it is no derivative, to which a direct one can be added
+    return isinstance(estimator, (UnrollK, Implicit))

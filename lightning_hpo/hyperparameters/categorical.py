@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from lightning_hpo.hyperparameters.constraints import Constraint, UnitInterval
@@ -249,6 +249,13 @@ def _checked(choices: Any) -> tuple[Any, ...]:
             f"CategoricalHyperparameter: choices={list(found)}, expected at least two; what is not "
             "to be chosen needs no hyperparameter"
         )
+    for choice in found:
+        if isinstance(choice, nn.Module) and any(True for _ in choice.parameters()):
+            raise TypeError(
+                f"CategoricalHyperparameter: a {type(choice).__name__} has parameters, which would "
+                "be no part of the module: keep the branches in an nn.ModuleList, and choose an "
+                f"index: CategoricalHyperparameter(range({len(found)}))"
+            )
     for i, choice in enumerate(found):
         if any(_is_same(choice, other) for other in found[:i]):
             raise ValueError(
@@ -259,7 +266,7 @@ def _checked(choices: Any) -> tuple[Any, ...]:
 
 def _is_same(a: Any, b: Any) -> bool:
     try:
-        return bool(a == b)
+        return bool(a == b or (a != a and b != b))  # NaN
     except (RuntimeError, ValueError) as error:  # of several numbers
         raise TypeError(
             f"CategoricalHyperparameter: choices that are a {type(a).__name__} cannot be compared "
@@ -269,7 +276,7 @@ def _is_same(a: Any, b: Any) -> bool:
 
 def labels(choices: Sequence[Any]) -> list[str]:
     """Returns names of choices, which differ from each other and from ``"entropy"``."""
-    names = [str(choice) for choice in choices]
+    names = [str(getattr(choice, "__name__", choice)) for choice in choices]
     if len({*names, "entropy"}) == len(names) + 1:
         return names
     return [f"{name} ({i})" for i, name in enumerate(names)]

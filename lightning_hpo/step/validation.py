@@ -132,8 +132,8 @@ class ValidationGradient:
         buffers = self._training.statistics.buffers()
         gradients = self._objective.gradient(self._batch, theta, buffers)
         n = len(theta)
-        self._statistics = [widened(g) for g in filled(gradients[n:], buffers)]
-        result = separate([widened(g) for g in filled(gradients[:n], theta)])
+        every = separate([widened(g) for g in filled(gradients, [*theta, *buffers])])
+        result, self._statistics = every[:n], every[n:]
         loss = self._loss_to_average(result[0].dtype)
         average_(loss if self._training.sharded else [*result, *loss])
         return result
