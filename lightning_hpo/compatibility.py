@@ -87,7 +87,8 @@ def _nothing_to_tune(module: pl.LightningModule) -> str:
         )
     return (
         f"{name} has no Hyperparameter to tune. Register one, for example with self.register_l2() "
-        "of L2Mixin, or assign a Hyperparameter to an attribute"
+        "of L2Mixin, or assign a Hyperparameter to an attribute; or leave the module as it is, and "
+        'tune its optimizer: OnlineHPOCallback(optimizer_hyperparameters={"weight_decay": "auto"})'
     )
 
 
