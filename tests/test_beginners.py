@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_hpo import (
     T1T2,
+    ClipR,
     DropoutMixin,
     Hyperparameter,
     L1Mixin,
@@ -161,6 +162,9 @@ def test_in_a_training_step_too():
     ("call", "message"),
     [
         (lambda m: OnlineHPOCallback(every_n_step=3), r"did you mean 'every_n_steps'\?"),
+        (lambda m: ClipR(raduis=1.0), r"ClipR has no argument 'raduis': did you mean 'radius'\?"),
+        (lambda m: T1T2(lr=0.1), "T1T2 has no argument 'lr': it takes scale_by_lr"),
+        (lambda m: Hyperparameter(1.0, constrain=None), r"did you mean 'constraint'\?"),
         (lambda m: OnlineHPOCallback(learning_rate=0.1), r"lr=2\.0 doubles it"),
         (lambda m: OnlineHPOCallback(colour="red"), r"no argument 'colour': it takes estimator, "),
         (lambda m: m.register_l2(granularty="layer"), r"register_l2 .* mean 'granularity'\?"),

@@ -21,4 +21,4 @@ def test_the_citation_is_of_this_version():
     dates = dict(re.findall(r"^## \[(.+?)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M))
     assert citation["version"] == __version__
     assert str(citation["date-released"]) == dates[__version__]
-    assert len(citation["references"]) == 5
+    assert len(citation["references"]) == 9

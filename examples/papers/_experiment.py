@@ -93,14 +93,23 @@ class Experiment:
             return
         pool = ProcessPoolExecutor(self.options.workers, get_context("spawn"), _start_worker)
         jobs = {pool.submit(_train, self.train, cell, self.options): cell for cell in cells}
+        errors: list[BaseException] = []
         try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
+            for job in as_completed(list(jobs)):
+                cell, error = jobs.pop(job), job.exception()
+                if error is None:
+                    yield cell, job.result()
+                else:
+                    note(f"{' '.join(self._key(cell))} failed: {error!r}")
+                    errors.append(error)
         except KeyboardInterrupt:
             note("stopping; trainings under way are finished first")
             pool.shutdown(cancel_futures=True)
-            yield from ((jobs[j], j.result()) for j in jobs if j.done() and not j.cancelled())
+            rest = [j for j in jobs if j.done() and not j.cancelled() and j.exception() is None]
+            yield from ((jobs[j], j.result()) for j in rest)
         pool.shutdown()
+        if errors:  # after all others are kept
+            raise errors[0]
 
     def _keep(self, cell: Mapping[str, Any], results: Mapping[str, Any]) -> None:
         row = {name: _text(value) for name, value in {**cell, **results}.items()}
@@ -163,13 +172,13 @@ def parser(doc: str | None, *, seeds: int, needs_data: bool = True) -> argparse.
     Args:
         doc: The docstring of the script.
         seeds: How many by default.
-        needs_data: Whether it reads a data set.
+        needs_data: Whether it reads a data set; else ``--data-dir`` is taken and not looked at.
     """
     result = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if needs_data:
-        result.add_argument("--data-dir", type=Path, required=True, help="where the data sets are")
+    where = "where the data sets are" if needs_data else "not needed here"
+    result.add_argument("--data-dir", type=Path, required=needs_data, help=where)
     result.add_argument("--scale", choices=["tiny", "small", "paper"], default="small")
     result.add_argument("--seeds", type=int, default=seeds, help="trainings of each kind")
     result.add_argument("--workers", type=int, default=2, help="processes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_hpo._arguments import check_count, check_flag, check_number
+from lightning_hpo._arguments import check_count, check_flag, check_number, named_arguments
 from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.step import Space, Step, ValidationGradient
 
@@ -60,6 +60,7 @@ class ClipR(Estimator):
         True
     """
 
+    @named_arguments("ClipR")
     def __init__(
         self,
         radius: float = 20.0,

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_hpo._arguments import check_choice, check_count, check_number
+from lightning_hpo._arguments import check_choice, check_count, check_number, named_arguments
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.step import Space, Step, ValidationGradient
@@ -76,6 +76,7 @@ class Implicit(Estimator):
     follows_statistics = False
     enumerate_up_to = 8
 
+    @named_arguments("Implicit")
     def __init__(
         self,
         solver: Solver = "cg",

@@ -17,6 +17,7 @@ from lightning_hpo._arguments import (
     check_flag,
     check_integer,
     check_number,
+    named_arguments,
 )
 from lightning_hpo._lightning import MisconfigurationException
 from lightning_hpo.choices import Indices
@@ -94,6 +95,7 @@ class PolicyGradient(Estimator):
         4
     """
 
+    @named_arguments("PolicyGradient")
     def __init__(
         self,
         estimator: Estimator | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_hpo._arguments import check_flag
+from lightning_hpo._arguments import check_flag, named_arguments
 from lightning_hpo.estimators._reverse import Window
 from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.step import Effect, Space, Step, ValidationGradient
@@ -43,6 +43,7 @@ class T1T2(Estimator):
     window = 1
     uses_hessian = False
 
+    @named_arguments("T1T2")
     def __init__(self, scale_by_lr: bool = True) -> None:
         check_flag("T1T2", scale_by_lr=scale_by_lr)
         self.scale_by_lr = scale_by_lr

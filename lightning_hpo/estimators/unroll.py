@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal, get_args
 
-from lightning_hpo._arguments import check_choice, check_flag, check_integer
+from lightning_hpo._arguments import check_choice, check_flag, check_integer, named_arguments
 from lightning_hpo.estimators._reverse import Window
 from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.step import Space, Step, Tangents, ValidationGradient
@@ -49,6 +49,7 @@ class UnrollK(Estimator):
         [5, 10, 15, 20]
     """
 
+    @named_arguments("UnrollK")
     def __init__(
         self, k: int, mode: Mode = "auto", restart: bool = False, sync_tangents: bool = True
     ) -> None:

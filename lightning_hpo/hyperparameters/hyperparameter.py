@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_hpo._arguments import check_number
+from lightning_hpo._arguments import check_number, named_arguments
 from lightning_hpo.hyperparameters.constraints import Constraint, Unconstrained
 
 
@@ -61,6 +61,7 @@ class Hyperparameter(nn.Module):
     is_policy = False  # whether it holds φ, the logits of choices or what decides them
     _is_resolved = True
 
+    @named_arguments("Hyperparameter")
     def __init__(
         self,
         init: float | Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_hpo._arguments import named_arguments
 from lightning_hpo.hyperparameters import Constraint, Hyperparameter, Interval
 
 
@@ -30,6 +31,7 @@ class LabelSmoothing(nn.Module):
         tensor(1.0986)
     """
 
+    @named_arguments("LabelSmoothing")
     def __init__(self, init: float, constraint: Constraint | None = None) -> None:
         super().__init__()
         self.epsilon = Hyperparameter(

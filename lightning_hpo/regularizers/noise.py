@@ -41,6 +41,7 @@ class GaussianNoise(nn.Module):
         Hyperparameter(0.1, constraint=Interval(low=0.0, high=inf))
     """
 
+    @named_arguments("GaussianNoise")
     def __init__(self, init: float, constraint: Constraint | None = None) -> None:
         super().__init__()
         self.sigma = Hyperparameter(init, Interval(0.0) if constraint is None else constraint)
