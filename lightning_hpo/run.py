@@ -507,6 +507,8 @@ class Run:
         options = [] if training.options is None else training.options.choices
         policy = {name: h for name, h in self.hyperparameters.items() if h.is_policy}
         wanted = [n for n in self.choices.decided_by(policy.values()) if n not in options]
+        if not wanted:
+            return
         raws = [h.raw for h in self.hyperparameters.values()]
         is_complete = self.choices.number(wanted) <= FEW_COMBINATIONS
         seen: set[frozenset[str]] = set()
