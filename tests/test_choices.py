@@ -171,9 +171,12 @@ def force(monkeypatch, paths):
     monkeypatch.setattr(Choices, "draw", draw)
 
 
-@pytest.mark.parametrize("case", WINDOWS)
+LONGER = {"UnrollK(3)": (lambda: UnrollK(3, "reverse", restart=True), 3, Quadratic)}
+
+
+@pytest.mark.parametrize("case", [*WINDOWS, *LONGER])
 def test_the_mean_over_all_paths_is_exact(case, monkeypatch):
-    make, window, module = WINDOWS[case]
+    make, window, module = {**WINDOWS, **LONGER}[case]
     exact = differences(lambda phi: expected_loss(phi, window), LOGITS)
     paths = list(itertools.product(range(4), repeat=window))
     force(monkeypatch, [[{"choice": a} for a in path] for path in paths])
