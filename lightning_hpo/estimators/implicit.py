@@ -125,15 +125,17 @@ class Implicit(Estimator):
         solve = self._cg if self.solver == "cg" else self._neumann
         self._every = self._choices.every(self._names) if self.is_exact else [({}, 1.0)]
         v, outcome = solve([g.unsqueeze(0) for g in validation.tensors()], self._step.lr)
-        total = self._mean(lambda step: step.products(v, here=True, theta_part=False)[1])
+        total = self._mean(
+            self._step, lambda step: step.products(v, here=True, theta_part=False)[1]
+        )
         del self._step
         return Estimate([-t[0] for t in total], outcome=str(outcome))
 
-    def _mean(self, product: Callable[[Step], list[Tensor]]) -> list[Tensor]:
+    def _mean(self, step: Step, product: Callable[[Step], list[Tensor]]) -> list[Tensor]:
         """Returns the mean of a product over the choices in the loss."""
         total: list[Tensor] = []
         for indices, weight in self._every:
-            found = product(self._step.under(indices))
+            found = product(step.under(indices))
             torch._foreach_mul_(found, weight)
             if total:
                 torch._foreach_add_(total, found)
@@ -144,10 +146,9 @@ class Implicit(Estimator):
     def _damped(self, u: list[Tensor]) -> list[Tensor]:
         step = self._step
         if not self.is_exact:
-            self._step = step.under(self._choices.sample("implicit", self._drawn))
+            step = step.under(self._choices.sample("implicit", self._drawn))
             self._drawn += 1
-        product = self._mean(lambda step: step.products(u, here=True, lambda_part=False)[0])
-        self._step = step
+        product = self._mean(step, lambda s: s.products(u, here=True, lambda_part=False)[0])
         if self.damping:
             torch._foreach_add_(product, u, alpha=self.damping)
         return product
