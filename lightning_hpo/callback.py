@@ -129,6 +129,7 @@ class OnlineHPOCallback(pl.Callback):
             an estimator, or one of several estimators has ``restart=True``.
         MisconfigurationException: At the start of the training, before its first step, if the
             module, the data or the trainer do not fit; all findings in one message.
+        RuntimeError: On several ranks, where another one has raised an error at the start.
     """
 
     @named_arguments("OnlineHPOCallback", _HINTS)
@@ -257,6 +258,7 @@ class OnlineHPOCallback(pl.Callback):
             ModuleNotFoundError: Without matplotlib.
             RuntimeError: Before the first update.
             KeyError: If a name is unknown.
+            ValueError: If ``names`` is empty.
         """
         subjects = self._diagnosis.subjects.items()
         constraints = {n: s.constraint for n, s in subjects}

@@ -37,13 +37,21 @@ class HistoryRecord:
             ``global_step``, less steps that a gradient scaler has left out.
         values: The constrained values after the update: a float, or a list for a tensor.
         hypergradients: dL_V/d(raw λ), shaped like raw λ, on the CPU.
-        tangent_norms: ‖dθ/d(raw λ)‖: a float, or a list for a tensor; None for reverse estimators.
+        tangent_norms: ‖dθ/d(raw λ)‖, in units of θ per unit of raw λ: a float, or a list for a
+            tensor; None for reverse estimators.
         skipped: How many updates have been skipped so far because their hypergradient was not
             finite, this one included.
         outcome: How the solver of an implicit estimator ended (the value of a
             :class:`lightning_hpo.estimators.SolverOutcome`); None for other estimators. Of several
             estimators, ``"pattern: outcome"`` for each that has one, separated by commas.
         loss: L_V on the held-out batch of this update, before it; None where it was not asked for.
+
+    Example:
+        >>> callback = OnlineHPOCallback(ClipR(), every_n_steps=5)
+        >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+        >>> record = callback.history[0]
+        >>> record.step, list(record.values), list(record.tangent_norms), record.skipped
+        (5, ['l2'], ['l2'], 0)
     """
 
     step: int
@@ -62,6 +70,14 @@ class History(Sequence[HistoryRecord]):
 
     Args:
         records: What it begins with.
+
+    Example:
+        >>> callback = OnlineHPOCallback(T1T2(), every_n_steps=5)
+        >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+        >>> len(callback.history), callback.history[-1].step
+        (4, 20)
+        >>> list(callback.history.columns())  # pandas.DataFrame(callback.history.columns())
+        ['step', 'loss', 'skipped', 'l2', 'l2_grad']
     """
 
     def __init__(self, records: Iterable[HistoryRecord] = ()) -> None:

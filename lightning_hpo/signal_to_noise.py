@@ -43,7 +43,8 @@ class SignalToNoise(torch.optim.Optimizer):
         raw λ ← raw λ − η_k 0.2 clip((raw λ − raw λ₀) / 2, −u, u)          elsewhere
         η_k = lr · min(24 / n, ¼) · ½ (1 + cos(π k / n)),   β = (0.9, 0.97),   c = 0.15
 
-    m̂ and v̂ are corrected for their start, as in Adam; the first three hypergradients say nothing
+    m̂ and v̂ are corrected for their start, as in Adam (Kingma & Ba 2015, Algorithm 1), and the rate
+    falls by a cosine (Loshchilov & Hutter 2017, eq. 5); the first three hypergradients say nothing
     about their noise, and those of the first tenth of all updates come too early: they count as
     q = 0. So do, element by element, hypergradients of 0. u is the unit of raw λ
     (:meth:`Constraint.unit`): a factor e of a strength, half a logit of a probability. From about
@@ -61,6 +62,13 @@ class SignalToNoise(torch.optim.Optimizer):
             step.
         lr: A factor of the rate. With 0 nothing moves.
         is_known: Whether n is known. Else the rate does not fall below a tenth.
+
+    Example:
+        >>> module = Tuned()
+        >>> tuned = named_hyperparameters(module).values()
+        >>> SignalToNoise = signal_to_noise.SignalToNoise
+        >>> callback = OnlineHPOCallback(T1T2(), lambda raw: SignalToNoise(tuned, 20, {}))
+        >>> Trainer(callbacks=[callback]).fit(module, train_loader, validation_loader)
     """
 
     def __init__(

@@ -74,11 +74,18 @@ class Strategy:
     Attributes:
         assigned: The estimators, each with a name and the hyperparameters that it serves.
         every_n_steps: Optimizer steps between two updates.
-        steps: The length of the training that rates and memories are fractions of.
+        steps: The length of the training, in optimizer steps, that rates and memories are fractions
+            of.
         is_length_known: Whether that is its length; else it is a guess.
         lr: The factor of the λ-optimizer's rate; None where another optimizer was given.
         is_chosen: Whether the estimators were chosen; else they were given.
         chosen_for: The length that the training had when they were chosen.
+
+    Example:
+        >>> callback = OnlineHPOCallback()
+        >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+        >>> str(callback.strategy)
+        'T1T2() for l2; λ every 1 step; by its signal-to-noise ratio, ... over 20 steps'
     """
 
     assigned: Assigned
@@ -173,11 +180,16 @@ def choose_estimators(
     Args:
         hyperparameters: All that are tuned, by name.
         outside_loss: Those that act on the gradient or in the optimizer, not in the loss.
-        steps: The length of the training.
-        every_n_steps: The interval, if it is given.
+        steps: The length of the training, in optimizer steps.
+        every_n_steps: The interval, if it is given, likewise.
 
     Returns:
         The estimators, each with a name and the hyperparameters that it serves, and the interval.
+
+    Example:
+        >>> strength = Hyperparameter(1e-4, Positive())
+        >>> strategy.choose_estimators({"l2": strength}, outside_loss=["l2"], steps=6000)
+        ([('tangents', ClipR(...), ['l2'])], 15)
     """
     choices = [n for n, h in hyperparameters.items() if h.is_policy]
     hyperparameters = {n: h for n, h in hyperparameters.items() if n not in choices}

@@ -1,12 +1,18 @@
 """The reference: what users call says what it is, what it takes, and how it is called."""
 
+import ast
 import doctest
+import html
 import inspect
+import pydoc
 import re
+import textwrap
 from types import ModuleType
 from typing import get_origin
 
 import lightning.pytorch as pl
+import pdoc.docstrings
+import pdoc.render_helpers
 import pytest
 import torch
 from torch import nn
@@ -14,7 +20,6 @@ from torch import nn
 import lightning_hpo
 from lightning_hpo.regularizers import PenaltyMixin
 
-USED = [n for n in lightning_hpo.__all__ if not isinstance(getattr(lightning_hpo, n), ModuleType)]
 PAGES = [
     lightning_hpo,
     *(v for n in lightning_hpo.__all__ if isinstance(v := getattr(lightning_hpo, n), ModuleType)),
@@ -28,6 +33,39 @@ PUBLIC = {
     and get_origin(thing) is None  # Python 3.10 takes aliases of types for classes
 }
 SECTIONS = {"Args", "Attributes", "Example", "Raises", "Returns", "Yields"}
+# What is passed on there is chosen to fit.
+NEVER_RAISED = {"lightning_hpo.strategy.choose_estimators": {"TypeError", "ValueError"}}
+# Whose work it is, where something published is implemented.
+SOURCES = {
+    "OnlineHPOCallback": "online-HPO paper",
+    "T1T2": "Luketina et al. 2016, eq. 3",
+    "ClipR": "online-HPO paper, Algorithm 1",
+    "UnrollK": "Franceschi et al. 2017",
+    "Implicit": "Pedregosa 2016, Algorithm 1",
+    "PolicyGradient": "Adam & Lorraine 2018, eq. 2",
+    "LSTMController": "Adam & Lorraine (2018, §3)",
+    "SignalToNoise": "Kingma & Ba 2015",
+    "L2Mixin": "Krogh & Hertz 1992",
+    "L2Penalty": "online-HPO paper, §3.5.1",
+    "L1Mixin": "Tibshirani 1996",
+    "L1Penalty": "Tibshirani 1996",
+    "DropoutMixin": "Srivastava et al. 2014",
+    "TunableDropout": "Srivastava et al. (2014)",
+    "StackedRNN": "Zaremba et al. (2014)",
+    "GaussianNoise": "Fioravanti, §II-B, eq. 6",
+    "GaussianNoiseMixin": "Luketina et al. (2016, §3)",
+    "LabelSmoothing": "Szegedy et al. 2016, §7",
+    "LossWeightMixin": "Franceschi et al. (2017, §5.3)",
+    "ExampleWeightMixin": "Franceschi et al. 2017, §5.1",
+    "Simplex": "Duchi et al. (2008, Fig. 1)",
+    "L1Ball": "Duchi et al. (2008, §4)",
+    "freeze": "Luketina et al. 2016, §3.1",
+    "Backend": "Franceschi et al. 2017, Algorithm 1",
+    "Reverse": "Pearlmutter (1994)",
+    "Forward": "Pearlmutter (1994)",
+    "FiniteDifference": "Nocedal & Wright (2006, §8.1)",
+    "LambdaDifference": "online-HPO paper, §3.5.2",
+}
 
 
 def _sections(doc):
@@ -40,8 +78,8 @@ def _parameters(function):
     return [n for n in inspect.signature(function).parameters if n not in ("self", "cls")]
 
 
-def _described(doc):
-    return re.findall(r"^    \*{0,2}(\w+):", _sections(doc)[1].get("Args", ""), flags=re.MULTILINE)
+def _described(doc, section="Args"):
+    return re.findall(r"^    \*{0,2}(\w+):", _sections(doc)[1].get(section, ""), flags=re.MULTILINE)
 
 
 def _methods(cls):
@@ -54,16 +92,106 @@ def _methods(cls):
             yield name, function
 
 
-@pytest.mark.parametrize("name", USED)
-def test_what_users_call_is_described_with_an_example(name):
-    thing = getattr(lightning_hpo, name)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_thing_is_described_with_an_example(name):
+    thing = PUBLIC[name]
     summary, sections = _sections(thing.__doc__)
-    first = summary.split("\n")[0]
-    assert first.endswith((".", "?"))
-    own = inspect.isfunction(thing) or "__init__" in vars(thing)
-    taken = _parameters(thing) if own or hasattr(thing, "__dataclass_fields__") else []
-    assert _described(thing.__doc__) == taken
+    assert summary.split("\n")[0].endswith((".", "?"))
+    own = inspect.isfunction(thing) or (
+        "__init__" in vars(thing) and not getattr(thing, "_is_protocol", False)
+    )
+    is_data = hasattr(thing, "__dataclass_fields__")
+    described = _described(thing.__doc__)
+    if is_data and not described:  # it is read, not made
+        described = _described(thing.__doc__, "Attributes")
+    assert described == (_parameters(thing) if own or is_data else [])
     assert ">>> " in sections.get("Example", "")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_published_work_is_cited(name):
+    (thing,) = (thing for thing in PUBLIC.values() if thing.__name__ == name)
+    assert SOURCES[name] in " ".join(thing.__doc__.split())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_errors_are_described(name):
+    """What the code of a public thing raises, or helpers that it calls by name, is under Raises."""
+    thing = PUBLIC[name]
+    if inspect.isfunction(thing):
+        assert _raised(thing) <= _raises(thing.__doc__) | NEVER_RAISED.get(name, set())
+        return
+    for own in ("__init__", "__post_init__", "__init_subclass__"):
+        if function := _function(vars(thing).get(own)):
+            assert _raised(function, thing) <= _raises(thing.__doc__), own
+    for path, member in vars(thing).items():
+        if (function := _function(member)) and not path.startswith("_"):
+            # A class may say it for all its methods, and the first of a name for its overrides.
+            texts = [
+                thing.__doc__,
+                *(vars(c)[path].__doc__ for c in thing.__mro__ if path in vars(c)),
+            ]
+            assert _raised(function, thing) <= set().union(*map(_raises, texts)), path
+
+
+def test_errors_are_found_in_helpers():
+    assert _raised(lightning_hpo.freeze) == {"TypeError", "ValueError"}
+    assert _raised(lightning_hpo.ClipR.__init__) == {"TypeError", "ValueError"}
+    assert _raised(lightning_hpo.L2Mixin.register_l2, lightning_hpo.L2Mixin) == {
+        "TypeError",
+        "ValueError",
+    }
+
+
+def _function(member):
+    """Returns the function of a method, class method or property; None without source code."""
+    member = getattr(member, "__func__", getattr(member, "fget", member))
+    has_code = inspect.isfunction(member) and member.__code__.co_filename != "<string>"
+    return inspect.unwrap(member) if has_code else None
+
+
+def _raises(doc):
+    """Returns the kinds of errors that a docstring lists, or the one to which it refers."""
+    if reference := re.search(r"; see :meth:`([\w.]+)`", doc or ""):
+        return _raises(pydoc.locate(reference[1]).__doc__)
+    return set(_described(doc or "", "Raises"))
+
+
+def _raised(function, cls=None, seen=None):
+    """Returns the kinds of errors in the code of a function and of what it calls by name.
+
+    That is a function or a class of this package, or a method of ``self``. What it catches itself,
+    and abstract methods, do not count.
+    """
+    function, seen = inspect.unwrap(function), set() if seen is None else seen
+    if function in seen or not function.__module__.startswith("lightning_hpo"):
+        return set()
+    seen.add(function)
+    found = set()
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    for node in (node for line in definition.body for node in ast.walk(line)):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            if isinstance(node.exc.func, ast.Name):  # else it is raised again, as what it was
+                found.add(node.exc.func.id)
+        elif isinstance(node, ast.Call):
+            for called, owner in _called(node.func, function, cls):
+                found |= _raised(called, owner, seen)
+    return found - {"NotImplementedError"}
+
+
+def _called(name, function, cls):
+    """Yields the functions that a call runs, each with the class that it belongs to."""
+    if isinstance(name, ast.Attribute) and ast.unparse(name.value) == "self":
+        found = [(inspect.getattr_static(cls, name.attr, None), cls)] if cls else []
+    else:
+        called = function.__globals__.get(name.id) if isinstance(name, ast.Name) else None
+        found = [(called, None)]
+        if inspect.isclass(called):
+            starts = ("__init__", "__post_init__")
+            found = [(getattr(called, start, None), called) for start in starts]
+    for member, owner in found:
+        if code := _function(member):
+            yield code, owner
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
@@ -105,18 +233,63 @@ def _is_a_hook(cls, name):
     return any(hasattr(host, name) for host in hosts if host is not cls)
 
 
+# Each docstring once, by the name of the first that has it.
+TEXTS = {
+    text: name
+    for name, text in reversed(
+        [
+            *((page.__name__, page.__doc__) for page in PAGES),
+            *((name, thing.__doc__) for name, thing in PUBLIC.items()),
+            *(
+                (f"{name}.{path}", member.__doc__)
+                for name, thing in PUBLIC.items()
+                for path, member in vars(thing).items()
+                if not path.startswith("_") and member.__doc__
+            ),
+        ]
+    )
+}
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=TEXTS.values())
+def test_equations_stand_on_the_page_as_they_are_written(text):
+    """Indented lines keep their breaks and symbols, and Markdown makes nothing of the others."""
+    text = inspect.cleandoc(text)
+    page = pdoc.render_helpers.to_html(pdoc.docstrings.convert(text, "google", None))
+    blocks = [
+        html.unescape(re.sub("<.*?>", "", b)) for b in re.findall(r"<pre>.*?</pre>", page, re.S)
+    ]
+    shown = "\n".join("\n".join(map(str.rstrip, block.splitlines())) for block in blocks)
+    for paragraph in _sections(text)[0].split("\n\n"):
+        lines = paragraph.split("\n")
+        indented = [line.startswith("    ") for line in lines]
+        assert all(indented) or not any(indented), f"no empty line before or after {paragraph}"
+        if all(indented):
+            assert textwrap.dedent(paragraph) in shown
+    prose = re.sub(r"<pre>.*?</pre>|<code>.*?</code>", "", page, flags=re.S)
+    emphasized = re.findall(r"(?<![\w*])\*(\w+)\*", text)
+    assert re.findall(r"<em>(.*?)</em>", prose, re.S) == emphasized
+    assert not re.search(r"<(h[1-5]|hr|ol|table|sub|sup|s|del|img)\b", prose)
+    assert ">>>" not in html.unescape(prose)
+
+
 @pytest.fixture(scope="module")
 def names():
-    """Returns what the example of the package has defined, where the others go on."""
+    """Returns what the example of each page has defined, where the others on it go on."""
     torch.set_default_dtype(torch.float32)
-    return _run(lightning_hpo.__doc__, {}, "lightning_hpo")
+    first = _run(lightning_hpo.__doc__, {}, "lightning_hpo")
+    return {
+        page.__name__: _run(page.__doc__, first, page.__name__) if ">>> " in page.__doc__ else first
+        for page in PAGES
+    }
 
 
-@pytest.mark.parametrize("name", [n for n, thing in PUBLIC.items() if ">>> " in thing.__doc__])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_examples_show_what_happens(name, names):
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    _run(PUBLIC[name].__doc__, names, name)
+    page = next(page for page in PAGES if PUBLIC[name] in vars(page).values())
+    _run(PUBLIC[name].__doc__, names[page.__name__], name)
 
 
 def _run(doc, names, name):

@@ -8,6 +8,14 @@ With H = ∂²L/∂θ² and B = ∂²L/∂θ∂λ, a :class:`Backend` makes two 
 - :class:`Forward`, forward-over-reverse: exact, and lean in memory.
 - :class:`FiniteDifference`, central differences of the gradient: approximate, for every model.
 - :class:`LambdaDifference` completes any of them for λ that act through random masks.
+
+λ are raw here: what the loss does with them, constraints included, is its own matter. The examples
+of this page go on from here, with H = λ I and B = θ:
+
+    >>> def loss(theta, lam):
+    ...     return 0.5 * lam[0] * theta[0].square().sum()
+    >>> theta = [torch.tensor([1.0, 2.0], requires_grad=True)]
+    >>> lam = [torch.tensor(0.5, requires_grad=True)]
 """
 
 from lightning_hpo.derivatives._gradient import gradient, gradient_products

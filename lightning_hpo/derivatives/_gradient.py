@@ -27,6 +27,10 @@ def gradient(loss: Tensor, targets: Sequence[Tensor]) -> list[Tensor | None]:
 
     Raises:
         TypeError: If a gradient is sparse.
+
+    Example:
+        >>> derivatives.gradient(loss(theta, lam), [*theta, *lam])
+        [tensor([0.5000, 1.0000]), tensor(2.5000)]
     """
     active = [t for t in targets if t.requires_grad] if loss.requires_grad else []
     if not active:
@@ -61,6 +65,11 @@ def gradient_products(
 
     Raises:
         TypeError: If a gradient is sparse.
+
+    Example:
+        >>> stacks = [torch.tensor([[1.0, 0.0], [0.0, 1.0]]), None]
+        >>> derivatives.gradient_products(loss(theta, lam), [*theta, *lam], stacks)
+        [tensor([0.5000, 1.0000]), None]
     """
     products: list[Tensor | None] = [None] * len(targets)
 

@@ -25,6 +25,11 @@ class Backend(Protocol):
 
     Sources: the tangent is ∂g_T/∂θ · y + ∂g_T/∂λ of the online-HPO paper, eq. 7; the adjoint is
     α_{t+1} A_{t+1}, α_{t+1} B_{t+1} of Reverse-HG (Franceschi et al. 2017, Algorithm 1).
+
+    Example:
+        >>> backend = derivatives.BACKENDS["forward"]()
+        >>> backend.adjoint(loss, theta, lam, [torch.tensor([[2.0, 0.0]])])  # H u, Bᵀ u
+        ([tensor([[1., 0.]])], [tensor([2.])])
     """
 
     @property
@@ -47,9 +52,9 @@ class Backend(Protocol):
         Args:
             loss: L.
             theta: θ.
-            lam: λ.
+            lam: Raw λ.
             u: Directions in θ, ``(m, *θ_i.shape)`` each; None stands for zeros.
-            e: Directions in λ, ``(m, *λ_k.shape)`` each; None stands for zeros.
+            e: Directions in raw λ, ``(m, *λ_k.shape)`` each; None stands for zeros.
             is_last: Whether no tangent of the same evaluation (this very ``loss``, θ and λ)
                 follows. A backend may share work between them.
 
@@ -59,6 +64,7 @@ class Backend(Protocol):
 
         Raises:
             ValueError: If there is no direction.
+            TypeError: If a gradient is sparse.
             RuntimeError: If an operator of the loss lacks a derivative that the backend needs; see
                 :func:`is_missing_derivative`.
         """
@@ -78,7 +84,7 @@ class Backend(Protocol):
         Args:
             loss: L.
             theta: θ.
-            lam: λ.
+            lam: Raw λ.
             u: Directions in θ, ``(m, *θ_i.shape)`` each.
             theta_part: Whether H u is wanted.
 
@@ -89,6 +95,7 @@ class Backend(Protocol):
 
         Raises:
             ValueError: If there is no direction.
+            TypeError: If a gradient is sparse.
             RuntimeError: As for :meth:`tangent`.
         """
         ...
@@ -112,6 +119,15 @@ def is_missing_derivative(error: RuntimeError) -> bool:
     """Whether an error says that an operator lacks a second or a forward derivative.
 
     Running out of memory, wrong shapes and the user's own errors are not that.
+
+    Args:
+        error: What a product of :class:`Reverse` or :class:`Forward` has raised.
+
+    Example:
+        >>> derivatives.is_missing_derivative(RuntimeError("derivative ... is not implemented"))
+        True
+        >>> derivatives.is_missing_derivative(RuntimeError("shapes cannot be multiplied"))
+        False
     """
     if isinstance(error, torch.OutOfMemoryError):
         return False

@@ -45,15 +45,22 @@ class FiniteDifference:
 
     Cost: 2 gradients of the loss per direction, 4 where both u and e are given.
 
+    Source: Nocedal & Wright (2006, §8.1), for central differences and ε^⅓.
+
     Args:
-        rounding: The relative rounding error of the loss, where that is larger than θ's dtype says
-            (under autocast): steps are wider then.
-        reach: How far each element of λ may be moved, one tensor per entry of ``lam``; None: any
-            distance.
+        rounding: The relative rounding error ε of the loss, where that is larger than θ's dtype
+            says (under autocast): steps are wider then.
+        reach: How far each element of raw λ may be moved, one tensor per entry of ``lam``; None:
+            any distance.
         theta_is_scratch: Whether nobody minds if θ comes back changed by rounding. It is then
             displaced in place, which takes |θ| less memory.
         leading: How many tensors of θ, from the first on, δ is chosen by; None: all. The others
             move along: the loss may be linear in them, and their scale be another.
+
+    Example:
+        >>> backend = derivatives.FiniteDifference()
+        >>> (product,) = backend.tangent(loss, theta, lam, [torch.tensor([[2.0, 0.0]])], None)
+        >>> torch.testing.assert_close(product, torch.tensor([[1.0, 0.0]]), atol=1e-3, rtol=0)
     """
 
     rounding: float | None = None
@@ -109,7 +116,7 @@ class FiniteDifference:
         Args:
             loss: L.
             theta: θ.
-            lam: λ.
+            lam: Raw λ.
             u: Directions in θ, ``(m, *θ_i.shape)`` each.
             u_norms: ‖u‖ of each direction ``(m,)``, where they are known.
 
@@ -119,6 +126,7 @@ class FiniteDifference:
 
         Raises:
             ValueError: If there is no direction.
+            TypeError: If a gradient is sparse.
         """
         m = direction_count(u)
         products: list[Tensor] = []

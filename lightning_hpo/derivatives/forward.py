@@ -33,6 +33,11 @@ class Forward:
     there are such parameters.
 
     Source: Pearlmutter (1994), whose R{·} operator this is.
+
+    Example:
+        >>> backend = derivatives.Forward()
+        >>> backend.tangent(loss, theta, lam, [torch.tensor([[2.0, 0.0]])], None)  # H u
+        [tensor([[1., 0.]])]
     """
 
     is_exact: ClassVar[bool] = True

@@ -33,8 +33,13 @@ class LambdaDifference:
 
     Args:
         inner: The backend for θ and the smooth λ, which alone it sees as ``lam``.
-        steps: For each entry of ``lam``, ε (half the width of the difference), or None where the
-            loss is smooth in it.
+        steps: For each entry of ``lam``, ε (half the width of the difference, in units of raw λ),
+            or None where the loss is smooth in it.
+
+    Example:
+        >>> backend = derivatives.LambdaDifference(derivatives.Reverse(), steps=[0.25])
+        >>> backend.adjoint(loss, theta, lam, [torch.tensor([[2.0, 0.0]])])  # H u, Bᵀ u
+        ([tensor([[1., 0.]])], [tensor([2.])])
     """
 
     inner: Backend

@@ -35,6 +35,11 @@ class Reverse:
     forward and the first backward pass go.
 
     Source: Pearlmutter (1994).
+
+    Example:
+        >>> backend = derivatives.Reverse()
+        >>> backend.tangent(loss, theta, lam, None, [torch.tensor([2.0])])  # B e
+        [tensor([[2., 4.]])]
     """
 
     is_exact: ClassVar[bool] = True

@@ -3,7 +3,8 @@
 from lightning_hpo.estimators.base import Estimate, Estimator
 from lightning_hpo.estimators.clip import ClipR
 from lightning_hpo.estimators.implicit import Implicit, SolverOutcome
-from lightning_hpo.estimators.policy_gradient import PolicyGradient, serves_choices
+from lightning_hpo.estimators.policy_gradient import PolicyGradient
+from lightning_hpo.estimators.policy_gradient import serves_choices as serves_choices
 from lightning_hpo.estimators.t1t2 import T1T2
 from lightning_hpo.estimators.unroll import UnrollK
 
@@ -18,5 +19,4 @@ __all__ = [
     "PolicyGradient",
     "SolverOutcome",
     "UnrollK",
-    "serves_choices",
 ]

@@ -16,11 +16,18 @@ from lightning_hpo.step import Space, Step, ValidationGradient
 class Estimate:
     """What an estimator says at an update.
 
-    Attributes:
+    Args:
         gradients: dL_V/d(raw λ), one tensor per hyperparameter of the space, shaped like its raw
             tensor.
         norms: ‖dθ/d(raw λ)‖ per scalar λ, in the same shapes; None where no tangents are kept.
         outcome: How the estimate came about, where that can fail; kept in the history.
+
+    Example:
+        >>> class Signs(T1T2):
+        ...     def hypergradient(self, validation):
+        ...         estimate = super().hypergradient(validation)
+        ...         return estimators.Estimate([h.sign() for h in estimate.gradients])
+        >>> callback = OnlineHPOCallback(Signs(), every_n_steps=10)
     """
 
     gradients: list[Tensor]

@@ -20,7 +20,14 @@ SOLVERS = get_args(Solver)
 
 
 class SolverOutcome(str, Enum):
-    """How the linear solver of :class:`Implicit` ended."""
+    """How the linear solver of :class:`Implicit` ended.
+
+    Example:
+        >>> callback = OnlineHPOCallback(Implicit("neumann", iterations=5), every_n_steps=10)
+        >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+        >>> callback.history[-1].outcome == estimators.SolverOutcome.ITERATION_LIMIT
+        True
+    """
 
     CONVERGED = "converged"
     """The residual is below the tolerance."""
@@ -52,8 +59,8 @@ class Implicit(Estimator):
 
     Args:
         solver: ``"cg"``: conjugate gradients, for positive definite H + damping · I. ``"neumann"``:
-            v = a Σ_k (I − a H)^k g_V (Lorraine et al. 2020, eq. 3), with the learning rate in force
-            as the step a.
+            v = a Σ_k (I − a H)^k g_V (Lorraine et al. 2020, Algorithm 3), with the learning rate in
+            force as the step a.
         iterations: The largest number of iterations.
         damping: Added to the diagonal of H, in its units: loss per square of θ.
         tolerance: The solver stops where the residual is below ``tolerance`` · ‖g_V‖.
@@ -64,6 +71,8 @@ class Implicit(Estimator):
         TypeError: If ``damping`` or ``tolerance`` is not a number.
         ValueError: If ``solver`` is unknown, ``iterations`` is no positive integer, or ``damping``
             or ``tolerance`` is negative or not finite.
+        MisconfigurationException: At the start of a training, if ``"cg"`` meets too many
+            combinations of choices, or options of the optimizer are tuned.
 
     Example:
         >>> callback = OnlineHPOCallback(Implicit("neumann", iterations=5), every_n_steps=10)

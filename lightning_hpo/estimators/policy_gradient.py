@@ -77,6 +77,8 @@ class PolicyGradient(Estimator):
         TypeError: If ``estimator`` is none of these, or a flag or number is of the wrong type.
         ValueError: If ``baseline`` is unknown, ``"leave_one_out"`` has fewer than two samples, or a
             number is out of range.
+        MisconfigurationException: At the start of a training, if options of the optimizer are
+            tuned with ``response=False``, or with an ``estimator`` that refuses them.
 
     Example:
         >>> class Searched(LitModel):

@@ -32,6 +32,8 @@ class T1T2(Estimator):
 
     Raises:
         TypeError: If ``scale_by_lr`` is not a bool.
+        MisconfigurationException: At the start of a training, if options of the optimizer are
+            tuned with ``scale_by_lr=False``.
 
     Example:
         >>> callback = OnlineHPOCallback(T1T2(), every_n_steps=2)

@@ -4,8 +4,8 @@ from lightning_hpo.hyperparameters.categorical import (
     BernoulliHyperparameter,
     CategoricalHyperparameter,
     Softmax,
-    described,
 )
+from lightning_hpo.hyperparameters.categorical import described as described
 from lightning_hpo.hyperparameters.constraints import (
     Box,
     Constraint,
@@ -36,6 +36,5 @@ __all__ = [
     "Softmax",
     "Unconstrained",
     "UnitInterval",
-    "described",
     "named_hyperparameters",
 ]

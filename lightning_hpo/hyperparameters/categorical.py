@@ -27,6 +27,13 @@ class Softmax(Constraint):
 
     Raises:
         ValueError: If ``spread`` is not positive and finite.
+
+    Example:
+        >>> choice = CategoricalHyperparameter(["relu", "tanh", "elu"])
+        >>> choice.constraint
+        Softmax(spread=10.0)
+        >>> choice.constraint.project(torch.tensor([12.0, 0.0, 5.0]))
+        tensor([12.,  2.,  5.])
     """
 
     spread: float = 10.0
@@ -83,7 +90,8 @@ class CategoricalHyperparameter(Hyperparameter):
     Args:
         choices: What to choose from: anything that can be compared, such as numbers or names. For
             indices pass ``range(n)``.
-        logits: φ at the start, ``(n,)``. Default: zeros, which makes all equally probable.
+        logits: φ at the start, ``(n,)``, which is raw λ. Default: zeros, which makes all equally
+            probable.
 
     Attributes:
         choices: The choices.
@@ -172,6 +180,7 @@ class CategoricalHyperparameter(Hyperparameter):
 
         Raises:
             ValueError: If it is none of the choices.
+            TypeError: If it cannot be compared with them, as a tensor cannot.
         """
         for i, choice in enumerate(self.choices):
             if _is_same(choice, value):
@@ -204,7 +213,7 @@ class BernoulliHyperparameter(CategoricalHyperparameter):
     :class:`CategoricalHyperparameter`. Calling it returns True or False.
 
     Args:
-        probability: p at the start.
+        probability: p at the start (not its logit).
 
     Raises:
         TypeError: If ``probability`` is not a number.

@@ -295,6 +295,8 @@ class Box(Interval):
 class Simplex(Unconstrained):
     """Vectors of weights that are not negative and sum to ``total``, projected by distance.
 
+    Source of the projection: Duchi et al. (2008, Fig. 1).
+
     Args:
         total: The sum, in the scale of the values, which are raw λ themselves.
 
@@ -333,6 +335,8 @@ class Simplex(Unconstrained):
 @dataclass(frozen=True)
 class L1Ball(Unconstrained):
     """Vectors with Σ |x| ≤ ``radius``, projected by distance.
+
+    Source of the projection: Duchi et al. (2008, §4).
 
     Args:
         radius: R of the data hyper-cleaner (Franceschi et al. 2017, §5.1), in the scale of the

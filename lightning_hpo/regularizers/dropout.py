@@ -46,7 +46,9 @@ _HINTS = {
 
 
 class DropoutMixin(RegularizerMixin):
-    """Turns the dropout of a module into tunable dropout.
+    """Turns the dropout (Srivastava et al. 2014) of a module into tunable dropout.
+
+    How a keep probability is differentiated is told at :class:`TunableDropout`.
 
     Example:
         >>> class Dropped(DropoutMixin, LitModel):
@@ -89,6 +91,7 @@ class DropoutMixin(RegularizerMixin):
                 (``"encoder.layers.0.attention_dropout"``). Default: all modules of torch's kinds.
 
         Raises:
+            TypeError: If ``init`` is not a number.
             ValueError: If there is nothing to tune, a named module does not exist (the closest
                 names are listed) or is no dropout, ``name`` is taken, the keep probability is not
                 between 0 and 1, or layers with different rates are to share one without ``init``.

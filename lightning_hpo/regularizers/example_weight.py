@@ -48,12 +48,13 @@ class ExampleWeightMixin(RegularizerMixin):
 
         Args:
             count: The number of training examples.
-            init: Initial weight of all of them, or a tensor ``(count,)``.
+            init: Initial weight of all of them, a factor of their losses, or a tensor ``(count,)``.
             name: The attribute under which the vector is registered.
             constraint: Default: ``Box(0, 1)``. ``Simplex()`` and ``L1Ball(radius)`` project the
                 whole vector.
 
         Raises:
+            TypeError: If ``init`` holds no floating-point numbers, or ``constraint`` is none.
             ValueError: If ``count`` is not positive, ``init`` has another shape or lies outside the
                 constraint, ``name`` is taken, or there are example weights already.
         """

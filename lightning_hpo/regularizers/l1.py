@@ -19,6 +19,13 @@ class L1Penalty(Penalty):
 
     Its gradient jumps where a weight crosses 0: hypergradients are exact for the steps in which
     none does.
+
+    Example:
+        >>> from lightning_hpo.regularizers import L1Penalty
+        >>> module = with_mixins(LitModel(), L1Mixin)
+        >>> module.register_penalty(L1Penalty, init=1e-4)  # as register_l1(1e-4)
+        >>> module.l1
+        Hyperparameter(0.0001, constraint=Positive(low=1e-10, high=10000.0))
     """
 
     degree = 1
@@ -46,9 +53,12 @@ class L1Penalty(Penalty):
 
 
 class L1Mixin(PenaltyMixin):
-    """Gives a LightningModule L1 penalties whose strengths can be tuned.
+    """Gives a LightningModule L1 penalties λ ‖w‖₁ (Tibshirani 1996) with tunable strengths.
 
     Without the callback the strengths are simply fixed.
+
+    Raises:
+        TypeError: Where a class is defined that names this mixin after its LightningModule.
 
     Example:
         >>> class Sparse(L1Mixin, LitModel):  # the mixin first
@@ -72,7 +82,8 @@ class L1Mixin(PenaltyMixin):
         r"""Adds Σ λ ‖w‖₁ to the training loss. Call it after the network has been built.
 
         By default the penalty acts in the gradient: λ sign(w) is added before clipping, and
-        ``training_step`` does not change. Together with :class:`L2Mixin` it is an elastic net.
+        ``training_step`` does not change. Together with :class:`L2Mixin` it is an elastic net
+        (Zou & Hastie 2005).
 
         Args:
             init: Initial strength λ, in the scale of the value (not its logarithm). ``"auto"``:

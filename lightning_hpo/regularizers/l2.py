@@ -15,7 +15,15 @@ from lightning_hpo.regularizers.penalty import Penalty, PenaltyMixin
 
 
 class L2Penalty(Penalty):
-    """½ λ ‖w‖² (Luketina et al. 2016, §2.2; online-HPO paper, §3.5.1)."""
+    """½ λ ‖w‖² (Luketina et al. 2016, §2.2; online-HPO paper, §3.5.1).
+
+    Example:
+        >>> from lightning_hpo.regularizers import L2Penalty
+        >>> module = with_mixins(LitModel(), L2Mixin)
+        >>> module.register_penalty(L2Penalty, init=1e-4)  # as register_l2(1e-4)
+        >>> module.l2
+        Hyperparameter(0.0001, constraint=Positive(low=1e-10, high=10000.0))
+    """
 
     degree = 2
 
@@ -40,9 +48,13 @@ class L2Penalty(Penalty):
 
 
 class L2Mixin(PenaltyMixin):
-    """Gives a LightningModule L2 penalties whose strengths can be tuned.
+    """Gives a LightningModule L2 penalties ½ λ ‖w‖² with tunable strengths.
 
-    Without the callback the strengths are simply fixed.
+    Without the callback the strengths are simply fixed: weight decay (Krogh & Hertz 1992). One per
+    layer, tuned, is that of Luketina et al. (2016, §2.2).
+
+    Raises:
+        TypeError: Where a class is defined that names this mixin after its LightningModule.
 
     Example:
         >>> class Tuned(L2Mixin, LitModel):  # the mixin first

@@ -23,6 +23,7 @@ class LabelSmoothing(nn.Module):
         constraint: Default: ``Interval(0, 1)``.
 
     Raises:
+        TypeError: If ``init`` is not a number, or ``constraint`` is none.
         ValueError: If ``init`` lies outside the constraint.
 
     Example:

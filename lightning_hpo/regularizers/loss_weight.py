@@ -19,7 +19,7 @@ _INITS = "the initial weights are given as inits={'context': 1.0}"
 
 
 class LossWeightMixin(RegularizerMixin):
-    """Weighs auxiliary tasks: ρ in the phone experiment of Franceschi et al. (2017, §5.2).
+    """Weighs auxiliary tasks: ρ in the phone experiment of Franceschi et al. (2017, §5.3).
 
     Example:
         >>> class MultiTask(LossWeightMixin, LitModel):
@@ -51,6 +51,7 @@ class LossWeightMixin(RegularizerMixin):
             constraint: Default: ``Interval(0, inf)``, so that a weight can reach 0.
 
         Raises:
+            TypeError: If an initial weight is not a number, or ``constraint`` is none.
             ValueError: If ``inits`` is empty, a name is taken or no attribute name, or an initial
                 weight lies outside the constraint.
         """

@@ -33,6 +33,7 @@ class GaussianNoise(nn.Module):
         constraint: Default: ``Interval(0, inf)``.
 
     Raises:
+        TypeError: If ``init`` is not a number, or ``constraint`` is none.
         ValueError: If ``init`` lies outside the constraint.
 
     Example:
@@ -69,6 +70,8 @@ def add_noise(x: Tensor, sigma: Hyperparameter) -> Tensor:
 class GaussianNoiseMixin(RegularizerMixin):
     """Adds tunable Gaussian noise to the inputs of modules, by hooks.
 
+    Source: Luketina et al. (2016, §3), who tune the noise of the input and of each layer.
+
     Example:
         >>> class Noisy(GaussianNoiseMixin, LitModel):
         ...     def __init__(self):
@@ -102,8 +105,10 @@ class GaussianNoiseMixin(RegularizerMixin):
             constraint: Default: ``Interval(0, inf)``.
 
         Raises:
-            ValueError: If a module does not exist (the closest names are listed), ``name`` is
-                taken, or ``init`` lies outside the constraint.
+            TypeError: If ``init`` is not a number, or ``constraint`` is none.
+            ValueError: If a module does not exist (the closest names are listed) or is named twice,
+                there is none with parameters, ``name`` is taken, or ``init`` lies outside the
+                constraint.
         """
         check_free_name("register_noise", self, name)
         if at == "input":

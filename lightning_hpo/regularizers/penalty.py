@@ -42,10 +42,13 @@ class Penalty(ABC):
     Where parameters are sharded, weights are local slices: :meth:`value` must be a sum over the
     elements of a weight, and constants are refused.
 
+    Raises:
+        MisconfigurationException: In a training, if a weight is no longer where it was registered.
+
     Attributes:
         degree: 2 where R is a square of the weights and 1 where it is their size, so that
             ``init="auto"`` is known; else None.
-        hyperparameter: λ, of one element.
+        hyperparameter: λ, of one element, whose value multiplies R.
         constants: What :meth:`constant` returned, one entry per weight.
 
     Example:
@@ -363,6 +366,17 @@ class PenaltyMixin(RegularizerMixin):
     Raises:
         TypeError: Where a class is defined that names this mixin after its LightningModule, or
             derives from the LightningModules of ``lightning.pytorch`` and ``pytorch_lightning``.
+        MisconfigurationException: In a training, if a penalty meets a sparse gradient, or an
+            ``init="auto"`` that cannot be found.
+
+    Example:
+        >>> from lightning_hpo.regularizers import L2Penalty, PenaltyMixin
+        >>> class Penalized(PenaltyMixin, LitModel):  # the mixin first
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_penalty(L2Penalty, init=1e-4, parameters=["net.3.weight"])
+        >>> list(named_hyperparameters(Penalized()))
+        ['l2']
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

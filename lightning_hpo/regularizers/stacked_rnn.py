@@ -37,11 +37,23 @@ class StackedRNN(nn.Module):
     """An ``nn.LSTM`` or ``nn.GRU`` as single layers with tunable dropout in between.
 
     Called, and returning, as the module that it replaces, PackedSequence included; it has the same
-    attributes (``hidden_size``, ``num_layers`` …).
+    attributes (``hidden_size``, ``num_layers`` …). Dropout on these connections alone, not from
+    step to step: Zaremba et al. (2014).
 
     Args:
         rnn: The module to take apart. Its parameters are copied.
-        keep: The keep probability between the layers.
+        keep: The keep probability between the layers: what :func:`keep_probability` returned.
+
+    Raises:
+        TypeError: If ``keep`` is neither a :class:`Hyperparameter` nor a number.
+        ValueError: If it is no keep probability.
+
+    Example:
+        >>> from lightning_hpo.regularizers import StackedRNN
+        >>> rnn = StackedRNN(nn.LSTM(4, 8, num_layers=2), keep_probability(0.75))
+        >>> output, (h, c) = rnn(torch.randn(5, 1, 4))
+        >>> output.shape
+        torch.Size([5, 1, 8])
     """
 
     def __init__(self, rnn: nn.LSTM | nn.GRU, keep: Hyperparameter) -> None:

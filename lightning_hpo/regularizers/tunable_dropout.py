@@ -23,6 +23,7 @@ def keep_probability(init: float) -> Hyperparameter:
         init: Initial keep probability (1 − drop rate), strictly between 0 and 1.
 
     Raises:
+        TypeError: If ``init`` is not a number.
         ValueError: If ``init`` is not within the margins of :class:`UnitInterval`, as 0 and 1.
 
     Example:
@@ -64,6 +65,8 @@ class TunableDropout(nn.Module):
 
         y = x · 1[u < λ] / λ,   u ~ U(0, 1)
 
+    Source: Srivastava et al. (2014); the scale is that of ``nn.Dropout``.
+
     One u is drawn per unit whatever λ is, so the masks at λ + ε and λ − ε are coupled as in
     eq. 10 of the online-HPO paper (§3.5.2): they differ only where u lies between the two. The
     derivative with respect to λ is the central difference over λ with common u.
@@ -78,6 +81,7 @@ class TunableDropout(nn.Module):
         inplace: Whether the input is overwritten.
 
     Raises:
+        TypeError: If ``keep`` is neither a number nor a :class:`Hyperparameter`.
         ValueError: If the keep probability is not between 0 and 1, or is a
             :class:`Hyperparameter` of another kind.
 

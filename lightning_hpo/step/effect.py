@@ -30,6 +30,17 @@ class Effect:
         step: The step; it is not kept.
         through_optimizer: Whether ∂Φ/∂g and clipping are applied; else their place is taken by −1.
         is_shared: Whether others need the gradient before clipping; else it is used up.
+
+    Example:
+        >>> class Direct(Estimator):
+        ...     window, uses_hessian = 1, False
+        ...
+        ...     def observe(self, step):
+        ...         self.effect = step.effect()
+        ...
+        ...     def hypergradient(self, validation):
+        ...         return estimators.Estimate(self.effect.pull_back(validation))
+        >>> train(Direct())
     """
 
     def __init__(

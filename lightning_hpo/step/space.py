@@ -35,6 +35,14 @@ class Space:
         hyperparameters: The λ, by name.
         followed: The tangents that the estimator carries along.
         window: See above.
+
+    Example:
+        >>> class Shown(T1T2):
+        ...     def setup(self, space):
+        ...         super().setup(space)
+        ...         print(list(space.hyperparameters), len(space.theta), space.raws[0].shape)
+        >>> train(Shown())
+        ['l2'] 4 torch.Size([])
     """
 
     def __init__(
@@ -93,7 +101,7 @@ class Space:
         """Makes tangents dθ/dλ, which start at zero, for :meth:`Step.jvp_` at observed steps.
 
         Args:
-            decay: By how much they fade before each observed step.
+            decay: The factor by which they fade before each observed step; 1: not at all.
             sync: Whether H y + B is averaged over the ranks, which is exact. With False each rank
                 follows the tangents of its own data, and ⟨g_V, y⟩ is averaged instead.
         """
@@ -137,7 +145,7 @@ class Space:
     def penalties_in(
         self, step: OptimizerStep
     ) -> Iterator[tuple[str | None, Penalty, list[int], list[int]]]:
-        """Yields the penalties that acted in a step, as :meth:`TrainingMap.penalties_in` does.
+        """Yields the penalties that acted in a step: on weights that had a gradient.
 
         Args:
             step: What the optimizer was given.

@@ -50,6 +50,22 @@ class Step:
         batches: The data of the step while it is under way; None once it is kept.
         through_optimizer: Whether Φ and clipping are applied; else ∂s'/∂g is taken to be −1.
         is_shared: Whether other estimators see the same tensors.
+
+    Raises:
+        RuntimeError: If a method needs θ_t after θ has moved, the batches of a step that was not to
+            keep them, or a gradient that :meth:`effect` has used up.
+
+    Example:
+        >>> class OneStep(Estimator):
+        ...     window = 1
+        ...
+        ...     def observe(self, step):
+        ...         self.kept = step.kept()
+        ...
+        ...     def hypergradient(self, validation):
+        ...         adjoint = {"theta": [g.unsqueeze(0) for g in validation.tensors()]}
+        ...         return estimators.Estimate([t[0] for t in self.kept.vjp_(adjoint)])
+        >>> train(OneStep())
     """
 
     space: Space

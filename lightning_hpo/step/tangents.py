@@ -40,7 +40,7 @@ class Tangents:
     Args:
         training: What all steps of the training share.
         unit: The unit vectors of λ space, by name.
-        decay: By how much the tangents fade before each step.
+        decay: The factor by which the tangents fade before each step; 1: not at all.
         sync: Whether H y + B is averaged over the ranks at every step.
 
     Attributes:
@@ -48,6 +48,20 @@ class Tangents:
         statistics: ṙ of the running statistics, stacked likewise.
         first: The position of the first scalar of each λ among all m.
         is_zero: Whether all are known to be zero, as at the start.
+
+    Example:
+        >>> class Carried(Estimator):
+        ...     def setup(self, space):
+        ...         super().setup(space)
+        ...         self.y = space.tangents(decay=0.9)
+        ...
+        ...     def observe(self, step):
+        ...         step.jvp_(self.y)
+        ...
+        ...     def hypergradient(self, validation):
+        ...         total, norms = self.y.hypergradient(validation)
+        ...         return estimators.Estimate(self.space.split(total), self.space.split(norms))
+        >>> train(Carried())
     """
 
     def __init__(

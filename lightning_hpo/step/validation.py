@@ -24,6 +24,14 @@ class ValidationGradient:
         batch: The held-out batch.
         is_shared: Whether several estimators ask for it. It is then kept, in |θ|, so that it is
             taken once.
+
+    Example:
+        >>> class Shown(T1T2):
+        ...     def hypergradient(self, validation):
+        ...         print([tuple(g.shape) for g in validation.tensors()])
+        ...         return super().hypergradient(validation)
+        >>> train(Shown())
+        [(16, 4), (16,), (3, 16), (3,)]
     """
 
     def __init__(
