@@ -31,6 +31,8 @@ Papers, as docstrings name them:
 - Adam & Lorraine (2018): More Efficient Stochastic Hyperparameter Optimization.
   :class:`PolicyGradient`, :class:`LSTMController`.
 
+Others are named by authors and year.
+
 The examples on these pages go on from here, with an ordinary module, its data, and a Trainer that
 keeps quiet:
 

@@ -57,17 +57,17 @@ class SignalToNoise(torch.optim.Optimizer):
 
     Args:
         hyperparameters: What is moved.
-        updates: n, the number of updates of the whole training.
+        updates: n, the number of updates of λ in the whole training.
         typical: Their λ₀, as raw values; those that are not in it have none. It is read at each
             step.
-        lr: A factor of the rate. With 0 nothing moves.
+        lr: A factor of the rate, without unit. With 0 nothing moves.
         is_known: Whether n is known. Else the rate does not fall below a tenth.
 
     Example:
         >>> module = Tuned()
         >>> tuned = named_hyperparameters(module).values()
-        >>> SignalToNoise = signal_to_noise.SignalToNoise
-        >>> callback = OnlineHPOCallback(T1T2(), lambda raw: SignalToNoise(tuned, 20, {}))
+        >>> make = signal_to_noise.SignalToNoise
+        >>> callback = OnlineHPOCallback(T1T2(), lambda raw: make(tuned, 20, {}))
         >>> Trainer(callbacks=[callback]).fit(module, train_loader, validation_loader)
     """
 

@@ -180,7 +180,7 @@ class CategoricalHyperparameter(Hyperparameter):
 
         Raises:
             ValueError: If it is none of the choices.
-            TypeError: If it cannot be compared with them, as a tensor cannot.
+            TypeError: If it cannot be compared with them, as a tensor with numbers.
         """
         for i, choice in enumerate(self.choices):
             if _is_same(choice, value):

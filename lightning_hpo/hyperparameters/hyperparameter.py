@@ -37,7 +37,8 @@ class Hyperparameter(nn.Module):
 
     Raises:
         TypeError: If ``init`` is not a number or a floating-point tensor, ``constraint`` is not a
-            :class:`Constraint` instance, or ``difference_step`` or ``typical`` is not a number.
+            :class:`Constraint` instance, or ``difference_step`` or ``typical`` is not a number; or
+            later, if it is itself used as a number, as in ``alpha * x`` for ``alpha() * x``.
         ValueError: If ``init`` is not finite, is empty, or lies outside the constraint, or
             ``difference_step`` is not positive and finite, or ``typical`` not finite.
 

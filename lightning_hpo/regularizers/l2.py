@@ -50,8 +50,8 @@ class L2Penalty(Penalty):
 class L2Mixin(PenaltyMixin):
     """Gives a LightningModule L2 penalties ½ λ ‖w‖² with tunable strengths.
 
-    Without the callback the strengths are simply fixed: weight decay (Krogh & Hertz 1992). One per
-    layer, tuned, is that of Luketina et al. (2016, §2.2).
+    Without the callback the strengths are simply fixed: weight decay (Krogh & Hertz 1992). Tuned,
+    one for all layers or one for each, they are those of Luketina et al. (2016, §3).
 
     Raises:
         TypeError: Where a class is defined that names this mixin after its LightningModule.

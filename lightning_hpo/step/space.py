@@ -40,9 +40,9 @@ class Space:
         >>> class Shown(T1T2):
         ...     def setup(self, space):
         ...         super().setup(space)
-        ...         print(list(space.hyperparameters), len(space.theta), space.raws[0].shape)
+        ...         print(list(space.hyperparameters), space.raws[0].shape)
         >>> train(Shown())
-        ['l2'] 4 torch.Size([])
+        ['l2'] torch.Size([])
     """
 
     def __init__(
