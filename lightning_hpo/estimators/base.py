@@ -19,7 +19,8 @@ class Estimate:
     Args:
         gradients: dL_V/d(raw λ), one tensor per hyperparameter of the space, shaped like its raw
             tensor.
-        norms: ‖dθ/d(raw λ)‖ per scalar λ, in the same shapes; None where no tangents are kept.
+        norms: ‖dθ/d(raw λ)‖ per scalar λ, in units of θ per unit of raw λ and the same shapes; None
+            where no tangents are kept.
         outcome: How the estimate came about, where that can fail; kept in the history.
 
     Example:

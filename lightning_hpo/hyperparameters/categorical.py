@@ -23,7 +23,8 @@ class Softmax(Constraint):
     """Probabilities that sum to 1: ``value = softmax(raw)``, raw being logits.
 
     Args:
-        spread: Logits stay within so much of the largest, so that no choice is out of reach.
+        spread: Logits (raw λ) stay within so much of the largest, so that no choice is out of
+            reach.
 
     Raises:
         ValueError: If ``spread`` is not positive and finite.

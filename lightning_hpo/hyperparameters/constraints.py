@@ -77,8 +77,8 @@ class Constraint:
         which it started.
 
         Args:
-            raw: Where λ is.
-            first: Where it started, of the same shape.
+            raw: Raw λ where it is.
+            first: Raw λ where it started, of the same shape.
 
         Returns:
             Positive numbers: a tensor like ``raw``, or one for all of its elements.
@@ -155,8 +155,8 @@ class UnitInterval(Constraint):
     """Values between 0 and 1 on a logit scale: ``value = 1 / (1 + exp(-raw))``.
 
     Args:
-        margin: Values stay within ``[margin, 1 - margin]``, where the logit is still moderate and
-            its derivative ``value * (1 - value)`` is not lost to rounding.
+        margin: Values (not logits) stay within ``[margin, 1 - margin]``, where the logit is still
+            moderate and its derivative ``value * (1 - value)`` is not lost to rounding.
 
     Raises:
         ValueError: If not ``0 < margin < 0.5``.
@@ -227,7 +227,7 @@ class Interval(Unconstrained):
 
     Args:
         low: Smallest value, which is raw λ itself; may be ``-inf``.
-        high: Largest value; may be ``inf``.
+        high: Largest value, likewise; may be ``inf``.
 
     Raises:
         ValueError: If not ``low < high``.
@@ -276,7 +276,7 @@ class Box(Interval):
 
     Args:
         low: Smallest value of an element, which is raw λ itself.
-        high: Largest value of an element.
+        high: Largest value of an element, likewise.
 
     Raises:
         ValueError: If not ``low < high``.

@@ -74,8 +74,8 @@ class TunableDropout(nn.Module):
     Code that reads ``p`` and drops out by itself, as attention does, is followed likewise.
 
     Args:
-        keep: The keep probability: its initial value, or what :func:`keep_probability` returned, to
-            share it between layers.
+        keep: The keep probability: its initial value (not its logit), or what
+            :func:`keep_probability` returned, to share it between layers.
         spatial: 0 drops units; 1, 2 and 3 drop channels as ``nn.Dropout1d``, ``2d`` and ``3d`` do,
             for inputs with and without a batch dimension.
         inplace: Whether the input is overwritten.
