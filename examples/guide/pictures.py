@@ -65,26 +65,17 @@ class LitDigits(L2Mixin, lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def memory():
-    """Returns the MiB of all tensors that there are."""
-    gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
-    return sum({x.data_ptr(): x.nbytes for x in tensors}.values()) / 2**20
-
-
 class Watch(lightning.Callback):
     """Keeps what the pictures show besides the history of λ."""
 
     def __init__(self):
-        self.training, self.norms, self.clock, self.mib = [], [], [], -memory()
+        self.training, self.norms, self.clock = [], [], []
         self.tested_at, self.test = [], []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.training.append(outputs["loss"].item())
         self.norms.append(module.net[0].weight.norm().item())
         self.clock.append(time.process_time())
-        if trainer.global_step == 5:
-            self.mib += memory()
 
     def on_validation_end(self, trainer, module):
         if not trainer.sanity_checking:
@@ -96,7 +87,15 @@ class Run:
     """A training: its updates of λ, what else was watched, and the warnings."""
 
     def __init__(
-        self, module, *estimator, steps=400, examples=train, tuned_on=held_out, batch=100, **options
+        self,
+        module,
+        *estimator,
+        steps=400,
+        examples=train,
+        tuned_on=held_out,
+        batch=100,
+        callbacks=(),
+        **options,
     ):
         loader = DataLoader(tuned_on, min(batch, len(tuned_on)), shuffle=True)
         callback = OnlineHPOCallback(*estimator, dataloader=loader, **options)
@@ -104,7 +103,7 @@ class Run:
         trainer = lightning.Trainer(
             accelerator="cpu",
             max_steps=steps,
-            callbacks=[callback, self.watch],
+            callbacks=[*callbacks, callback, self.watch],
             val_check_interval=20,  # by Lightning, on the test data, which λ is not tuned on
             check_val_every_n_epoch=None,
             logger=False,
@@ -282,18 +281,34 @@ def overfitted(left, right):
     return wrong, mended, "100 λ on 10 held-out examples", "… on 700"
 
 
+class Weigh(lightning.Callback):
+    """Finds out how many MiB of tensors a training has, besides those that were there before."""
+
+    def __init__(self):
+        self.mib = -self.of_all()
+
+    def on_train_end(self, trainer, module):
+        self.mib += self.of_all()
+
+    def of_all(self):
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+        return sum({x.data_ptr(): x.nbytes for x in tensors}.values()) / 2**20
+
+
 def many(left, right):
-    counts = [1, 3, 10, 30, 100]
-    ends = []
+    counts, ends = [1, 3, 10, 30, 100], []
     for estimator, style in (ClipR(), WRONG), (T1T2(), MENDED):
-        examples = IndexedDataset(train)
-        runs = [
-            Run(seeded(Weighted, count), estimator, examples=examples, steps=5) for count in counts
-        ]
-        clocks = [run.watch.clock for run in runs]
-        left.plot(counts, [1000 * (clock[-1] - clock[0]) / 4 for clock in clocks], "o-", **style)
-        right.plot(counts, [run.watch.mib for run in runs], "o-", **style)
-        ends.append(runs[-1])
+        times, sizes = [], []
+        for count in counts:
+            weigh = Weigh()
+            module, examples = seeded(Weighted, count), IndexedDataset(train)
+            run = Run(module, estimator, examples=examples, steps=5, callbacks=[weigh])
+            times.append(1000 * (run.watch.clock[-1] - run.watch.clock[0]) / 4)
+            sizes.append(weigh.mib)
+        left.plot(counts, times, "o-", **style)
+        right.plot(counts, sizes, "o-", **style)
+        ends.append(run)
     left.set(title="CPU time of a step (ms)", ylim=(0, None), xscale="log", xlabel="number of λ")
     right.set(title="tensors in memory (MiB)", xscale="log", xlabel="number of λ")
     return *ends, "ClipR()", "T1T2()"
