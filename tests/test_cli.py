@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import inspect
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -118,6 +119,42 @@ def test_the_one_line_trains_and_tunes(example, tmp_path, monkeypatch, capsys):
     assert vars(again.estimator).items() <= vars(callback.estimator).items()
     assert (again.every_n_steps, again.warmup_steps) == (1, 10)
     assert lambda_optimizer(again).defaults == lambda_optimizer(callback).defaults
+
+
+FIRST_RUN = (ROOT / "examples/guide/first_run.md").read_text()
+FIRST_STEPS = [
+    "--trainer.max_steps=12",
+    "--trainer.limit_val_batches=1",
+    "--trainer.logger=false",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def test_the_yaml_of_the_guide_trains_and_tunes(example, tmp_path):
+    """As it stands on the page, in the place of the callback in the example's file."""
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", FIRST_RUN, re.DOTALL | re.MULTILINE)
+    other = copy.deepcopy(CONFIG)
+    del other["trainer"]["callbacks"]
+    for name, content in {"other": yaml.safe_dump(other), "page": text}.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    files = [f"--config={tmp_path / name}.yaml" for name in ("other", "page")]
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    callback = callback_of(example.main(["fit", *files, *FIRST_STEPS, folder]))
+    assert yaml.safe_load(text)["trainer"]["callbacks"] == CONFIG["trainer"]["callbacks"]
+    assert (callback.estimator.radius, callback.estimator.decay) == (20.0, 0.99)
+    assert [record.step for record in callback.history] == [11, 12]  # after the warm-up
+
+
+def test_the_overrides_of_the_guide_do(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = re.findall(r"`(--trainer\.callbacks\.[^`]+)`", FIRST_RUN)
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    cli = example.main([*shlex.split(COMMAND)[2:], *overrides, *FIRST_STEPS, folder])
+    callback = callback_of(cli)
+    assert isinstance(callback.estimator, T1T2)
+    assert lambda_optimizer(callback).defaults["lr"] == 0.05
+    assert [record.step for record in callback.history] == [11, 12]
 
 
 def test_print_config_round_trips(example, tmp_path, capsys):
