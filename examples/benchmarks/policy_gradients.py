@@ -1,6 +1,6 @@
 """How noisy the policy gradient of choices is, by baseline and by number of samples.
 
-The network of ``examples/architecture_search.py`` has 3456 combinations of choices. It is trained
+The network of ``architectures.py`` has 3456 combinations of choices. It is trained
 for 300 steps with uniform probabilities, which stand still, so that every update is a draw of the
 same kind of estimate. The variance is that of the last 200 estimates around their mean, over all
 logits.
@@ -10,16 +10,10 @@ logits.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import lightning
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from _common import batches, digits, fit, print_header, print_row
-from architecture_search import Searched
+from _digits import batches, digits, fit, print_header, print_row
+from architectures import Searched
 
 from lightning_hpo import T1T2, OnlineHPOCallback, PolicyGradient
 

@@ -7,6 +7,7 @@ the paper's measure of stability. Its appendix B.1 draws both losses over λ whi
 
     python examples/papers/mnist_l2.py --data-dir DATA                 # 2 500 steps
     python examples/papers/mnist_l2.py --data-dir DATA --scale paper   # 80 000 steps
+    python examples/papers/mnist_l2.py --data-dir DATA --tpe           # needs the extra compare
 
 The paper does not give its batches (here 100), its decaying learning rate (here a cosine from 0.1
 to 0), its λ learning rates (``RATES``), nor how λ is represented: see ``ExponentiatedGradient``.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean
@@ -38,6 +40,8 @@ STEPS = {"tiny": 40, "small": 2500, "paper": 80_000}
 IMAGES = {"tiny": 800, "small": 16_000, "paper": 60_000}
 EVALUATIONS = 40
 FIXED, DEFAULT = "Fixed λ", "OnlineHPOCallback()"
+TPE, TRAININGS, SEARCHES = "Optuna's TPE", (len(STARTS), 20), range(3)
+"""Searches differ in the draws of λ alone: each training has the seed of those of the grid."""
 METHODS: dict[str, Callable[[], Estimator]] = {
     "Unroll1-gTgV": lambda: T1T2(scale_by_lr=False),
     "Unroll1": lambda: T1T2(),
@@ -134,6 +138,8 @@ def load(options: argparse.Namespace) -> list[TensorDataset]:
 def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Trains from one start with one method."""
     method, steps = cell["method"], STEPS[options.scale]
+    if method == TPE:
+        return search(cell, options)
     data, held_out, test = load(options)
     lightning.seed_everything(cell["seed"], verbose=False)
     module = LitClassifier(cell["start"], steps, paper=method in METHODS)
@@ -163,6 +169,24 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def search(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Lets Optuna choose λ within the range of the grid; the curve has the best one so far."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=cell["start"]))
+    best: dict[str, Any] = {"last": math.inf}
+    bests = []
+    for _ in range(max(TRAININGS)):
+        trial = study.ask()
+        l2 = trial.suggest_float("l2", STARTS[0], STARTS[-1], log=True)
+        found = train(cell | {"method": FIXED, "start": l2}, options)
+        study.tell(trial, found["last"])
+        best = min(best, found, key=lambda results: results["last"])
+        bests.append({name: best[name] for name in (*LOSSES, "l2")})
+    return best | {"curve": json.dumps(bests)}
+
+
 # --------------------------------------------------------------------------------------------------
 # Tables and pictures
 # --------------------------------------------------------------------------------------------------
@@ -170,13 +194,14 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 
 def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Lists all cells, start by start."""
-    methods = [FIXED, *METHODS, DEFAULT]
+    methods = [FIXED, DEFAULT] if options.tpe else [FIXED, *METHODS, DEFAULT]
     starts = STARTS[::5] if options.scale == "tiny" else STARTS
+    pairs: list[tuple[str, float]] = [(method, start) for start in starts for method in methods]
+    pairs += [(TPE, number) for number in SEARCHES] if options.tpe else []
     return [
         {"method": method, "start": start, "seed": seed}
         for seed in range(options.seeds)
-        for start in starts
-        for method in methods
+        for method, start in pairs
     ]
 
 
@@ -205,6 +230,10 @@ def rows_of(experiment: Experiment) -> list[list[str]]:
     for method in [*METHODS, DEFAULT]:
         paper = PAPER.get(method, ("–",) * 3)
         lines.append([method, *paper, *losses_of(experiment.where(method=method))])
+    searches = [json.loads(row["curve"]) for row in experiment.where(method=TPE)]
+    for count in TRAININGS if searches else ():
+        found = [{name: str(x) for name, x in bests[count - 1].items()} for bests in searches]
+        lines.append([f"{TPE}, best of {count}", *["–"] * 3, *losses_of(found)])
     return lines
 
 
@@ -253,7 +282,11 @@ def draw(experiment: Experiment) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__, seeds=1).parse_args()
+    options_parser = parser(__doc__, seeds=1)
+    options_parser.add_argument(
+        "--tpe", action="store_true", help="Optuna's TPE instead of the paper's methods"
+    )
+    options = options_parser.parse_args()
     name = f"mnist_l2_{options.scale}"
     experiment = Experiment(name, ("method", "start", "seed"), train, options, options.output)
     experiment.run(cells(options))
@@ -261,7 +294,8 @@ def main() -> None:
     ours = ["early stopping", "last", "gap", "worst last", "test", "last λ", "trainings"]
     tables = [table(["method", *paper, *ours], rows_of(experiment)), starts_table(experiment)]
     experiment.report("MNIST, L2: cross-entropy × 1000, means over the starts of λ", tables)
-    draw(experiment)
+    if not options.tpe:
+        draw(experiment)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "examples"
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("_common", "architecture_search")
+    names = ("_digits", "architectures")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     threads = torch.get_num_threads()
     torch.set_default_dtype(torch.float32)
-    module = __import__("architecture_search")
+    module = __import__("architectures")
     monkeypatch.setattr(module, "STEPS", 61)
     yield module
     torch.set_default_dtype(torch.float64)

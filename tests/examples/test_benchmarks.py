@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 def scripts(monkeypatch):
     """Imports the scripts as they import each other."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("_common", "_tasks", "overhead", "peers", "scaling", "unattended")
+    names = ("_common", "_tasks", "overhead", "peers", "scaling", "starts", "unattended")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield {name: __import__(name) for name in names}
@@ -294,3 +294,33 @@ def test_reports_have_a_line_for_each_configuration(scripts, tmp_path, capsys):
     assert "| default | 2 | +10.0 % | +180.0 % | +180.0 % | +10.0 % | 1 | 2.50 | – |" in text
     assert "| 16 | 1 | -50.0 % |" in text
     assert (tmp_path / "develop.png").stat().st_size > 0
+
+
+def test_starts_are_tuned_beside_a_grid(scripts, monkeypatch, tmp_path, capsys):
+    starts, threads = scripts["starts"], torch.get_num_threads()
+    monkeypatch.setattr(starts, "STARTS", [1e-7, 1e-3])
+    monkeypatch.setattr(starts, "GRID", [1e-4, 1e-2])
+    monkeypatch.setattr(starts, "STEPS", 300)
+    picture = tmp_path / "starts.png"
+    monkeypatch.setattr(sys, "argv", ["starts.py", "--out", str(picture)])
+    torch.set_default_dtype(torch.float32)  # as it is in a process of the script
+    try:
+        starts.main()
+    finally:
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {tuple(line.split()[1:4]): line.split()[4:] for line in lines if line.startswith("λ ")}
+    assert rows["fixed", "at", "1.0e-04"][-1] == "1.0e-04"
+    assert rows["tuned", "from", "1.0e-07"][-1] == "(replaced)"
+    assert rows["tuned", "from", "1.0e-03"][-1] not in {"1.0e-03", "(replaced)"}
+    assert picture.stat().st_size > 5000
+
+
+def test_best_of_so_many_that_are_drawn(scripts):
+    starts = scripts["starts"]
+    results = [starts.Result(0.0, loss, 2 * loss, 1.0, []) for loss in (3.0, 1.0, 2.0)]
+    assert starts.best_of(results, 1) == pytest.approx((2.0, 4.0))
+    # Of the three pairs, two hold the 1 and one has 2 as its best.
+    assert starts.best_of(results, 2) == pytest.approx((4 / 3, 8 / 3))
+    assert starts.best_of(results, 3) == pytest.approx((1.0, 2.0))

@@ -1,4 +1,4 @@
-"""What ``architecture_search.py`` trains with: digits, a silent Trainer, and the evaluation."""
+"""What the benchmarks of choices train with: digits, a silent Trainer, and the evaluation."""
 
 from __future__ import annotations
 
