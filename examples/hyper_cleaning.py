@@ -45,7 +45,6 @@ train, held_out, test = random_split(data, [1200, 100, 497], torch.Generator().m
 train_loader = DataLoader(IndexedDataset(train), 100, shuffle=True)
 wrong = torch.rand(1200, generator=torch.Generator().manual_seed(0)) < 0.5
 labels[train.indices] = (labels[train.indices] + wrong) % 10
-
 # Weights are tuned on their own scale: at 0.01 per step they need 100 steps from 1 to 0.
 callback = OnlineHPOCallback(T1T2(), optimizer=lambda raw: torch.optim.Adam(raw, lr=0.01))
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -61,7 +60,8 @@ for callbacks in [], [callback]:
 
 weights = module.example_weights.value
 plt.hist([weights[~wrong], weights[wrong]], 20, label=["right label", "wrong label"])
-plt.legend(title="weights at the end")
+plt.gca().set(xlabel="weight at the end", ylabel="training examples")
+plt.legend()
 plt.savefig("hyper_cleaning.png")
 print(
     f"The weights tell {((weights < 0.5) == wrong).float().mean():.1%} of right and wrong labels "

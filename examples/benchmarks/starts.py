@@ -137,14 +137,16 @@ def draw(path: str, tuned: list[Result], fixed: list[Result], cost: float) -> No
         skipped = int(result.is_replaced)
         left.plot(steps[skipped:], values[skipped:], color=BLUE, alpha=0.75, linewidth=1.6)
         if result.is_replaced:
-            left.plot(steps[:2], values[:2], ":", color=GREY, linewidth=1)
+            left.plot((0, 0), values[:2], ":", color=GREY, linewidth=1.2)
         left.plot(0, values[0], "o", color=BLUE, clip_on=False, zorder=5,
                   markerfacecolor="white" if result.is_replaced else BLUE)  # fmt: skip
-    left.plot([], [], "o", color=BLUE, markerfacecolor="white", label="replaced at once: too far")
+    left.plot(
+        [], [], "o", color=BLUE, markerfacecolor="white", label="too far off: replaced at once"
+    )
     left.plot([], [], "o-", color=BLUE, label="kept, and tuned")
     left.legend(frameon=False, fontsize=8, loc="lower right")
-    left.set(title=f"{len(tuned)} starts, one λ", xlabel="training step", ylabel="L2 strength λ")
-    left.set(yscale="log", xlim=(0, STEPS))
+    left.set(title="Eight starts, one λ", xlabel="training step", ylabel="L2 strength λ")
+    left.set(yscale="log", xlim=(-0.04 * STEPS, STEPS))
 
     for results, starts, color, name in (
         (fixed, GRID, AMBER, "fixed"),
@@ -182,7 +184,7 @@ def draw(path: str, tuned: list[Result], fixed: list[Result], cost: float) -> No
 def loss_limits(tuned: list[Result], fixed: list[Result]) -> tuple[float, float]:
     """Shows all but what has learned nothing."""
     losses = [x for r in tuned + fixed for x in (r.held_out, r.test)]
-    return 0.8 * min(losses), 1.6 * sorted(losses)[-3]
+    return 0.8 * min(losses), 1.4 * sorted(losses)[-3]
 
 
 def tidy(axes: Axes) -> None:
