@@ -1,6 +1,6 @@
 """Dropout that finds its own rate while the network trains.
 
-A wide network learns digits from 200 examples, with too much dropout: one rate per layer is tuned.
+A narrow network learns digits from 200 examples, with too much dropout: both rates are tuned.
 
     python examples/dropout.py
 """
@@ -21,9 +21,9 @@ class LitClassifier(DropoutMixin, lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
-            *(nn.Linear(64, 200), nn.ReLU(), nn.Dropout(0.7)),
-            *(nn.Linear(200, 200), nn.ReLU(), nn.Dropout(0.7)),
-            nn.Linear(200, 10),
+            *(nn.Linear(64, 50), nn.ReLU(), nn.Dropout(0.7)),
+            *(nn.Linear(50, 50), nn.ReLU(), nn.Dropout(0.7)),
+            nn.Linear(50, 10),
         )
         self.register_dropout(tied=False)  # makes them tunable: λ is the keep probability, 1 − p
 

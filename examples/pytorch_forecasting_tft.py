@@ -15,7 +15,7 @@ from pytorch_forecasting.data.examples import generate_ar_data
 from lightning_hpo import DropoutMixin, OnlineHPOCallback, fixed_values, with_mixins
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--epochs", type=int, default=20)
+parser.add_argument("--epochs", type=int, default=50)
 parser.add_argument("--seed", type=int, default=0)
 arguments = parser.parse_args()
 
