@@ -57,7 +57,7 @@ for callbacks in [], [callback]:
     seconds.append(time.perf_counter() - start)
     losses.append(trainer.validate(module, test, verbose=False)[0]["val_loss"])
 
-callback.plot()[0].savefig("pytorch_forecasting_tft.png")
+callback.plot()[0].savefig("tft.png")
 (keep,) = fixed_values(module).values()
 print(
     f"A drop rate of {1 - keep:.2f} instead of 0.5 takes the test loss from {losses[0]:.3f} to "

@@ -380,3 +380,21 @@ def test_mnist_l2(run):
     )
     assert len(cells) == 20
     assert files == {"mnist_l2_tiny.csv", "mnist_l2_tiny.md", "mnist_l2_tiny.png"}
+
+
+def test_mnist_l2_beside_optuna(run, monkeypatch):
+    pytest.importorskip("optuna", reason="it is in the extra compare")
+    import mnist_l2
+
+    monkeypatch.setattr(mnist_l2, "SEARCHES", range(1))
+    monkeypatch.setattr(mnist_l2, "TRAININGS", (2, 4))
+    table, cells, files = run("mnist_l2", "--tpe")
+    rows = {row[0]: row for row in table[:15]}
+    two, four = (float(rows[f"Optuna's TPE, best of {count}"][5]) for count in (2, 4))
+    assert four <= two
+    assert rows["Fixed λ, as it starts"][-1] == rows["OnlineHPOCallback()"][-1] == "2"
+    assert len(cells) == 5
+    bests = json.loads(cells[-1]["curve"])
+    assert bests == sorted(bests, key=lambda best: -best["last"])
+    assert all(1e-6 <= best["l2"] <= 1e-1 for best in bests)
+    assert files == {"mnist_l2_tiny.csv", "mnist_l2_tiny.md"}
