@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
@@ -43,12 +43,17 @@ def named_arguments(
         def _meant(name: str) -> str:
             if name in hints:
                 return hints[name]
-            close = difflib.get_close_matches(name, known, n=1)
-            return f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
+            return did_you_mean(name, known) or f"it takes {', '.join(known)}"
 
         return checked
 
     return decorate
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Asks for the closest of the names that are known; empty where none is close."""
+    close = difflib.get_close_matches(name, [*known], n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def check_flag(owner: str, /, **flags: Any) -> None:

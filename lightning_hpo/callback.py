@@ -158,6 +158,7 @@ class OnlineHPOCallback(pl.Callback):
             dataloader,
             derivatives,
             validation_loss,
+            monitor,
             optimizer_hyperparameters,
             flags={"scale_lr_with_model": scale_lr_with_model, "strict": strict},
         )
@@ -270,16 +271,19 @@ class OnlineHPOCallback(pl.Callback):
 
         For each λ its value before the first and after the last update, whether it was still on its
         way over the last fifth of them, and at which bound it sits; the held-out loss at the start
-        and at the end; in which share of the updates tangents were clipped, and which were skipped;
-        and what tuning has cost: the time of the whole training over that outside of this callback,
-        on the host, since it was started or resumed. No device is waited for: on a GPU, where the
-        host runs ahead, that is a rough number.
+        and at the end; where there was any, in which share of the updates tangents were clipped,
+        which were skipped, how far so few updates can move λ, and that the training has ended
+        early; and what tuning has cost: the time of the whole training over that outside of this
+        callback, on the host, since it was started or resumed. No device is waited for: on a GPU,
+        where the host runs ahead, that is a rough number.
         """
         if self._results.here.diagnosis is None:
             return "OnlineHPOCallback: there has been no training yet; call this after trainer.fit"
         if isinstance(self._phase, Run) and self._phase.served:
             self._diagnosis.steps = self._phase.steps
-        return self._diagnosis.summary(self.history, self.skipped)
+        updates = len(self.history)
+        reach = None if self.strategy is None else self.strategy.reach(updates)
+        return self._diagnosis.summary(self.history, self.skipped, reach)
 
     @property
     def _diagnosis(self) -> Diagnosis:
@@ -354,6 +358,7 @@ class OnlineHPOCallback(pl.Callback):
             every=every,
             warmup=self.warmup_steps,
             first_due=(self.warmup_steps // every + 1) * every if is_regular else None,
+            planned=length(trainer) - run.first_step,
         )
         diagnosis.load_state_dict(state.get("diagnosis", {}))
         diagnosis.look_at_data(flattened(trainer.train_dataloader), run.held_out.loaders)
@@ -395,6 +400,7 @@ class OnlineHPOCallback(pl.Callback):
         run = self._run
         if run.served:
             self._diagnosis.steps = run.steps
+        self._diagnosis.has_ended = True
         if self.history and not self._is_logged and log_interval(trainer) > 0:
             log_record(trainer, self.history[-1], trainer.global_step, run.choices.chances())
             self._is_logged = True
@@ -473,6 +479,7 @@ class OnlineHPOCallback(pl.Callback):
         )
         if not self.history:
             self._diagnosis.note_starts(run.initial)
+            self._diagnosis.look_at_direct_parts(run.held_constant)
         previous = self.history[-1].step if self.history else run.first_step
         self.history.append(record)
         self._diagnosis.look_at_update(

@@ -147,6 +147,33 @@ def check_trainer(
     return findings
 
 
+def check_hidden(module: pl.LightningModule, known: Collection[Hyperparameter]) -> list[str]:
+    """Lists hyperparameters that are kept where a module does not look for its parts.
+
+    Args:
+        module: The LightningModule.
+        known: Those that are found.
+
+    Returns:
+        One sentence per list, tuple or dict.
+    """
+    findings = []
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name.startswith("_") or not isinstance(value, (list, tuple, dict)):
+                continue
+            held = value.values() if isinstance(value, dict) else value
+            hidden = (isinstance(h, Hyperparameter) and h not in known for h in held)
+            if any(hidden):
+                kind = "ModuleDict" if isinstance(value, dict) else "ModuleList"
+                findings.append(
+                    f"{'.'.join(filter(None, (path, name)))!r} is a {type(value).__name__} with "
+                    "a Hyperparameter, in which it is not found, saved or moved to a device. Use "
+                    f"torch.nn.{kind}, or assign it to an attribute of its own"
+                )
+    return findings
+
+
 def check_steps(module: pl.LightningModule) -> list[str]:
     """Refuses training steps whose batch is not known before they run."""
     if not is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
@@ -446,7 +473,8 @@ def check_dependence(
         else:
             reason = (
                 "the loss of training_step on its first batch does not depend on it; call it there "
-                f"(its value is self.{name}()), or remove it"
+                f"(its value is self.{name}(), without .value, .item() or .detach(), through which "
+                "no derivative passes), or remove it"
             )
         findings.append(f"The hyperparameter {name!r} has no effect on the training: {reason}")
     return findings
@@ -791,6 +819,7 @@ def check_arguments(
     dataloader: Any,
     derivatives: Any,
     validation_loss: Any,
+    monitor: Any,
     optimizer_hyperparameters: Any,
     flags: Mapping[str, Any],
 ) -> None:
@@ -804,8 +833,12 @@ def check_arguments(
     given = estimator.items() if is_mapping else (("*", estimator),)
     for pattern, each in () if estimator is None else given:
         if not (isinstance(each, Estimator) and isinstance(pattern, str)):
+            is_class = isinstance(each, type) and issubclass(each, Estimator)
             raise TypeError(
-                f"OnlineHPOCallback: estimator={estimator!r}, expected an instance of an "
+                f"OnlineHPOCallback: {each.__name__} is a class, expected an instance: "
+                f"{each.__name__}()"
+                if is_class
+                else f"OnlineHPOCallback: estimator={estimator!r}, expected an instance of an "
                 "Estimator, for example ClipR(radius=20.0), or a mapping from patterns of names to "
                 "such instances, for example {'keep*': T1T2(), '*': ClipR()}"
             )
@@ -821,6 +854,19 @@ def check_arguments(
         raise TypeError(
             f"OnlineHPOCallback: dataloader is a {type(dataloader).__name__}, expected a "
             "DataLoader, or another iterable of batches that can be iterated again and again"
+        )
+    parts = dataloader.values() if isinstance(dataloader, Mapping) else dataloader
+    if isinstance(dataloader, (list, tuple, Mapping)) and any(
+        isinstance(part, Dataset) for part in parts
+    ):
+        raise TypeError(
+            "OnlineHPOCallback: dataloader holds a Dataset, expected DataLoaders: "
+            "DataLoader(dataset, batch_size=...)"
+        )
+    if monitor is not None and not isinstance(monitor, str):
+        raise TypeError(
+            f"OnlineHPOCallback: monitor={monitor!r} is a {type(monitor).__name__}, expected the "
+            "name under which validation_step logs its loss"
         )
     if validation_loss is not None and not callable(validation_loss):
         raise TypeError(
@@ -875,5 +921,6 @@ def check_option_names(names: Any) -> None:
         if h is not None and h != "auto" and not isinstance(h, Hyperparameter):
             raise TypeError(
                 f"OnlineHPOCallback: optimizer_hyperparameters[{name!r}] is a {type(h).__name__}, "
-                "expected a Hyperparameter; for its default pass a list of names"
+                f"expected a Hyperparameter, for example {{{name!r}: Hyperparameter(1e-3, "
+                "Positive())}; for its default pass a list of names"
             )

@@ -48,6 +48,14 @@ REACHED = 0.15
 LOOK_EVERY = 10
 # A training has learned something if it has lowered L_V by more than this part.
 LEARNED = 0.1
+# A training has ended early if it has had less than this part of its steps.
+EARLY = 0.9
+# λ has hardly moved where raw λ has kept within this range, of a factor e of a strength.
+HARDLY = 0.05
+# Hypergradients have a direction where their mean is larger than this part of their size.
+DIRECTED = 0.7
+# Updates are few if they can move λ by less than this factor.
+NEAR = 10.0
 # Of one training: so many values of the validation loss, at least, in the half that is looked at.
 FEW_VALIDATIONS = 4
 
@@ -108,6 +116,8 @@ class Diagnosis:
         every: The callback's ``every_n_steps``.
         warmup: Its ``warmup_steps``.
         first_due: The first step after which λ is updated; None where that is not known.
+        planned: How many steps there were to be with the callback; ``inf`` if that is not known.
+        has_ended: Whether the training is over.
         validations: The step and the loss of each validation on other data than the tuned ones.
         is_fresh: Whether validations are on other data; None where that was not looked at yet.
         dead: How many updates in a row have found the network dead. As long as it is 0, one of
@@ -122,6 +132,8 @@ class Diagnosis:
     every: int = 1
     warmup: int = 0
     first_due: int | None = None
+    planned: float = math.inf
+    has_ended: bool = False
     validations: list[tuple[int, float]] = field(default_factory=list)
     is_fresh: bool | None = None
     dead: int = 0
@@ -191,6 +203,23 @@ class Diagnosis:
         for name, subject in self.subjects.items():
             if subject.initial != subject.initial:  # NaN
                 subject.initial = initial[name]
+
+    def look_at_direct_parts(self, names: Sequence[str]) -> None:
+        """Warns where L_V itself reads λ.
+
+        Args:
+            names: Which it reads.
+        """
+        if names:
+            self.warn(
+                "direct",
+                f"the held-out loss is computed with λ itself: {_some(names)}. Hypergradients "
+                "follow how λ acts through the weights, and take it for constant there; and losses "
+                "at different λ cannot be compared. Let it act in training_step alone: return the "
+                "plain loss from validation_step (of several losses, the main one without the "
+                "weights), or pass validation_loss=. What belongs to the network itself, as the "
+                "slope of an activation, is better an nn.Parameter",
+            )
 
     def look_at_update(
         self,
@@ -396,14 +425,24 @@ class Diagnosis:
 
     # ------------------------------------------------------------------------------------- summary
 
-    def summary(self, history: History, skipped: int) -> str:
-        """Returns a few lines about the training, for people."""
+    def summary(
+        self, history: History, skipped: int, reach: tuple[float, float] | None = None
+    ) -> str:
+        """Returns a few lines about the training, for people.
+
+        Args:
+            history: Its updates.
+            skipped: How many of them were skipped.
+            reach: How far λ can get in them; see :meth:`lightning_hpo.strategy.Strategy.reach`.
+        """
         updates, steps = counted(len(history), "update"), counted(self.steps, "step")
         head = f"OnlineHPOCallback: {updates} of λ in {steps}"
         lines = []
         if len(history) > 0:
             tables = history.tables()
-            lines += self._table(tables)
+            trends = self._trends(tables)
+            lines += self._table(tables, trends)
+            lines += self._reached(len(history), trends, reach)
             losses = history.losses()
             losses = losses[torch.isfinite(losses)]
             if len(losses):
@@ -416,12 +455,16 @@ class Diagnosis:
                 for name, subject in self.subjects.items()
                 if not math.isinf(subject.radius)
             ]
-            clipped = f"{sum(shares) / len(shares):.0%}, " if shares else "none, "
-            lines.append(
-                f"  clipped tangents: {clipped}skipped updates: {skipped / len(history):.0%}"
-            )
+            parts = [f"clipped tangents: {sum(shares) / len(shares):.0%}"] if shares else []
+            parts += [f"skipped updates: {skipped / len(history):.0%}"] if skipped else []
+            lines += [f"  {', '.join(parts)}"] if parts else []
         elif self.subjects:
             lines.append("  λ is where it was: there was no update")
+        if self.has_ended and math.isfinite(self.planned) and self.steps < EARLY * self.planned:
+            lines.append(
+                f"  ended after {self.steps} of the {self.planned:g} steps that were planned: λ "
+                "had less time than it was to have"
+            )
         inside, total = self.clock.inside, self.clock.total
         if 0 < inside < total:
             lines.append(
@@ -430,14 +473,24 @@ class Diagnosis:
             )
         return "\n".join([head, *lines])
 
-    def _table(self, tables: Tables) -> list[str]:
-        rows = []
-        moving = bounded = 0
+    def _trends(self, tables: Tables) -> dict[str, str]:
+        """Tells of each λ whether it is still on its way."""
+        found = {}
         for name, subject in self.subjects.items():
             values = tables["values"].get(name)
             if values is None:
                 continue
-            trend = _movement(subject, values)
+            found[name] = _movement(subject, values)
+            if found[name] == "settled" and _side(subject, values[-1]) is None:
+                pulled = _pulled(subject, values, tables["hypergradients"].get(name))
+                found[name] = pulled or "settled"
+        return found
+
+    def _table(self, tables: Tables, trends: Mapping[str, str]) -> list[str]:
+        rows = []
+        moving = bounded = 0
+        for name, trend in trends.items():
+            subject, values = self.subjects[name], tables["values"][name]
             side = _side(subject, values[-1])
             moving += trend.startswith("still")
             bounded += side is not None
@@ -455,6 +508,26 @@ class Diagnosis:
                 f"{bounded} are at a bound"
             )
         return lines
+
+    def _reached(
+        self, updates: int, trends: Mapping[str, str], reach: tuple[float, float] | None
+    ) -> list[str]:
+        """Says how far λ can get in so few updates, where one has not settled."""
+        moving = [self.subjects[name] for name, trend in trends.items() if trend != "settled"]
+        if reach is None:
+            return []
+        parts = [
+            f"{what} by a factor of about {math.exp(distance):.2g}"
+            for what, kind, distance in (
+                ("a strength", Positive, reach[0]),
+                ("the odds of a probability", UnitInterval, reach[1]),
+            )
+            if distance < math.log(NEAR)
+            and any(isinstance(s.constraint, kind) and not s.choices for s in moving)
+        ]
+        if not parts:
+            return []
+        return [f"  {counted(updates, 'update')} can move {' and '.join(parts)} at most"]
 
     # --------------------------------------------------------------------------------------- state
 
@@ -557,6 +630,22 @@ def _side(subject: Subject, values: Tensor) -> str | None:
     return f"upper bound {high:.3g}" if bool(is_high.all()) else None
 
 
+def _raw(subject: Subject, table: Tensor) -> Tensor:
+    """Returns raw λ of values."""
+    if isinstance(subject.constraint, (Unconstrained, Softmax)):
+        return table
+    try:
+        return subject.constraint.inverse(table)
+    except ValueError:  # a constraint of the user's, which may look at the whole tensor
+        return table
+
+
+def _scale(subject: Subject, raw: Tensor) -> float:
+    """Returns what changes of raw λ are measured by: on a log or logit scale they are relative."""
+    is_relative = isinstance(subject.constraint, (Positive, UnitInterval))
+    return 1.0 if is_relative else float(raw.abs().max())
+
+
 def _movement(subject: Subject, values: Tensor) -> str:
     """Tells whether λ was still on its way over the last fifth of the updates."""
     table = _elements(values, subject)
@@ -564,18 +653,35 @@ def _movement(subject: Subject, values: Tensor) -> str:
         return "too few updates to see a trend"
     if subject.choices:
         table = table[:, table[-1].argmax(), None]  # the most probable one
-    tail = table[-(len(table) // 5) - 1 :]
-    try:
-        is_raw = isinstance(subject.constraint, (Unconstrained, Softmax))
-        raw = (tail if is_raw else subject.constraint.inverse(tail)).mean(1)
-    except ValueError:  # a constraint of the user's, which may look at the whole tensor
-        is_raw, raw = True, tail.mean(1)
+    raw = _raw(subject, table[-(len(table) // 5) - 1 :]).mean(1)
     net = float(raw[-1] - raw[0])
-    # On a log or logit scale a change is relative already. Less than a twentieth is of no account.
-    scale = float(raw.abs().max()) if is_raw else 1.0
-    if not abs(net) > max(0.5 * float(raw.diff().abs().sum()), 0.05 * scale):
+    # Less than a twentieth is of no account.
+    if not abs(net) > max(0.5 * float(raw.diff().abs().sum()), 0.05 * _scale(subject, raw)):
         return "settled"
     return "still rising" if net > 0 else "still falling"
+
+
+def _pulled(subject: Subject, values: Tensor, gradients: Tensor | None) -> str | None:
+    """Tells where λ has hardly moved, though the hypergradients of half its elements agree."""
+    if gradients is None or subject.choices:
+        return None
+    columns = slice(0, 3 if isinstance(subject.initial, dict) else None)  # but for the norm
+    table = values[:, columns]
+    first = subject.initial
+    first = [first[k] for k in ("min", "mean", "max")] if isinstance(first, dict) else first
+    start = torch.as_tensor(first, dtype=table.dtype).reshape(1, -1)
+    raw = _raw(subject, torch.cat([start, table]))
+    if not float((raw.amax(0) - raw.amin(0)).max()) < HARDLY * _scale(subject, raw):
+        return None
+    h = _elements(gradients, subject)
+    h = h[len(h) // 2 :]
+    h = h[torch.isfinite(h).all(1)]
+    if not len(h):
+        return None
+    mean, size = h.mean(0), h.square().mean(0).sqrt()
+    if not float((mean.abs() / size).nan_to_num(0.0).median()) > DIRECTED:
+        return None
+    return f"hardly moved, though pulled {'up' if float(mean.median()) < 0 else 'down'}"
 
 
 def _last(subject: Subject, values: Tensor) -> Any:

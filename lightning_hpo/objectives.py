@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -555,6 +555,15 @@ class ValidationObjective:
         self._metrics_keep_graphs = True
         return self.gradient(batch, theta, statistics)
 
+    def direct(
+        self, batch: HeldOutBatch, hyperparameters: Sequence[Hyperparameter]
+    ) -> list[Tensor | None]:
+        """Takes ∂L_V/∂(raw λ), θ held fixed; None where L_V does not read a λ."""
+        leaves = [h.raw.detach().clone().requires_grad_() for h in hyperparameters]
+        swaps = {id(h.raw): leaf for h, leaf in zip(hyperparameters, leaves, strict=True)}
+        with self._at(batch, (), swaps) as (loss, scale, _):
+            return _unscaled(gradient(loss, leaves), scale)
+
     def gradient_products(
         self,
         batch: HeldOutBatch,
@@ -574,9 +583,15 @@ class ValidationObjective:
 
     @contextmanager
     def _at(
-        self, batch: HeldOutBatch, statistics: Sequence[Tensor]
+        self,
+        batch: HeldOutBatch,
+        statistics: Sequence[Tensor],
+        others: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> Iterator[tuple[Tensor, float, list[Tensor]]]:
-        """Gives L_V times the factor of the gradient scaler, that factor, and r as leaves."""
+        """Gives L_V times the factor of the gradient scaler, that factor, and r as leaves.
+
+        ``others`` are put in the place of further buffers, by the ``id`` of these.
+        """
         module = self._module
         logged: dict[str, Any] = {}
 
@@ -585,7 +600,7 @@ class ValidationObjective:
 
         leaves = [r.detach().clone().requires_grad_() for r in statistics]
         with torch.enable_grad():  # a layer in training mode writes to them
-            swaps = {id(r): Standing.of(leaf) for r, leaf in zip(statistics, leaves, strict=True)}
+            moving = {id(r): Standing.of(leaf) for r, leaf in zip(statistics, leaves, strict=True)}
         on_cuda = self._shield.device.type == "cuda"
         with (
             torch.enable_grad(),
@@ -593,7 +608,7 @@ class ValidationObjective:
             native_recurrent(module) if on_cuda else nullcontext(),
             differentiable_checkpoints(),
             differentiable_statistics() if leaves else nullcontext(),
-            self._shield(log=log, swaps=swaps),
+            self._shield(log=log, swaps={**moving, **others}),
             stage(self._trainer, RunningStage.VALIDATING),
             self._entry(batch),
             _without_backward_hooks(module),

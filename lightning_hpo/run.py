@@ -151,6 +151,7 @@ class Run:
         steps: The number of optimizer steps taken with the callback.
         first_step: The trainer's ``global_step`` before them.
         rng: The random state of a checkpoint, until it has been put in place.
+        held_constant: The hyperparameters that L_V itself reads, which hypergradients leave out.
 
     Raises:
         MisconfigurationException: If the module, the data or the trainer do not fit; all findings
@@ -173,6 +174,7 @@ class Run:
         self._window: int = resumed.state.get("window", 0)  # the first of the present step
         self.first_step: int = resumed.state.get("first_step", trainer.global_step)
         self.served: list[Served] = []
+        self.held_constant: list[str] = []
         self._settings = settings
         self._trainer = trainer
         self._module = module
@@ -205,6 +207,8 @@ class Run:
         names = [*self.hyperparameters, *(n for n in given if n not in self.choices.driven)]
         frozen = [*(known.keys() - self.hyperparameters), *fixed_options(module)]
         findings = compatibility.check_steps(module)
+        passed = [h for h in tuned.values() if isinstance(h, Hyperparameter)]
+        findings += compatibility.check_hidden(module, {*known.values(), *passed})
         assigned = None
         if settings.estimators is not None:
             assigned, more = compatibility.assign(settings.estimators, names, frozen)
@@ -446,6 +450,24 @@ class Run:
         """Takes a gradient of the validation loss, on a batch that is not used up."""
         return self._validation.gradient(self.held_out.peek(), theta, statistics)
 
+    def _look_at_direct_parts(self) -> list[str]:
+        """Lists the λ that L_V itself reads: the weights are all that hypergradients go through."""
+        options = {} if self.training.options is None else self.training.options.hyperparameters
+        looked = {
+            name: h
+            for name, h in self.hyperparameters.items()
+            if name not in options and not h.is_policy
+        }
+        if not looked or self.training.sharded:
+            return []
+        try:
+            direct = self._validation.direct(self.held_out.peek(), list(looked.values()))
+        except Exception:
+            # A step may do with raw λ as it is what it cannot do where that has a graph (.numpy()).
+            return []
+        pairs = zip(looked, direct, strict=True)
+        return [n for n, g in pairs if g is not None and bool((g.isfinite() & (g != 0)).any())]
+
     def _try_losses(self, moment: Moment) -> list[Tensor | None] | None:
         """Takes the gradient of both losses once; returns that of the training loss over θ."""
         training = self.training
@@ -453,6 +475,7 @@ class Run:
         before = [] if training.sharded else [p.detach().clone() for p in theta]
         self._validation.settle(self.held_out.peek(), theta)
         self._validate(theta)
+        self.held_constant = self._look_at_direct_parts()
 
         objective = training.objective
         gradients = objective.gradient(moment, theta, objective.leaves())

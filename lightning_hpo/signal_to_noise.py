@@ -35,6 +35,31 @@ NEAR = 2.0
 FLOOR = 0.1
 
 
+def _floor(is_known: bool) -> float:
+    return 0.0 if is_known else FLOOR
+
+
+def _rate(done: int, count: int, floor: float) -> float:
+    """Returns η of lr = 1 after so many of ``count`` updates."""
+    part = 0.5 * (1 + math.cos(math.pi * min(1.0, done / count)))
+    return min(4 * TRAVEL / count, FASTEST) * max(part, floor)
+
+
+def reach(made: int, count: int, *, is_known: bool = True) -> float:
+    """Returns how many units λ can travel, at lr = 1, in the first updates.
+
+    Args:
+        made: How many updates.
+        count: Of how many in the whole training.
+        is_known: As for :class:`SignalToNoise`.
+    """
+    total = 0.0
+    for done in range(made):
+        waits = done < max(WARM_UP * count, UNKNOWN)
+        total += (DRIFT if waits else 1.0) * _rate(done, count, _floor(is_known))
+    return total
+
+
 class SignalToNoise(torch.optim.Optimizer):
     r"""Moves each λ as far as its hypergradients h stand out from their own noise.
 
@@ -83,7 +108,7 @@ class SignalToNoise(torch.optim.Optimizer):
         self._owners = {h.raw: h for h in hyperparameters}
         self._typical = typical
         self._count = updates
-        self._floor = 0.0 if is_known else FLOOR
+        self._floor = _floor(is_known)
         # How many have been made is kept with the group, and so in a checkpoint.
         super().__init__(list(self._owners), {"lr": lr, "updates": 0})
 
@@ -93,9 +118,7 @@ class SignalToNoise(torch.optim.Optimizer):
         for group in self.param_groups:
             done = group["updates"]
             group["updates"] = done + 1
-            part = 0.5 * (1 + math.cos(math.pi * min(1.0, done / self._count)))
-            fastest = min(4 * TRAVEL / self._count, FASTEST)
-            rate = group["lr"] * fastest * max(part, self._floor)
+            rate = group["lr"] * _rate(done, self._count, self._floor)
             for raw in group["params"]:
                 if group["lr"] > 0 and raw.grad is not None:
                     is_early = done < WARM_UP * self._count

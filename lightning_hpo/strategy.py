@@ -28,6 +28,7 @@ from lightning_hpo.hyperparameters import (
 )
 from lightning_hpo.regularizers import Penalty
 from lightning_hpo.schedule import UNKNOWN_LENGTH
+from lightning_hpo.signal_to_noise import reach
 
 __docformat__ = "google"
 __all__ = ["Strategy", "choose_estimators"]
@@ -63,6 +64,7 @@ LONG_ENOUGH = 300
 # What a guess is replaced by is found anew until it changes by less than this part of it.
 SETTLED = 0.01
 
+_ONE = torch.ones(())
 Assigned = Sequence[tuple[str, Estimator, list[str]]]
 """Estimators, each with a name and the hyperparameters that it serves."""
 
@@ -110,6 +112,23 @@ class Strategy:
     def updates(self) -> int:
         """The number of updates in the training."""
         return max(1, self.steps // self.every_n_steps)
+
+    def reach(self, updates: int) -> tuple[float, float] | None:
+        """Returns how far the λ-optimizer can move λ in the first updates.
+
+        Args:
+            updates: How many.
+
+        Returns:
+            The natural logarithms of the factors for a strength and for the odds of a probability,
+            about, with Adam; None where λ is to stay, or is moved by an optimizer that was given.
+        """
+        if not self.lr:
+            return None
+        if not self.is_chosen:
+            return updates * DEFAULT_RATE * self.lr, updates * DEFAULT_RATE * self.lr
+        units = self.lr * reach(updates, self.updates, is_known=self.is_length_known)
+        return units * Positive().unit(_ONE, _ONE), units * UnitInterval().unit(_ONE, _ONE)
 
     def __str__(self) -> str:
         parts = [

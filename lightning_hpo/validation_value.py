@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_hpo._arguments import did_you_mean
 from lightning_hpo._lightning import MisconfigurationException
 
 # The names under which a loss is looked for where none was given.
@@ -54,11 +55,14 @@ def find_loss(output: Any, logged: Mapping[str, Any], monitor: str | None, origi
         if monitor not in logged and monitor in returned_dict:
             return check_loss(output[monitor], f"{origin}, returned as {monitor!r},")
         if monitor not in logged:
+            returned_names = [*map(str, returned_dict)]
+            question = did_you_mean(monitor, [*logged, *returned_names])
             raise MisconfigurationException(
-                f"{origin} returned no loss and logged {sorted(logged) or 'nothing'}. {_REMEDY}"
-                if output is None
-                else f"{origin} does not log monitor={monitor!r}; it logged "
-                f"{sorted(logged) or 'nothing'}. {_REMEDY}"
+                f"{origin} does not log monitor={monitor!r}; it logged "
+                f"{sorted(logged) or 'nothing'}"
+                + (f" and returned {returned_names}" if returned_names else "")
+                + (f": {question} " if question else ". ")
+                + _REMEDY
             )
         return check_loss(logged[monitor], f"{origin}, logged as {monitor!r},")
     returned = returned_dict.get("loss") if isinstance(output, Mapping) else output

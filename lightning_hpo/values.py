@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from torch import Tensor, nn
 
+from lightning_hpo._arguments import did_you_mean
 from lightning_hpo._record import record_of, update_record
 from lightning_hpo.dynamics import OptimizerOptions
 from lightning_hpo.hyperparameters import (
@@ -21,6 +22,10 @@ from lightning_hpo.hyperparameters import (
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+# What optimizers of torch call their options; values found for them have "optimizer." before it.
+_OPTIONS = frozenset(
+    ("lr", "weight_decay", "momentum", "betas", "eps", "dampening", "alpha", "rho", "lambd")
+)
 _NOT_RESOLVED = (
     'freeze: {!r} has no value yet: its init="auto" is resolved at the start of a training. Take '
     "what was found after one, or leave it out: the next training resolves it"
@@ -190,7 +195,14 @@ def _is_finite(value: Any) -> bool:
 
 def _raw(name: str, known: Mapping[str, Hyperparameter], value: Any) -> Tensor:
     if name not in known:
-        raise ValueError(f"freeze: no hyperparameter {name!r}; there are {sorted(known)}")
+        hint = (
+            f"An option of the optimizer has 'optimizer.' before its name: {{'optimizer.{name}': "
+            f"{value!r}}}. Or give it to the optimizer in configure_optimizers"
+            if name in _OPTIONS
+            else did_you_mean(name, known)
+        )
+        there = f"freeze: no hyperparameter {name!r}; there are {sorted(known) or 'none'}"
+        raise ValueError(f"{there}. {hint}" if hint else there)
     h = known[name]
     if isinstance(value, str) and value == "auto":
         raise ValueError(_NOT_RESOLVED.format(name))

@@ -232,6 +232,10 @@ class Hyperparameter(nn.Module):
         """
         return self.constraint.project(raw)
 
+    def __format__(self, spec: str) -> str:
+        """Formats the value, as in ``f"{self.alpha:.2f}"``; without a format, as ``repr``."""
+        return format(self.value, spec) if spec else str(self)
+
     def extra_repr(self) -> str:
         """Shows the value, the constraint, and whether it is frozen."""
         value = self.value
@@ -240,20 +244,32 @@ class Hyperparameter(nn.Module):
         return f"{shown}, constraint={self.constraint}{', frozen' if self.frozen else ''}"
 
 
-def _refuse_arithmetic(symbol: str) -> Callable[..., Any]:
+def _itself(kind: type, what: str) -> TypeError:
+    """Makes the error where a hyperparameter stands in the place of its value."""
+    return TypeError(
+        f"{what} was given a {kind.__name__} itself, expected its value: call it, as in "
+        "self.alpha() * x instead of self.alpha * x, or torch.exp(self.alpha()) (without a "
+        "derivative it is self.alpha.value, as a Python number float(self.alpha.value)). Options "
+        'of the optimizer are tuned by OnlineHPOCallback(optimizer_hyperparameters=["lr"])'
+    )
+
+
+def _refusing(what: str) -> Callable[..., Any]:
     def refuse(self: Hyperparameter, *others: Any) -> Any:
-        raise TypeError(
-            f"{symbol} was given a {type(self).__name__} itself, expected its value: call it, as "
-            "in self.alpha() * x instead of self.alpha * x (without a derivative it is "
-            "self.alpha.value). Options of the optimizer are tuned by "
-            'OnlineHPOCallback(optimizer_hyperparameters=["lr"])'
-        )
+        raise _itself(type(self), what)
 
     return refuse
 
 
+def _torch_function(
+    cls: type[Hyperparameter], func: Any, types: Any, args: Any = (), kwargs: Any = None
+) -> Any:
+    """Refuses a hyperparameter among the arguments of a function of torch."""
+    raise _itself(cls, getattr(func, "__name__", str(func)))
+
+
 # Not in the class: type checkers are to refuse it as well.
-for _name, _symbol in {
+for _name, _what in {
     **dict.fromkeys(("add", "radd", "iadd"), "+"),
     **dict.fromkeys(("sub", "rsub", "isub"), "-"),
     **dict.fromkeys(("mul", "rmul", "imul"), "*"),
@@ -262,8 +278,12 @@ for _name, _symbol in {
     **dict.fromkeys(("matmul", "rmatmul"), "@"),
     **dict.fromkeys(("lt", "le", "gt", "ge"), "A comparison"),
     **{"neg": "-", "abs": "abs", "float": "float", "int": "int", "index": "An index"},
+    **{"round": "round", "getitem": "[]", "array": "A function of NumPy"},
 }.items():
-    setattr(Hyperparameter, f"__{_name}__", _refuse_arithmetic(_symbol))
+    setattr(Hyperparameter, f"__{_name}__", _refusing(_what))
+for _name in ("item", "tolist", "detach", "exp", "log", "sqrt", "sigmoid"):
+    setattr(Hyperparameter, _name, _refusing(f".{_name}()"))
+Hyperparameter.__torch_function__ = classmethod(_torch_function)  # type: ignore[attr-defined]
 
 
 def _check_constraint(constraint: Any) -> None:

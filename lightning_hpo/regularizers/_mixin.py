@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_hpo._lightning import classes, join_again
+from lightning_hpo.hyperparameters import Hyperparameter, named_hyperparameters
 
 
 class RegularizerMixin(nn.Module):
@@ -25,6 +26,22 @@ class RegularizerMixin(nn.Module):
                 "pytorch_lightning, and no Trainer takes such a mixture; import everything from "
                 "one of the two packages"
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Says how a hyperparameter is given a value, where a number would take its place."""
+        if isinstance(value, (int, float, Tensor)):
+            child = self.__dict__.get("_modules", {}).get(name)
+            known = named_hyperparameters(child) if isinstance(child, nn.Module) else {}
+            if known:
+                path = ".".join(part for part in (name, next(iter(known))) if part)
+                number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+                raise TypeError(
+                    f"{type(self).__name__}.{name} "
+                    f"{'is' if isinstance(child, Hyperparameter) else 'holds'} a hyperparameter, "
+                    f"and a {type(value).__name__} cannot take its place; assign its value: "
+                    f"module.{path}.value = {'…' if isinstance(number, Tensor) else number}"
+                )
+        super().__setattr__(name, value)
 
 
 def lightning_bases(kind: type) -> list[type]:

@@ -21,8 +21,14 @@ def check_free_name(caller: str, module: nn.Module, name: str) -> None:
     """Refuses a name that is taken, or is none.
 
     Raises:
+        RuntimeError: If the module has not been begun.
         ValueError: In both cases.
     """
+    if "_modules" not in vars(module):
+        raise RuntimeError(
+            f"{caller}: {type(module).__name__} is not there yet; call super().__init__() first, "
+            f"then build the network, and then call {caller}"
+        )
     if not name.isidentifier() or hasattr(module, name):
         raise ValueError(
             f"{caller}: name={name!r} is {'taken' if name.isidentifier() else 'no name'} in "

@@ -105,6 +105,14 @@ class DropoutMixin(RegularizerMixin):
                 f"register_dropout: {_some(off)} have a rate of 0, from which a keep probability "
                 "cannot start; pass init=, a keep probability below 1"
             )
+        all_off = [path for path, site in found.items() if init is None and site.rate >= 1]
+        if all_off:
+            raise ValueError(
+                f"register_dropout: {_some(all_off)} have a rate of p=1, which drops everything: "
+                "nothing passes through. p is the part that is dropped: give the layer one below "
+                "1, for example nn.Dropout(0.2), or pass init=, the keep probability 1 − p to "
+                "start with, such as 0.8"
+            )
         if tied and len(set(keeps.values())) > 1:
             raise ValueError(
                 f"register_dropout: the layers have different keep probabilities, {keeps}; pass "

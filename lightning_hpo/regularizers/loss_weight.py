@@ -18,6 +18,14 @@ _TAKEN = frozenset(dir(nn.Module)) | {"main", "training"}
 _INITS = "the initial weights are given as inits={'context': 1.0}"
 
 
+def _example(inits: object) -> str:
+    """Writes what was probably meant: each of the names that were given, with a weight."""
+    given = [inits] if isinstance(inits, str) else inits
+    names = [*given] if isinstance(given, (list, tuple)) else []
+    is_known = bool(names) and all(isinstance(name, str) for name in names)
+    return str(dict.fromkeys(names if is_known else ["context"], 1.0))
+
+
 class LossWeightMixin(RegularizerMixin):
     """Weighs auxiliary tasks: ρ in the phone experiment of Franceschi et al. (2017, §5.3).
 
@@ -51,11 +59,22 @@ class LossWeightMixin(RegularizerMixin):
             constraint: Default: ``Interval(0, inf)``, so that a weight can reach 0.
 
         Raises:
-            TypeError: If an initial weight is not a number, or ``constraint`` is none.
+            TypeError: If ``inits`` is no mapping from names to numbers, or ``constraint`` is none.
             ValueError: If ``inits`` is empty, a name is taken or no attribute name, or an initial
                 weight lies outside the constraint.
         """
         check_free_name("register_loss_weights", self, name)
+        if not isinstance(inits, Mapping) or not all(isinstance(key, str) for key in inits):
+            raise TypeError(
+                f"register_loss_weights: inits={inits!r}, expected a weight for each auxiliary "
+                f"loss by its name, for example {_example(inits)}"
+            )
+        for key, init in inits.items():
+            if isinstance(init, bool) or not isinstance(init, (int, float, Tensor)):
+                raise TypeError(
+                    f"register_loss_weights: the weight of {key!r} is {init!r}, expected a number, "
+                    "or a tensor of them"
+                )
         if not inits or not all(key.isidentifier() and key not in _TAKEN for key in inits):
             raise ValueError(
                 f"register_loss_weights: inits={dict(inits)}, expected a weight for each name of "
