@@ -359,6 +359,7 @@ class OnlineHPOCallback(pl.Callback):
             warmup=self.warmup_steps,
             first_due=(self.warmup_steps // every + 1) * every if is_regular else None,
             planned=length(trainer) - run.first_step,
+            replaced=run.replaced,
         )
         diagnosis.load_state_dict(state.get("diagnosis", {}))
         diagnosis.look_at_data(flattened(trainer.train_dataloader), run.held_out.loaders)

@@ -118,6 +118,7 @@ class Diagnosis:
         first_due: The first step after which λ is updated; None where that is not known.
         planned: How many steps there were to be with the callback; ``inf`` if that is not known.
         has_ended: Whether the training is over.
+        replaced: The λ whose starts were taken for guesses, and replaced.
         validations: The step and the loss of each validation on other data than the tuned ones.
         is_fresh: Whether validations are on other data; None where that was not looked at yet.
         dead: How many updates in a row have found the network dead. As long as it is 0, one of
@@ -134,6 +135,7 @@ class Diagnosis:
     first_due: int | None = None
     planned: float = math.inf
     has_ended: bool = False
+    replaced: set[str] = field(default_factory=set)
     validations: list[tuple[int, float]] = field(default_factory=list)
     is_fresh: bool | None = None
     dead: int = 0
@@ -440,7 +442,7 @@ class Diagnosis:
         lines = []
         if len(history) > 0:
             tables = history.tables()
-            trends = self._trends(tables)
+            trends = self._trends(tables, reach)
             lines += self._table(tables, trends)
             lines += self._reached(len(history), trends, reach)
             losses = history.losses()
@@ -462,8 +464,8 @@ class Diagnosis:
             lines.append("  λ is where it was: there was no update")
         if self.has_ended and math.isfinite(self.planned) and self.steps < EARLY * self.planned:
             lines.append(
-                f"  ended after {self.steps} of the {self.planned:g} steps that were planned: λ "
-                "had less time than it was to have"
+                f"  ended after {self.steps} of {self.planned:g} planned steps, so that λ had less "
+                "time to move"
             )
         inside, total = self.clock.inside, self.clock.total
         if 0 < inside < total:
@@ -473,7 +475,7 @@ class Diagnosis:
             )
         return "\n".join([head, *lines])
 
-    def _trends(self, tables: Tables) -> dict[str, str]:
+    def _trends(self, tables: Tables, reach: tuple[float, float] | None) -> dict[str, str]:
         """Tells of each λ whether it is still on its way."""
         found = {}
         for name, subject in self.subjects.items():
@@ -482,8 +484,10 @@ class Diagnosis:
                 continue
             found[name] = _movement(subject, values)
             if found[name] == "settled" and _side(subject, values[-1]) is None:
-                pulled = _pulled(subject, values, tables["hypergradients"].get(name))
-                found[name] = pulled or "settled"
+                is_odds = isinstance(subject.constraint, UnitInterval)
+                is_short = reach is not None and reach[is_odds] < math.log(NEAR)
+                gradients = tables["hypergradients"].get(name)
+                found[name] = _pulled(subject, values, gradients, is_short=is_short) or "settled"
         return found
 
     def _table(self, tables: Tables, trends: Mapping[str, str]) -> list[str]:
@@ -495,6 +499,7 @@ class Diagnosis:
             moving += trend.startswith("still")
             bounded += side is not None
             remark = trend if side is None else f"{trend}, at its {side}"
+            remark += ", from a start that was replaced" if name in self.replaced else ""
             first, last = _described(subject, subject.initial), _last(subject, values)
             rows.append((name, first, _described(subject, last), remark))
         shown = rows[:_ROWS]
@@ -513,11 +518,12 @@ class Diagnosis:
         self, updates: int, trends: Mapping[str, str], reach: tuple[float, float] | None
     ) -> list[str]:
         """Says how far λ can get in so few updates, where one has not settled."""
-        moving = [self.subjects[name] for name, trend in trends.items() if trend != "settled"]
+        names = [name for name, trend in trends.items() if trend != "settled"]
+        moving = [self.subjects[name] for name in names]
         if reach is None:
             return []
         parts = [
-            f"{what} by a factor of about {math.exp(distance):.2g}"
+            f"{what} by a factor of about {math.exp(distance):.3g}"
             for what, kind, distance in (
                 ("a strength", Positive, reach[0]),
                 ("the odds of a probability", UnitInterval, reach[1]),
@@ -527,7 +533,8 @@ class Diagnosis:
         ]
         if not parts:
             return []
-        return [f"  {counted(updates, 'update')} can move {' and '.join(parts)} at most"]
+        besides = ", besides replacing its start" if self.replaced.intersection(names) else ""
+        return [f"  {counted(updates, 'update')} can move {' and '.join(parts)} at most{besides}"]
 
     # --------------------------------------------------------------------------------------- state
 
@@ -537,6 +544,7 @@ class Diagnosis:
             "initial": {name: subject.initial for name, subject in self.subjects.items()},
             "validations": [list(pair) for pair in self.validations],
             "dead": self.dead,
+            "replaced": sorted(self.replaced),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -546,6 +554,7 @@ class Diagnosis:
                 self.subjects[name].initial = initial
         self.validations = [(int(step), loss) for step, loss in state.get("validations", ())]
         self.dead = state.get("dead", 0)
+        self.replaced.update(state.get("replaced", ()))
 
 
 def _is_forward(estimator: Estimator, m: int) -> bool:
@@ -661,8 +670,14 @@ def _movement(subject: Subject, values: Tensor) -> str:
     return "still rising" if net > 0 else "still falling"
 
 
-def _pulled(subject: Subject, values: Tensor, gradients: Tensor | None) -> str | None:
-    """Tells where λ has hardly moved, though the hypergradients of half its elements agree."""
+def _pulled(
+    subject: Subject, values: Tensor, gradients: Tensor | None, *, is_short: bool
+) -> str | None:
+    """Tells where λ stays because of its rate, and not because its hypergradients cancel.
+
+    That is so where those of half of its elements agree, and it has hardly moved, or has had so few
+    updates that it cannot have gone far, at a rate that falls.
+    """
     if gradients is None or subject.choices:
         return None
     columns = slice(0, 3 if isinstance(subject.initial, dict) else None)  # but for the norm
@@ -671,7 +686,8 @@ def _pulled(subject: Subject, values: Tensor, gradients: Tensor | None) -> str |
     first = [first[k] for k in ("min", "mean", "max")] if isinstance(first, dict) else first
     start = torch.as_tensor(first, dtype=table.dtype).reshape(1, -1)
     raw = _raw(subject, torch.cat([start, table]))
-    if not float((raw.amax(0) - raw.amin(0)).max()) < HARDLY * _scale(subject, raw):
+    is_near = float((raw.amax(0) - raw.amin(0)).max()) < HARDLY * _scale(subject, raw)
+    if not (is_near or is_short):
         return None
     h = _elements(gradients, subject)
     h = h[len(h) // 2 :]
@@ -681,7 +697,8 @@ def _pulled(subject: Subject, values: Tensor, gradients: Tensor | None) -> str |
     mean, size = h.mean(0), h.square().mean(0).sqrt()
     if not float((mean.abs() / size).nan_to_num(0.0).median()) > DIRECTED:
         return None
-    return f"hardly moved, though pulled {'up' if float(mean.median()) < 0 else 'down'}"
+    where = "up" if float(mean.median()) < 0 else "down"
+    return f"hardly moved, though pulled {where}" if is_near else f"still pulled {where}"
 
 
 def _last(subject: Subject, values: Tensor) -> Any:

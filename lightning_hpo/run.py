@@ -151,6 +151,7 @@ class Run:
         steps: The number of optimizer steps taken with the callback.
         first_step: The trainer's ``global_step`` before them.
         rng: The random state of a checkpoint, until it has been put in place.
+        replaced: The hyperparameters whose starts were taken for guesses.
         held_constant: The hyperparameters that L_V itself reads, which hypergradients leave out.
 
     Raises:
@@ -175,6 +176,7 @@ class Run:
         self.first_step: int = resumed.state.get("first_step", trainer.global_step)
         self.served: list[Served] = []
         self.held_constant: list[str] = []
+        self.replaced: set[str] = set()
         self._settings = settings
         self._trainer = trainer
         self._module = module
@@ -612,6 +614,7 @@ class Run:
         if self.first_step > 0 or not self.strategy.replaces_guesses:
             return []  # the module has been trained before, or will hardly be
         moved = self._typical.replace_guesses(hyperparameters, replaced)
+        self.replaced.update(moved)
         if self.training.options is not None:
             self.training.options.renew_(n for n in moved if n.startswith("optimizer."))
         return moved

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
+import pickle
 import warnings
+from functools import partial
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from cases import Mlp, fit, make_trainer, train_loader, valid_loader, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -19,10 +25,13 @@ from lightning_hpo import (
     Hyperparameter,
     L1Mixin,
     L2Mixin,
+    LossWeightMixin,
     OnlineHPOCallback,
+    Positive,
     TunableDropout,
     fixed_values,
     freeze,
+    named_hyperparameters,
 )
 
 
@@ -119,6 +128,20 @@ def test_a_drop_rate_is_asked_for_as_a_keep_probability(name):
     assert Droppy(init=0.8).keep().item() == pytest.approx(0.8)
 
 
+def test_a_layer_that_drops_everything():
+    class All(DropoutMixin, Mlp):
+        def __init__(self, **options):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(1.0), nn.Linear(8, 3))
+            self.register_dropout(**options)
+
+    with pytest.raises(
+        ValueError, match=r"net\.1 .*p=1, which drops everything.*nn\.Dropout\(0\.2\).*such as 0\.8"
+    ):
+        All()
+    assert All(init=0.8).keep().item() == pytest.approx(0.8)
+
+
 # ------------------------------------------------------------------ a hyperparameter, not its value
 
 
@@ -133,7 +156,28 @@ def test_a_drop_rate_is_asked_for_as_a_keep_probability(name):
         lambda h, x: x**h,
         lambda h, x: -h,
         lambda h, x: float(h),
+        lambda h, x: round(h, 2),
+        lambda h, x: h if h > 0 else x,
+        lambda h, x: max(h, 0.1),
+        lambda h, x: h[0],
+        lambda h, x: h.exp(),
+        lambda h, x: h.detach(),
+        lambda h, x: h.item(),
+        lambda h, x: math.exp(h),
+        lambda h, x: np.exp(h),
         lambda h, x: torch.optim.SGD([x], lr=h),
+        lambda h, x: torch.exp(h),
+        lambda h, x: torch.sigmoid(h),
+        lambda h, x: torch.stack([h, h]),
+        lambda h, x: torch.where(x > 0, h, x),
+        lambda h, x: torch.lerp(x, x, h),
+        lambda h, x: x.clamp(max=h),
+        lambda h, x: torch.mul(x, h),
+        lambda h, x: nn.functional.linear(x, h),
+        lambda h, x: nn.functional.dropout(x, h),
+        lambda h, x: nn.functional.huber_loss(x, x, delta=h),
+        lambda h, x: nn.functional.cross_entropy(x, torch.tensor(0), label_smoothing=h),
+        lambda h, x: torch.distributions.Beta(h, h),
     ],
 )
 def test_arithmetic_with_a_hyperparameter_says_to_call_it(use):
@@ -141,6 +185,39 @@ def test_arithmetic_with_a_hyperparameter_says_to_call_it(use):
     with pytest.raises(TypeError, match=r"call it, as in self\.alpha\(\) \* x instead of"):
         use(h, nn.Parameter(torch.ones(3)))
     assert torch.equal(h() * torch.ones(3), torch.full((3,), 0.5))
+
+
+def test_a_hyperparameter_is_written_as_its_value():
+    h = Hyperparameter(0.123, Positive())
+    assert f"{h:.2f} {h:>6.1e}" == "0.12 1.2e-01"
+    assert f"{h}" == str(h) == repr(h)
+
+
+class Halved(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.alpha = Hyperparameter(0.5, Positive())
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.alpha() * self.linear(x) + self.alpha.value
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: torch.compile(m, backend="eager", fullgraph=True),
+        lambda m: torch.export.export(m, (torch.ones(3),)).module(),
+        lambda m: partial(torch.func.functional_call, m, dict(m.named_parameters())),
+        lambda m: partial(torch.utils.checkpoint.checkpoint, m, use_reentrant=False),
+    ],
+    ids=["deepcopy", "pickle", "compile", "export", "functional", "checkpoint"],
+)
+def test_to_refuse_it_in_functions_is_in_nobodys_way(made):
+    module, x = Halved(), torch.ones(3)
+    torch.testing.assert_close(made(module)(x), module(x))
 
 
 def test_in_a_training_step_too():
@@ -171,6 +248,17 @@ def test_in_a_training_step_too():
         (lambda m: m.register_l2(strength=0.1), r"given as init="),
         (lambda m: m.register_l2(lr=0.1), r"OnlineHPOCallback\(lr=2\.0\)"),
         (lambda m: m.register_l1(paramters=[]), r"register_l1 .* mean 'parameters'\?"),
+        (lambda m: OnlineHPOCallback(T1T2), r"T1T2 is a class, expected an instance: T1T2\(\)"),
+        (lambda m: OnlineHPOCallback({"*": ClipR}), r"ClipR is a class.*: ClipR\(\)"),
+        (lambda m: OnlineHPOCallback(monitor=3), r"monitor=3 is a int, expected the name"),
+        (
+            lambda m: OnlineHPOCallback(optimizer_hyperparameters={"weight_decay": 1e-3}),
+            r"is a float.*\{'weight_decay': Hyperparameter\(1e-3, Positive\(\)\)\}",
+        ),
+        (
+            lambda m: OnlineHPOCallback(dataloader=[valid_loader().dataset]),
+            r"holds a Dataset, expected DataLoaders",
+        ),
     ],
 )
 def test_unknown_keywords_get_the_closest_one(call, message):
@@ -194,6 +282,80 @@ def test_a_factor_that_looks_like_a_learning_rate_is_warned_about():
         warnings.simplefilter("error")
         OnlineHPOCallback(lr=2.0)
         OnlineHPOCallback(lr=0.0)
+
+
+# ------------------------------------------------------------------------ where hyperparameters are
+
+
+class TwoLosses(LossWeightMixin, Mlp):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("inits", "message"),
+    [
+        (["size"], r"inits=\['size'\], expected a weight .* for example \{'size': 1\.0\}"),
+        (("size", "tilt"), r"for example \{'size': 1\.0, 'tilt': 1\.0\}"),
+        ("size", r"inits='size', expected .* for example \{'size': 1\.0\}"),
+        (0.1, r"inits=0\.1, expected .* for example \{'context': 1\.0\}"),
+        ({0: 0.1}, r"by its name, for example \{'context': 1\.0\}"),
+        ({"size": "0.1"}, r"the weight of 'size' is '0\.1', expected a number"),
+        ({"size": None}, r"the weight of 'size' is None, expected a number"),
+    ],
+)
+def test_loss_weights_of_another_kind(inits, message):
+    with pytest.raises(TypeError, match=f"register_loss_weights: .*{message}"):
+        TwoLosses().register_loss_weights(inits)
+
+
+@pytest.mark.parametrize("value", [1e-3, 1, torch.tensor(1e-3), nn.Parameter(torch.tensor(1e-3))])
+def test_a_number_in_the_place_of_a_hyperparameter(value):
+    shared, each = Mlp(granularity="model"), Mlp(granularity="layer")
+    with pytest.raises(TypeError, match=r"Mlp\.l2 is a hyper.*: module\.l2\.value = (0\.001|1)$"):
+        shared.l2 = value
+    with pytest.raises(TypeError, match=r"l2 holds a hyper.*: module\.l2\.net\.0\.value = "):
+        each.l2 = value
+    shared.l2.value = torch.as_tensor(value).item()  # what is advised works
+    assert shared.l2().item() == pytest.approx(torch.as_tensor(value).item())
+    shared.other = value  # so does all else
+    shared.l2 = Hyperparameter(0.5)
+    assert shared.l2().item() == 0.5
+
+
+def test_a_penalty_before_the_module_has_been_begun():
+    class Early(L2Mixin, pl.LightningModule):
+        def __init__(self):
+            self.register_l2()
+            super().__init__()
+
+    with pytest.raises(RuntimeError, match=r"call super\(\).__init__\(\) first.*call register_l2"):
+        Early()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_hyperparameters_in_a_list(kind):
+    class Listed(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.alphas = kind({"a": Hyperparameter(0.5)}.items())
+            if kind is not dict:
+                self.alphas = kind(value for _, value in self.alphas)
+
+        def training_step(self, batch, batch_idx):
+            (alpha,) = self.alphas.values() if kind is dict else self.alphas
+            return alpha() * self.loss(batch)
+
+    message = refused(Listed())
+    assert f"'alphas' is a {kind.__name__} with a Hyperparameter, in which it is not" in message
+    assert ("ModuleDict" if kind is dict else "ModuleList") in message
+
+
+def test_lists_of_hyperparameters_that_are_found_anyway():
+    callback = OnlineHPOCallback(T1T2(), optimizer_hyperparameters={"lr": Hyperparameter(0.1)})
+    model = Mlp()
+    model.all = [*named_hyperparameters(model).values(), *callback._option_names.values()]
+    fit(model, callback)
+    assert len(callback.history)
 
 
 # ------------------------------------------------------------------------------- layers that follow
@@ -317,6 +479,20 @@ def test_a_dict_without_a_loss_is_shown():
 
 
 @pytest.mark.parametrize(
+    ("step", "question"),
+    [
+        (lambda m, batch: m.log("val_loss", m.loss(batch)), ": did you mean 'val_loss'?"),
+        (lambda m, batch: {"val_loss": m.loss(batch)}, ": did you mean 'val_loss'?"),
+        (lambda m, batch: m.log("other", m.loss(batch)), "."),
+    ],
+)
+def test_the_closest_of_what_was_logged(step, question):
+    message = refused(Validating(step), callbacks=OnlineHPOCallback(T1T2(), monitor="val_los"))
+    assert "does not log monitor='val_los'; it logged " in message
+    assert f"]{question} Return the loss" in message
+
+
+@pytest.mark.parametrize(
     ("output", "options"),
     [
         (lambda loss: {"val_loss": loss}, {}),
@@ -352,6 +528,21 @@ def test_values_of_a_checkpoint(tmp_path):
         freeze(fixed_values(model), Mlp())
     with pytest.raises(TypeError, match=r"values is a Mlp.*expected what fixed_values"):
         freeze(Mlp(), model)
+
+
+def test_an_option_of_the_optimizer_has_its_prefix():
+    with pytest.raises(
+        ValueError,
+        match=r"no hyperparameter 'weight_decay'.*\{'optimizer\.weight_decay': 0\.01\}\.",
+    ) as caught:
+        freeze(Mlp(), {"weight_decay": 0.01})
+    assert "configure_optimizers" in str(caught.value)
+    model = freeze(Mlp(), {"optimizer.weight_decay": 0.01})  # what is advised works
+    assert fixed_values(model)["optimizer.weight_decay"] == 0.01
+    with pytest.raises(ValueError, match=r"'l2\.net\.1'; there are .*did you mean 'l2\.net\.\d'"):
+        freeze(Mlp(), {"l2.net.1": 0.01})
+    with pytest.raises(ValueError, match=r"there are none$"):
+        freeze(nn.Linear(2, 2), {"colour": 0.01})
 
 
 # -------------------------------------------------------------------------------------- two of them

@@ -9,7 +9,9 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import TRAIN, VALID, Mlp, fit, frozen, make_trainer, train_loader
+from torch import nn
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
@@ -25,12 +27,15 @@ from torch.utils.data import (
 from lightning_hpo import (
     T1T2,
     ClipR,
+    DropoutMixin,
     ExampleWeightMixin,
     Hyperparameter,
     Implicit,
     IndexedDataset,
     Interval,
     L2Mixin,
+    LabelSmoothing,
+    LossWeightMixin,
     OnlineHPOCallback,
     Positive,
     UnitInterval,
@@ -38,7 +43,7 @@ from lightning_hpo import (
 )
 from lightning_hpo import callback as callback_module
 from lightning_hpo.diagnosis import FEW_UPDATES, Diagnosis, Subject, _rounded_up, _side, _trend
-from lightning_hpo.monitoring import History, HistoryRecord
+from lightning_hpo.monitoring import History, HistoryRecord, as_numbers, make_record
 from lightning_hpo.overlap import overlap
 
 STEPS = 60
@@ -574,15 +579,18 @@ def test_the_summary_says_what_happened(monkeypatch):
     assert re.search(rf"l2  0\.05 → {end:.3g}  (still|settled)", lines[1])
     losses = [record.loss for record in callback.history]
     assert f"{losses[0]:.4g} → {losses[-1]:.4g}" in text
-    assert "clipped tangents: none, skipped updates: 0%" in text
+    # What does not apply is not said.
+    for word in ("clipped", "skipped", "planned", "can move", "replaced"):
+        assert word not in text
 
 
 @pytest.mark.parametrize(
     ("path", "remark"),
     [
-        ([-3.0] * 40, "settled"),
+        ([-3.0] * 40, "hardly moved, though pulled down"),
         ([-3.0 + 0.01 * t for t in range(40)], "still rising"),
         ([-3.0 - 0.01 * t for t in range(40)], "still falling"),
+        ([-3.0 + 2e-4 * t for t in range(40)], "hardly moved, though pulled down"),
         ([-3.0 + 0.05 * (-1) ** t for t in range(40)], "settled"),
         ([min(-3.0 + 0.05 * t, -1.5) for t in range(40)], "settled"),
         ([-3.0, -2.0], "too few updates"),
@@ -596,6 +604,198 @@ def test_whether_it_still_moves(path, remark):
     diagnosis = Diagnosis({"l2": Subject(Positive(), math.exp(-3.0))}, steps=len(path))
     line = diagnosis.summary(History(records), 0).splitlines()[1]
     assert line.startswith(f"  l2  0.0498 → {math.exp(path[-1]):.3g}  {remark}")
+
+
+@pytest.mark.parametrize("size", [1, 3, 1001])
+@pytest.mark.parametrize(
+    ("noise", "lr", "pulled"), [(0.5, 1e-4, True), (50.0, 1e-4, False), (0.5, 0.1, False)]
+)
+def test_settled_is_not_said_of_what_could_not_move(size, noise, lr, pulled):
+    """Hypergradients that have a sign, of λ that hardly move; not if they are noise, or λ moves."""
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.full((size,), -3.0)
+    history = History([])
+    for t in range(60):
+        h = -1 + noise * torch.randn(size, generator=generator)
+        raw = torch.where(torch.tensor(t < 40), raw - lr * h, raw)  # the rate falls to 0
+        holder = Hyperparameter(raw.exp(), Positive())
+        history.append(make_record(t, {"l2": holder}, {"l2": h}, None, 0, None, 1.0))
+    initial = as_numbers(torch.full((size,), -3.0).exp())
+    diagnosis = Diagnosis({"l2": Subject(Positive(), initial)}, steps=60)
+    line = diagnosis.summary(history, 0).splitlines()[1]
+    assert ("hardly moved, though pulled up" in line) == pulled
+    assert ("settled" in line) == (not pulled)
+
+
+def test_a_training_with_a_rate_that_is_too_small():
+    for lr, word in ((1e-6, "hardly moved, though pulled up"), (5.0, "settled")):
+        _, callback = said(model(), T1T2(), optimizer=sgd(lr), every_n_steps=2)
+        assert word in callback.summary()
+
+
+def test_how_far_so_few_updates_can_move():
+    """The bound is one: the farthest that λ gets, all of its hypergradients being the same."""
+    _, callback = said(model(), None, steps=15, every_n_steps=1)
+    (factor,) = re.findall(
+        r"15 updates can move a strength by a factor of about ([\d.]+) at most", callback.summary()
+    )
+    moved = callback.history[-1].values["l2"] / 0.05
+    assert 0.7 * float(factor) < moved < float(factor)
+    assert "still pulled up" in callback.summary()
+
+    _, callback = said(model(), T1T2(), steps=20)
+    assert "factor of about 1.22 at most" in callback.summary()  # 20 steps of 0.01
+    for others in ({"optimizer": sgd(1.0)}, {"lr": 0.0}):
+        _, callback = said(model(), T1T2(), steps=20, **others)
+        assert "at most" not in callback.summary()
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize(("stop", "is_early"), [(20, True), (56, False), (60, False)])
+def test_a_training_that_ends_early(stop, is_early):
+    _, callback = said(model(), T1T2(), trainer={"callbacks": [StopAt(stop)]})
+    assert callback.history[-1].step == stop
+    assert (f"ended after {stop} of 60 planned steps" in callback.summary()) == is_early
+
+
+def test_a_start_that_was_replaced_is_said_to_be():
+    _, callback = said(model(init=1e-6), None, steps=300)
+    assert re.search(r"l2  1e-06 → .*, from a start that was replaced", callback.summary())
+    assert "besides replacing its start" in callback.summary()
+
+
+# ----------------------------------------------------------------------- λ in the held-out loss
+
+
+class InBoth(Mlp):
+    """λ acts in the training, and, with ``also``, in the validation."""
+
+    def __init__(self, also):
+        super().__init__(granularity="model", schedule=False)
+        self.also = also
+
+    def step(self, batch, is_training):
+        raise NotImplementedError
+
+    def training_step(self, batch, batch_idx):
+        return self.step(batch[:2], True)
+
+    def validation_step(self, batch, batch_idx):
+        return self.step(batch, False) if self.also else self.loss(batch)
+
+
+class WithLossWeights(LossWeightMixin, InBoth):
+    name = "loss_weights.size"
+
+    def __init__(self, also):
+        super().__init__(also)
+        self.register_loss_weights({"size": 0.1})
+
+    def step(self, batch, is_training):
+        return self.weighted_loss(self.loss(batch), size=self.net(batch[0]).square().mean())
+
+
+class WithExampleWeights(ExampleWeightMixin, InBoth):
+    name = "example_weights"
+
+    def __init__(self, also):
+        super().__init__(also)
+        self.register_example_weights(len(TRAIN[0]))
+
+    def step(self, batch, is_training):
+        losses = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+        return self.weighted_mean(losses, torch.arange(len(losses)))
+
+
+class WithOwn(InBoth):
+    name = "gain"
+
+    def __init__(self, also):
+        super().__init__(also)
+        self.gain = Hyperparameter(1.0, Positive())
+
+    def step(self, batch, is_training):
+        return F.cross_entropy(self.gain() * self.net(batch[0]), batch[1])
+
+
+class WithOwnPenalty(InBoth):
+    name = "l2"
+
+    def step(self, batch, is_training):
+        loss = self.loss(batch)
+        return loss if is_training else loss + self.l2() * self.net[0].weight.square().sum()
+
+
+@pytest.mark.parametrize("also", [True, False])
+@pytest.mark.parametrize(
+    "kind", [WithLossWeights, WithExampleWeights, WithOwn, WithOwnPenalty], ids=lambda k: k.name
+)
+def test_a_held_out_loss_that_reads_it(kind, also):
+    texts, callback = said(kind(also), T1T2(), steps=3)
+    found = [text for text in texts if "the held-out loss is computed with λ itself" in text]
+    assert len(found) == also  # once in three updates
+    if also:
+        assert f"itself: {kind.name}. " in found[0]
+        assert "return the plain loss from validation_step" in found[0]
+    assert len(callback.history) == 3
+
+
+def test_what_acts_in_training_only_is_left_alone():
+    class Plain(DropoutMixin, Mlp):
+        def __init__(self):
+            super().__init__(granularity="model", schedule=False, inside_loss=True)
+            self.net = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.2), nn.Linear(5, 3))
+            self.register_dropout()
+            self.smooth = LabelSmoothing(0.1)
+
+        def training_step(self, batch, batch_idx):
+            return self.smooth(self.net(batch[0]), batch[1]) + self.penalty()
+
+        validation_step = training_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    texts, _ = said(Plain(), T1T2(), steps=3)
+    assert not any("with λ itself" in text for text in texts)
+
+
+def test_hypergradients_leave_out_what_the_held_out_loss_reads():
+    """As the warning says: they are those of a loss in which λ is a constant."""
+
+    class Added(InBoth):
+        def step(self, batch, is_training):
+            return self.loss(batch) + (0.0 if is_training else 3.0 * self.l2())
+
+    found = [
+        [r.hypergradients["l2"].item() for r in said(Added(also), ClipR(), steps=5)[1].history]
+        for also in (True, False)
+    ]
+    assert found[0] == found[1]
+
+
+def test_looking_costs_nothing_after_the_start_and_breaks_no_step():
+    """A step may do with λ what a graph forbids; and each update takes L_V once."""
+    calls = []
+
+    class Reads(Mlp):
+        def validation_step(self, batch, batch_idx):
+            calls.append(self.l2().numpy().item())
+            return self.loss(batch)
+
+    counts = []
+    for steps in (5, 15):
+        calls.clear()
+        said(Reads(granularity="model"), T1T2(), steps=steps, trainer={"limit_val_batches": 0})
+        counts.append(len(calls))
+    assert counts[1] - counts[0] == 10
 
 
 @pytest.mark.parametrize("size", [1000, 1001])
@@ -612,7 +812,7 @@ def test_a_thousand_elements_are_one_line(size):
     texts, callback = said(Many(), T1T2(), steps=FEW_UPDATES, optimizer=sgd(1.0))
     assert texts == []
     lines = callback.summary().splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 5
     assert max(map(len, lines)) <= 100
     shift = [record.values["shift"] for record in callback.history][-1]
     mean = shift["mean"] if size > 1000 else sum(shift) / size
@@ -625,7 +825,7 @@ def test_a_thousand_hyperparameters_are_a_few_lines():
     record = HistoryRecord(1, values, {n: torch.tensor(0.0) for n in names}, None, 0)
     diagnosis = Diagnosis({name: Subject(Positive(), 1e-3) for name in names}, steps=1)
     lines = diagnosis.summary(History([record] * 12), 0).splitlines()
-    assert len(lines) == 13
+    assert len(lines) == 12
     assert "and 990 more; of all 1000, 0 still move, 250 are at a bound" in lines[11]
 
 

@@ -27,6 +27,7 @@ from lightning_hpo.signal_to_noise import (
     UNKNOWN,
     WARM_UP,
     SignalToNoise,
+    reach,
 )
 
 UPDATES = 200
@@ -107,6 +108,16 @@ def test_a_signal_travels_and_noise_does_not():
     b = move(make(noise), noise, torch.randn(UPDATES))
     assert -2 * TRAVEL < a[-1] < -1.5 * TRAVEL  # all of the travel but the warm-up
     assert b.abs().max() < 1.0
+
+
+@pytest.mark.parametrize(
+    ("updates", "made"), [(15, 15), (40, 40), (UPDATES, UPDATES), (UPDATES, 50)]
+)
+def test_how_far_it_can_reach(updates, made):
+    """As far as hypergradients that are all the same take it, and the drift before they count."""
+    h, typical = Hyperparameter(1.0, Positive()), 1e-9
+    raws = move(make(h, typical, updates=updates), h, torch.ones(made))
+    assert reach(made, updates) == pytest.approx(-raws[-1].item())
 
 
 def test_nothing_moves_during_the_warm_up_and_after_the_end():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_hpo._lightning import classes, join_again
@@ -34,12 +35,13 @@ class RegularizerMixin(nn.Module):
             known = named_hyperparameters(child) if isinstance(child, nn.Module) else {}
             if known:
                 path = ".".join(part for part in (name, next(iter(known))) if part)
-                number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+                is_one = not isinstance(value, Tensor) or value.numel() == 1
+                number = f"{float(torch.as_tensor(value).detach()):.3g}" if is_one else "…"
                 raise TypeError(
                     f"{type(self).__name__}.{name} "
                     f"{'is' if isinstance(child, Hyperparameter) else 'holds'} a hyperparameter, "
                     f"and a {type(value).__name__} cannot take its place; assign its value: "
-                    f"module.{path}.value = {'…' if isinstance(number, Tensor) else number}"
+                    f"module.{path}.value = {number}"
                 )
         super().__setattr__(name, value)
 
