@@ -128,6 +128,7 @@ WARNINGS = {
     "radius": "the tangent sits at the radius of ClipR",
     "effect": "λ has no measurable effect",
     "overfitted": "λ is fitted to its held-out data",
+    "direct": "the held-out loss is computed with λ itself",
 }
 
 
