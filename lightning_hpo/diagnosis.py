@@ -464,8 +464,8 @@ class Diagnosis:
             lines.append("  λ is where it was: there was no update")
         if self.has_ended and math.isfinite(self.planned) and self.steps < EARLY * self.planned:
             lines.append(
-                f"  ended after {counted(self.steps, 'step')} of {counted(int(self.planned), 'step')} "
-                "that were planned, so that λ had less time to move"
+                f"  ended early, after {counted(self.steps, 'step')} (planned: "
+                f"{counted(int(self.planned), 'step')}), so that λ had less time to move"
             )
         inside, total = self.clock.inside, self.clock.total
         if 0 < inside < total:
