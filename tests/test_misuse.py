@@ -248,7 +248,7 @@ MISUSES = {
     ),
     "unused-hyperparameter": (
         tune(Unused),
-        r"'sigma' has no effect.*does not depend on it; call it there \(.*self\.sigma\(\)\)",
+        r"'sigma' has no effect.*does not depend on it; call it there \(.*self\.sigma\(\), without",
     ),
     "penalty-on-frozen-weights": (
         tune(PenaltyOnFrozenWeights),
@@ -322,7 +322,7 @@ MISUSES = {
     ),
     "validation-loss-of-wrong-name": (
         tune(NoValidationLoss, monitor="loss"),
-        r"returned no loss and logged \['accuracy'\]\. Return the loss.*monitor=",
+        r"does not log monitor='loss'; it logged \['accuracy'\]\. Return the loss.*monitor=",
     ),
     "float-validation-loss": (
         tune(FloatValidationLoss),
@@ -351,7 +351,7 @@ MISUSES = {
     # Arguments of the callback.
     "estimator-class": (
         make(OnlineHPOCallback, ClipR),
-        r"estimator=<class .*ClipR'>, expected an instance.*for example ClipR\(radius",
+        r"ClipR is a class, expected an instance: ClipR\(\)",
     ),
     "estimator-name": (
         make(OnlineHPOCallback, "ClipR"),

@@ -244,6 +244,12 @@ class Hyperparameter(nn.Module):
         return f"{shown}, constraint={self.constraint}{', frozen' if self.frozen else ''}"
 
 
+# Functions whose arguments torch takes as numbers only, so that to call it is not enough.
+_INSTEAD = {
+    "cross_entropy_loss": ". Label smoothing with a derivative is lightning_hpo.LabelSmoothing",
+}
+
+
 def _itself(kind: type, what: str) -> TypeError:
     """Makes the error where a hyperparameter stands in the place of its value."""
     return TypeError(
@@ -251,6 +257,7 @@ def _itself(kind: type, what: str) -> TypeError:
         "self.alpha() * x instead of self.alpha * x, or torch.exp(self.alpha()) (without a "
         "derivative it is self.alpha.value, as a Python number float(self.alpha.value)). Options "
         'of the optimizer are tuned by OnlineHPOCallback(optimizer_hyperparameters=["lr"])'
+        f"{_INSTEAD.get(what, '')}"
     )
 
 
