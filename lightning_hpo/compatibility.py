@@ -835,8 +835,8 @@ def check_arguments(
         if not (isinstance(each, Estimator) and isinstance(pattern, str)):
             is_class = isinstance(each, type) and issubclass(each, Estimator)
             raise TypeError(
-                f"OnlineHPOCallback: {each.__name__} is a class, expected an instance: "
-                f"{each.__name__}()"
+                f"OnlineHPOCallback: {each.__name__} is a class, expected an instance of an "
+                f"Estimator: {each.__name__}()"
                 if is_class
                 else f"OnlineHPOCallback: estimator={estimator!r}, expected an instance of an "
                 "Estimator, for example ClipR(radius=20.0), or a mapping from patterns of names to "

@@ -464,7 +464,7 @@ class Run:
             return []
         try:
             direct = self._validation.direct(self.held_out.peek(), list(looked.values()))
-        except Exception:
+        except RuntimeError:
             # A step may do with raw λ as it is what it cannot do where that has a graph (.numpy()).
             return []
         pairs = zip(looked, direct, strict=True)

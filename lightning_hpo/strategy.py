@@ -64,7 +64,10 @@ LONG_ENOUGH = 300
 # What a guess is replaced by is found anew until it changes by less than this part of it.
 SETTLED = 0.01
 
+# Units in which raw λ travels, in logarithms.
 _ONE = torch.ones(())
+_OF_A_STRENGTH, _OF_ODDS = Positive().unit(_ONE, _ONE), UnitInterval().unit(_ONE, _ONE)
+
 Assigned = Sequence[tuple[str, Estimator, list[str]]]
 """Estimators, each with a name and the hyperparameters that it serves."""
 
@@ -128,7 +131,7 @@ class Strategy:
         if not self.is_chosen:
             return updates * DEFAULT_RATE * self.lr, updates * DEFAULT_RATE * self.lr
         units = self.lr * reach(updates, self.updates, is_known=self.is_length_known)
-        return units * Positive().unit(_ONE, _ONE), units * UnitInterval().unit(_ONE, _ONE)
+        return units * _OF_A_STRENGTH, units * _OF_ODDS
 
     def __str__(self) -> str:
         parts = [

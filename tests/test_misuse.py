@@ -351,7 +351,7 @@ MISUSES = {
     # Arguments of the callback.
     "estimator-class": (
         make(OnlineHPOCallback, ClipR),
-        r"ClipR is a class, expected an instance: ClipR\(\)",
+        r"ClipR is a class, expected an instance of an Estimator: ClipR\(\)",
     ),
     "estimator-name": (
         make(OnlineHPOCallback, "ClipR"),

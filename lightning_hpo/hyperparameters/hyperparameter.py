@@ -288,8 +288,6 @@ for _name, _what in {
     **{"round": "round", "getitem": "[]", "array": "A function of NumPy"},
 }.items():
     setattr(Hyperparameter, f"__{_name}__", _refusing(_what))
-for _name in ("item", "tolist", "detach", "exp", "log", "sqrt", "sigmoid"):
-    setattr(Hyperparameter, _name, _refusing(f".{_name}()"))
 Hyperparameter.__torch_function__ = classmethod(_torch_function)  # type: ignore[attr-defined]
 
 

@@ -21,11 +21,10 @@ def check_free_name(caller: str, module: nn.Module, name: str) -> None:
     """Refuses a name that is taken, or is none.
 
     Raises:
-        RuntimeError: If the module has not been begun.
-        ValueError: In both cases.
+        ValueError: In both cases, and before ``super().__init__()``.
     """
     if "_modules" not in vars(module):
-        raise RuntimeError(
+        raise ValueError(
             f"{caller}: {type(module).__name__} is not there yet; call super().__init__() first, "
             f"then build the network, and then call {caller}"
         )
