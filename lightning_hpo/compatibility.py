@@ -159,12 +159,13 @@ def check_hidden(module: pl.LightningModule, known: Collection[Hyperparameter]) 
     """
     findings = []
     for path, part in module.named_modules():
+        if isinstance(part, LSTMController):
+            continue  # it refers to those that it decides, wherever they are
         for name, value in vars(part).items():
             if name.startswith("_") or not isinstance(value, (list, tuple, dict)):
                 continue
             held = value.values() if isinstance(value, dict) else value
-            hidden = (isinstance(h, Hyperparameter) and h not in known for h in held)
-            if any(hidden):
+            if any(isinstance(h, Hyperparameter) and not h.frozen and h not in known for h in held):
                 kind = "ModuleDict" if isinstance(value, dict) else "ModuleList"
                 findings.append(
                     f"{'.'.join(filter(None, (path, name)))!r} is a {type(value).__name__} with "

@@ -385,6 +385,9 @@ def test_lists_of_hyperparameters_that_are_found_anyway():
     callback = OnlineHPOCallback(T1T2(), optimizer_hyperparameters={"lr": Hyperparameter(0.1)})
     model = Mlp()
     model.all = [*named_hyperparameters(model).values(), *callback._option_names.values()]
+    fixed = Hyperparameter(0.5)
+    fixed.frozen = True
+    model.others = {"fixed": fixed}
     fit(model, callback)
     assert len(callback.history)
 
