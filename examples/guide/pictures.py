@@ -34,6 +34,7 @@ from lightning_hpo import (
     Hyperparameter,
     IndexedDataset,
     L2Mixin,
+    LossWeightMixin,
     OnlineHPOCallback,
     Positive,
     UnrollK,
@@ -314,6 +315,36 @@ def many(left, right):
     return *ends, "ClipR()", "T1T2()"
 
 
+class TwoLosses(LossWeightMixin, LitDigits):
+    def __init__(self, weighs_both):
+        super().__init__(1e-3)
+        self.l2.frozen = True
+        self.register_loss_weights({"size": 0.1})
+        self.weighs_both = weighs_both
+
+    def training_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        main = F.cross_entropy(logits, batch[1])
+        return self.weighted_loss(main, size=logits.square().mean())
+
+    def validation_step(self, batch, batch_idx):
+        main = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("val_loss", main)
+        return self.training_step(batch, batch_idx) if self.weighs_both else main
+
+
+def direct(left, right):
+    wrong = Run(seeded(TwoLosses, True))
+    mended = Run(seeded(TwoLosses, False))
+    for run, style in (wrong, WRONG), (mended, MENDED):
+        values = [update.values["loss_weights.size"] for update in run.updates]
+        left.plot(run.steps, values, **style)
+        run.draw_test_loss(right, low=0.3, **style)
+    left.set(title="weight λ of the second loss", ylim=(0, None))
+    right.set(title="test loss (the main one)")
+    return wrong, mended, "λ in validation_step", "in training_step alone"
+
+
 # Each function, how its warning begins.
 PICTURES = {
     "same_data": (same_data, "the held-out data are training data"),
@@ -324,6 +355,7 @@ PICTURES = {
     "radius": (radius, "the tangent sits at the radius of ClipR"),
     "effect": (effect, "λ has no measurable effect"),
     "overfitted": (overfitted, "λ is fitted to its held-out data"),
+    "direct": (direct, "the held-out loss is computed with λ itself"),
     "many": (many, "carries forward tangents of"),
 }
 
