@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import combinations, product
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers.logger import Logger
@@ -19,6 +21,32 @@ from lightning_hpo.regularizers import Penalty
 
 STEPS = 10
 BATCH = 8
+
+
+def pairwise(**axes: Collection[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test by so many combinations that any two values of different axes meet.
+
+    Args:
+        axes: The values of each parameter; a dictionary has them by name.
+    """
+    named = [
+        list(a.items()) if isinstance(a, dict) else [(str(v), v) for v in a] for a in axes.values()
+    ]
+
+    def pairs(combination: Sequence[int]) -> set[Any]:
+        return set(combinations(enumerate(combination), 2))
+
+    every = list(product(*(range(len(values)) for values in named)))
+    left = set().union(*map(pairs, every))
+    chosen = []
+    while left:
+        chosen.append(max(every, key=lambda combination: len(pairs(combination) & left)))
+        left -= pairs(chosen[-1])
+    found = [[values[i] for values, i in zip(named, c, strict=True)] for c in sorted(chosen)]
+    return pytest.mark.parametrize(
+        ",".join(axes),
+        [pytest.param(*(v for _, v in c), id="-".join(name for name, _ in c)) for c in found],
+    )
 
 
 class Lion(torch.optim.Optimizer):

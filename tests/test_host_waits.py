@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BATCH, Mlp, make_trainer, train_loader, valid_loader
+from cases import BATCH, Mlp, make_trainer, pairwise, train_loader, valid_loader
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,13 +166,16 @@ def nothing_is_on_the_host(monkeypatch):
             monkeypatch.setattr(module, "is_on_host", lambda tensor: False)
 
 
-@pytest.mark.parametrize("clip", [None, 0.3])
-@pytest.mark.parametrize("kind", [Plain, Everything])
-@pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
-@pytest.mark.parametrize(
-    "make",
-    [T1T2, lambda: ClipR(2.0, decay=0.9), lambda: ClipR(2.0, stride=2), lambda: UnrollK(3)],
-    ids=["T1T2", "ClipR", "stride", "UnrollK"],
+@pairwise(
+    make={
+        "T1T2": T1T2,
+        "ClipR": lambda: ClipR(2.0, decay=0.9),
+        "stride": lambda: ClipR(2.0, stride=2),
+        "UnrollK": lambda: UnrollK(3),
+    },
+    derivatives=["reverse", "finite_difference"],
+    kind={"plain": Plain, "everything": Everything},
+    clip=[None, 0.3],
 )
 def test_a_step_without_an_update_waits_for_nothing(make, derivatives, kind, clip, monkeypatch):
     every, steps = 4, 12

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import OPTIMIZERS, Mlp, flat, observe
+from cases import OPTIMIZERS, Mlp, flat, observe, pairwise
 
 from lightning_hpo import T1T2, ClipR, L1Mixin, UnrollK
 from lightning_hpo.dynamics import base
@@ -45,10 +45,12 @@ def few_at_a_time(monkeypatch):
     return switch
 
 
-@pytest.mark.parametrize("clip", [None, (0.05, "norm"), (0.01, "value")])
-@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "generic"])
-@pytest.mark.parametrize("derivatives", ["reverse", "finite_difference"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pairwise(
+    optimizer=[*OPTIMIZERS, "generic"],
+    clip={"unclipped": None, "norm": (0.05, "norm"), "value": (0.01, "value")},
+    derivatives=["reverse", "finite_difference"],
+    accumulate=[1, 2],
+)
 def test_directions_and_elements(derivatives, optimizer, clip, accumulate, few_at_a_time):
     def run():
         model = Subclassed("adam") if optimizer == "generic" else Overlapping(optimizer)

@@ -13,6 +13,7 @@ from cases import (
     fit,
     flat,
     make_optimizer,
+    pairwise,
     weights,
 )
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -257,9 +258,15 @@ TRAININGS = {
 }
 
 
-@pytest.mark.parametrize("training", TRAININGS)
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-@pytest.mark.parametrize("make", [T1T2, lambda: ClipR(radius=2.0), lambda: UnrollK(2, "reverse")])
+@pairwise(
+    make={
+        "T1T2": T1T2,
+        "ClipR": lambda: ClipR(radius=2.0),
+        "UnrollK": lambda: UnrollK(2, "reverse"),
+    },
+    optimizer=["momentum", "adam"],
+    training=TRAININGS,
+)
 def test_inside_the_loss_equals_in_the_gradient_while_tuning(make, optimizer, training):
     """θ and λ trajectories, both moving."""
     mixed = "mixed" in training
