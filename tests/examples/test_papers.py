@@ -92,7 +92,14 @@ def run(monkeypatch, tmp_path, capsys, data_dir):
             del sys.modules[name]
 
 
-def test_quadratic(run, tmp_path):
+@pytest.mark.slow
+def test_quadratic(run, monkeypatch):
+    import quadratic
+
+    # Long trainings: these methods, and one of the two problems by the default.
+    few = {name: quadratic.METHODS[name] for name in ("Unroll1", "Clip2", "Clip5")}
+    monkeypatch.setattr(quadratic, "METHODS", few)
+    monkeypatch.setattr(quadratic, "ALONE", 1)
     table, cells, files = run("quadratic", "--seeds", "2", needs_data=False)
     rows = {row[0]: row for row in table}
     assert rows["Clip5"][1:5] == ["0.000"] * 4  # the paper's
@@ -100,16 +107,9 @@ def test_quadratic(run, tmp_path):
     assert rows["Clip5"][6] == "0.000"
     assert float(rows["Unroll1"][6]) > float(rows["Clip2"][6]) > 0.01
     assert rows["OnlineHPOCallback()"][1:5] == ["–"] * 4
-    assert rows["OnlineHPOCallback()"][-1] == "2"
-    assert len(cells) == 7
+    assert rows["OnlineHPOCallback()"][-1] == "1"
+    assert len(cells) == 4
     assert files == {"quadratic_tiny.csv", "quadratic_tiny.md", "quadratic_tiny.png"}
-
-    # Finished cells are kept ("seconds" would differ if they had been run again), others are run.
-    path = tmp_path / "quadratic_tiny.csv"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    _, again, _ = run("quadratic", "--seeds", "2", needs_data=False)
-    assert again[:-1] == cells[:-1]
-    assert again[-1]["trace"] == cells[-1]["trace"]
 
 
 def test_data(monkeypatch, data_dir):
@@ -350,7 +350,7 @@ def test_t1t2_rank_correlation(monkeypatch):
     assert rank_correlation(xs, ys) == pytest.approx(spearmanr(xs, ys).statistic)
 
 
-def test_derivative(run):
+def test_derivative(run, tmp_path):
     table, cells, files = run("derivative", needs_data=False)
     rows = {tuple(row[:2]): row[2:] for row in table}
     # y after one step is −η B = 0.1 · θ*(λ₀), with θ*(λ₀) = 1 / 1.3.
@@ -363,6 +363,14 @@ def test_derivative(run):
     assert rows["0.1", "exact y"][-2] == "0.59172"  # |dθ*/dλ| = 1 / 1.3²
     assert len(cells) == 12
     assert files == {"derivative_tiny.csv", "derivative_tiny.md", "derivative_tiny.png"}
+
+    # Finished cells are kept ("seconds" would differ if they had been run again), others are run.
+    path = tmp_path / "derivative_tiny.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    _, again, _ = run("derivative", needs_data=False)
+    assert again[:-1] == cells[:-1]
+    last = [{n: v for n, v in found[-1].items() if n != "seconds"} for found in (again, cells)]
+    assert last[0] == last[1]
 
 
 def test_mnist_l2(run):
