@@ -169,7 +169,9 @@ class MeetsAnOperator(Sharded):
 
 
 # The latter is long enough for the gradient to be compared again.
-@pytest.mark.parametrize(("start", "steps"), [(0, 20), (3, 110)])
+@pytest.mark.parametrize(
+    ("start", "steps"), [(0, 20), pytest.param(3, 110, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("make", [lambda: ClipR(2.0, decay=0.9), lambda: UnrollK(3, "forward")])
 def test_one_rank_alone_falls_back_to_differences(make, start, steps):
     """At the start all agree; later the others stay with exact products."""
@@ -224,7 +226,11 @@ class Equal(pl.Callback):
 
 # Steps are looked at anew at the tenth and the hundredth.
 @pytest.mark.parametrize(
-    ("name", "steps"), [("ClipR", 110), *((n, 20) for n in ESTIMATORS if n != "ClipR")]
+    ("name", "steps"),
+    [
+        pytest.param("ClipR", 110, marks=pytest.mark.slow),
+        *((name, 20) for name in ESTIMATORS if name != "ClipR"),
+    ],
 )
 def test_hyperparameters_are_equal_on_all_ranks_after_every_step(name, steps):
     model = Apart()
@@ -284,6 +290,7 @@ def test_an_empty_shard_stops_all_ranks(kind, message):
         train_with(kind())
 
 
+@pytest.mark.slow
 def test_resuming_several_ranks_equals_never_having_stopped(tmp_path):
     """Each rank goes on with its own random state."""
 

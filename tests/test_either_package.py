@@ -188,6 +188,7 @@ def test_a_penalty_without_a_lightning_module_is_refused():
         Bare()
 
 
+@pytest.mark.slow
 def test_the_standalone_package_is_never_imported():
     script = (
         "import sys, lightning_hpo as h, lightning as L\n"
@@ -201,6 +202,7 @@ def test_the_standalone_package_is_never_imported():
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=110)
 
 
+@pytest.mark.slow
 def test_no_warning_of_torch_that_plain_training_has_not():
     """Forward-mode AD compiles its rules when it is used first, in a process of its own."""
     script = (

@@ -494,6 +494,7 @@ def collected() -> list[str]:
     return [line for line in output.splitlines() if "::" in line]
 
 
+@pytest.mark.slow
 def test_the_table_in_the_guide_is_that_of_the_tests() -> None:
     found = table(collected())
     cells = [row.strip("|").split("|")[1:] for row in found.splitlines()[2:]]

@@ -338,6 +338,7 @@ class KeepsGradients(Net):
         self.seen += [full(p.grad).clone() for p in self.shards[0]]
 
 
+@pytest.mark.slow
 def test_the_callback_leaves_a_sharded_training_as_it_is():
     """Gradients included, also those that no optimizer ever clears."""
 
@@ -379,6 +380,7 @@ def test_a_sharded_training_resumes_where_it_stopped(make, distributed, tmp_path
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_auto_takes_finite_differences_and_says_so_once():
     def run():
         with warnings.catch_warnings(record=True) as caught:

@@ -55,6 +55,7 @@ print("end")
 """
 
 
+@pytest.mark.slow
 def test_no_operation_ends_the_process():
     """In a process of its own: a segmentation fault would end this one."""
     joined = OPERATIONS.strip().replace("\n", " | ")

@@ -128,6 +128,7 @@ def test_data(monkeypatch, data_dir):
     assert torch.cat([batch for (batch,) in loader]).equal(labels)
 
 
+@pytest.mark.slow
 def test_hyper_cleaning(run):
     table, cells, files = run("hyper_cleaning")
     rows = {row[0]: row for row in table}
@@ -167,6 +168,7 @@ def test_secondary_task(run):
     assert files == {"secondary_task_tiny.csv", "secondary_task_tiny.md", "secondary_task_tiny.png"}
 
 
+@pytest.mark.slow
 def test_fioravanti(run):
     table, cells, files = run("fioravanti", "--seeds", "1")
     rows = {tuple(row[:2]): row for row in table}
@@ -185,6 +187,7 @@ def test_fioravanti(run):
     assert pictures < files
 
 
+@pytest.mark.slow
 def test_many(run):
     table, cells, files = run("many", "--seeds", "1")
     assert [row[1] for row in table if row[0] == "T1T2()"] == [str(20 * 794), "200"]
@@ -201,6 +204,7 @@ def test_many(run):
     assert files == {"many_tiny.csv", "many_tiny.md", "many_tiny.png"}
 
 
+@pytest.mark.slow
 def test_penn_treebank(run, data_dir):
     table, cells, files = run("penn_treebank")
     rows = {row[0].partition(":")[0]: row for row in table}
@@ -232,6 +236,7 @@ def test_penn_treebank_knows_the_most_frequent_words(monkeypatch, data_dir):
     assert sorted(numbers.values()) == list(range(kinds))
 
 
+@pytest.mark.slow
 def test_compare(run, data_dir):
     torch.set_default_dtype(torch.float32)  # as it is when it is run by hand
     table, cells, files = run("compare", "--seeds", "1")
@@ -313,6 +318,7 @@ def test_compare_peers(run, data_dir):
     assert pruning.part == pytest.approx(1 / 3, abs=1 / problem.steps)
 
 
+@pytest.mark.slow
 def test_t1t2(run):
     table, cells, files = run("t1t2", "--seeds", "2")
     # Each way of tuning with three setups and two data sets, after the headers and the paper.
@@ -373,6 +379,7 @@ def test_derivative(run, tmp_path):
     assert last[0] == last[1]
 
 
+@pytest.mark.slow
 def test_mnist_l2(run):
     torch.set_default_dtype(torch.float32)  # as it is in a process of the script
     table, cells, files = run("mnist_l2")

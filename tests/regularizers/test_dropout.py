@@ -64,6 +64,7 @@ def _sampled(x, theta, raw, step, seed, coupled=True):
     return part.item()
 
 
+@pytest.mark.slow
 def test_mean_over_draws_is_the_derivative_of_the_expected_loss(problem):
     x, theta = problem
     raw = torch.tensor(0.4, dtype=torch.float64)
@@ -79,6 +80,7 @@ def test_mean_over_draws_is_the_derivative_of_the_expected_loss(problem):
     assert error < 0.1 * abs(exact)
 
 
+@pytest.mark.slow
 def test_common_draws_have_a_tenth_of_the_variance(problem):
     x, theta = problem
     raw = torch.tensor(0.4, dtype=torch.float64)
