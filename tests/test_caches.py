@@ -114,8 +114,12 @@ class OfKeys(OfFunction):
 )
 def test_what_cannot_be_taken_out_is_named(make, accumulated):
     """Where a replay comes before its step; else the training has filled the cache already."""
+    model = OfKeys()
+    OfKeys.drawn.cache_clear()
+    if accumulated == 1:
+        model.drawn(-1)  # one that is empty before the first replay is emptied after it
     with pytest.warns(UserWarning, match=r"fill the cache of 'OfKeys\.drawn'.*Draw in") as caught:
-        observe(make(), OfKeys(), steps=STEPS, accumulate_grad_batches=accumulated)
+        observe(make(), model, steps=STEPS, accumulate_grad_batches=accumulated)
     assert sum("fill the cache" in str(w.message) for w in caught) == 1
 
 
