@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import L2SP, fit, frozen
+from cases import L2SP, fit, frozen, pairwise
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -181,11 +181,14 @@ def test_replays_share_constants():
     assert three - two == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize(("make", "states"), [(momentum, 1), (adam, 2)])
-@pytest.mark.parametrize("derivatives", BACKENDS)
-@pytest.mark.parametrize("estimator", [ClipR, lambda: UnrollK(2, "forward")])
-def test_a_tangent_adds_theta_and_the_state(make, states, derivatives, estimator, monkeypatch):
+@pairwise(
+    optimizer={"momentum": (momentum, 1), "adam": (adam, 2)},
+    derivatives=BACKENDS,
+    estimator={"ClipR": ClipR, "UnrollK": lambda: UnrollK(2, "forward")},
+)
+def test_a_tangent_adds_theta_and_the_state(optimizer, derivatives, estimator, monkeypatch):
     """What is needed besides does not depend on the number of λ."""
+    make, states = optimizer
     monkeypatch.setattr(tangents, "_ELEMENTS", 1)
     two, five = (
         peak(Deep(make, count=count), estimator(), derivatives=derivatives) for count in (2, 5)

@@ -1,6 +1,7 @@
 """Running statistics are state that training moves: hypergradients see how λ moves them."""
 
 import copy
+import functools
 import math
 import warnings
 from functools import partial
@@ -200,10 +201,15 @@ def make(net="batch", optimizer="momentum"):
     return Lit(net, optimizer)
 
 
+@functools.cache
+def whole_trainings(net, optimizer="momentum", **options):
+    return truth(lambda: make(net, optimizer), **options)
+
+
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_hypergradients_equal_whole_trainings(net, estimator):
-    expected = truth(lambda: make(net))
+    expected = whole_trainings(net)
     assert expected.abs().min() > 1e-5
     assert relative_error(found(ESTIMATORS[estimator](), make(net)), expected) < 1e-6
 
@@ -213,7 +219,7 @@ def test_hypergradients_equal_whole_trainings(net, estimator):
 @pytest.mark.parametrize("net", ["twice", "instance_affine", "functional"])
 def test_every_backend(net, estimator, derivatives):
     result = found(ESTIMATORS[estimator](), make(net), derivatives=derivatives)
-    assert relative_error(result, truth(lambda: make(net))) < 1e-5
+    assert relative_error(result, whole_trainings(net)) < 1e-5
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -227,7 +233,7 @@ def test_every_backend(net, estimator, derivatives):
 )
 def test_optimizers_clipping_and_accumulation(optimizer, options, estimator):
     """Micro-batches update the statistics one after the other."""
-    expected = truth(lambda: make("twice", optimizer), **options)
+    expected = whole_trainings("twice", optimizer, **options)
     result = found(ESTIMATORS[estimator](), make("twice", optimizer), **options)
     assert relative_error(result, expected) < 1e-5
 

@@ -16,6 +16,7 @@ from cases import (
     flat,
     last_hypergradient,
     observe,
+    pairwise,
     train_batch,
     validation_loss,
     weights,
@@ -61,9 +62,11 @@ def differences(optimizer, clipping, inside_loss):
     return central_differences(trained, start)
 
 
-@pytest.mark.parametrize("clipping", CLIPPINGS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@BOTH_WAYS
+@pairwise(
+    optimizer=OPTIMIZERS.keys(),
+    clipping=CLIPPINGS.keys(),
+    inside_loss={"gradient": False, "loss": True},
+)
 def test_the_total_derivative_of_the_training(optimizer, clipping, inside_loss):
     truth = flat(reference(optimizer, clipping).hypergradients.values())
     numerical = differences(optimizer, clipping, inside_loss)

@@ -17,6 +17,7 @@ from cases import (
     last_hypergradient,
     make_trainer,
     observe,
+    pairwise,
     train_batch,
     train_loader,
     valid_loader,
@@ -458,11 +459,15 @@ def test_constants_of_other_weights_are_refused():
         Tuned(granularity="model").load_state_dict(state)
 
 
-@pytest.mark.parametrize(
-    "make", [T1T2, lambda: ClipR(1.0, decay=0.9), lambda: UnrollK(4, "reverse")]
+@pairwise(
+    make={
+        "T1T2": T1T2,
+        "ClipR": lambda: ClipR(1.0, decay=0.9),
+        "UnrollK": lambda: UnrollK(4, "reverse"),
+    },
+    kind=KINDS.keys(),
+    inside_loss={"gradient": False, "loss": True},
 )
-@ALL
-@BOTH_WAYS
 def test_a_resumed_training_has_the_same_start(inside_loss, kind, make, tmp_path):
     """From a module that was built elsewhere, the run goes on bit for bit."""
 
