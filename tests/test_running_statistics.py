@@ -619,6 +619,22 @@ class SmoothLogits(Lit):
         return loss + 10 * slope.square().sum()
 
 
+def says_what_is_missing():
+    """Whether torch raises where a third derivative of ``batch_norm`` is asked for."""
+    leaf = torch.randn(4, 2, requires_grad=True)
+    derivative = F.batch_norm(leaf, None, None, training=True)
+    try:
+        for _ in range(3):
+            (derivative,) = torch.autograd.grad(derivative.pow(3).sum(), leaf, create_graph=True)
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(
+    not says_what_is_missing(),
+    reason="the third derivative of batch_norm is wrong in this version of torch, without an error",
+)
 @pytest.mark.parametrize("kind", [SmoothInput, SmoothLogits])
 @pytest.mark.parametrize("estimator", ["ClipR", "reverse"])
 def test_a_third_derivative_that_is_missing_is_replaced_by_differences(kind, estimator):

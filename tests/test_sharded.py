@@ -37,6 +37,12 @@ from lightning_hpo import (
 )
 from lightning_hpo.estimators import _reverse
 
+# Parameters are gathered in streams of the device.
+needs_streams = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="fully_shard of this version of torch does not run on CPUs",
+)
+
 RANKS = 2
 RADIUS = 0.05
 TIMEOUT = 120
@@ -256,6 +262,7 @@ ESTIMATORS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 @pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
+@needs_streams
 def test_two_shards_equal_one_process_on_the_whole_batch(make, optimizer):
     check(make, optimizer=optimizer, gradient_clip_val=0.3)
 
@@ -309,10 +316,12 @@ def test_two_shards_equal_one_process_on_the_whole_batch(make, optimizer):
         "validation-between-steps",
     ],
 )
+@needs_streams
 def test_shards_in_other_settings(make, options):
     check(make, **options)
 
 
+@needs_streams
 def test_a_long_window_is_made_again_from_shards(monkeypatch):
     monkeypatch.setattr(_reverse, "KEPT_STEPS", 2)
     check(lambda: UnrollK(5, "reverse"), optimizer="adam", gradient_clip_val=0.3, max_steps=10)
@@ -339,6 +348,7 @@ class KeepsGradients(Net):
 
 
 @pytest.mark.slow
+@needs_streams
 def test_the_callback_leaves_a_sharded_training_as_it_is():
     """Gradients included, also those that no optimizer ever clears."""
 
@@ -363,6 +373,7 @@ def test_the_callback_leaves_a_sharded_training_as_it_is():
     [(lambda: ClipR(0.5), True), (lambda: UnrollK(4, "forward"), False), (T1T2, True)],
     ids=["ClipR", "UnrollK", "T1T2"],
 )
+@needs_streams
 def test_a_sharded_training_resumes_where_it_stopped(make, distributed, tmp_path):
     def run():
         common = {"sharded": True, "distributed_checkpoint": distributed}
@@ -381,6 +392,7 @@ def test_a_sharded_training_resumes_where_it_stopped(make, distributed, tmp_path
 
 
 @pytest.mark.slow
+@needs_streams
 def test_auto_takes_finite_differences_and_says_so_once():
     def run():
         with warnings.catch_warnings(record=True) as caught:
@@ -417,10 +429,13 @@ class TensorParallel(Net):
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (
+        pytest.param(
             lambda: Net("muon"),
             {},
             r"step of Muon may mix.*Use SGD, Adam.*If it moves each.*Muon\.elementwise = True",
+            marks=pytest.mark.skipif(
+                not hasattr(torch.optim, "Muon"), reason="this version of torch has no Muon"
+            ),
         ),
         (lambda: Net(kinds=("inside",)), {}, r"inside_loss=True.*Register it without inside_loss"),
         (NearTheStart, {}, r"keeps constants of whole weights.*strategy='ddp'.*\(here 'near'\)"),
@@ -460,6 +475,7 @@ def test_what_cannot_be_followed_is_refused(make, options, message):
         assert re.search(message, text)
 
 
+@needs_streams
 def test_constants_of_sharded_weights_are_refused_without_the_callback_too():
     def run():
         trainer = make_trainer(

@@ -265,7 +265,7 @@ TRAININGS = {
         "UnrollK": lambda: UnrollK(2, "reverse"),
     },
     optimizer=["momentum", "adam"],
-    training=TRAININGS,
+    training=TRAININGS.keys(),
 )
 def test_inside_the_loss_equals_in_the_gradient_while_tuning(make, optimizer, training):
     """θ and λ trajectories, both moving."""
