@@ -294,6 +294,7 @@ class Weigh(lightning.Callback):
     def of_all(self):
         gc.collect()
         tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+        tensors = [x for x in tensors if torch._C._has_storage(x)]  # sparse ones have none
         return sum({x.data_ptr(): x.nbytes for x in tensors}.values()) / 2**20
 
 

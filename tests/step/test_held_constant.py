@@ -180,7 +180,28 @@ def test_what_is_held_constant_is_found(kind, dtype):
     assert "derivatives='finite_difference' with ClipR or UnrollK(mode='forward')" in said[0]
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
+def keeps_casts_without_gradient():
+    """Whether weights that autocast has cast under ``no_grad`` get no gradient later on."""
+    layer, x = nn.Linear(2, 2, dtype=torch.float32), torch.ones(1, 2, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            layer(x)
+        return not layer(x).requires_grad
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            {"precision": "bf16-mixed"},
+            marks=pytest.mark.skipif(
+                keeps_casts_without_gradient(),
+                reason="in this version of torch such a step has no gradient, callback or not",
+            ),
+        ),
+        {"accumulate_grad_batches": 2},
+    ],
+)
 def test_is_found_under_autocast_and_accumulation(options):
     torch.set_default_dtype(torch.float32)
     train = in_float32()
