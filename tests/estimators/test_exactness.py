@@ -16,7 +16,6 @@ from cases import (
     flat,
     last_hypergradient,
     observe,
-    pairwise,
     train_batch,
     validation_loss,
     weights,
@@ -62,11 +61,9 @@ def differences(optimizer, clipping, inside_loss):
     return central_differences(trained, start)
 
 
-@pairwise(
-    optimizer=OPTIMIZERS.keys(),
-    clipping=CLIPPINGS.keys(),
-    inside_loss={"gradient": False, "loss": True},
-)
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@BOTH_WAYS
 def test_the_total_derivative_of_the_training(optimizer, clipping, inside_loss):
     truth = flat(reference(optimizer, clipping).hypergradients.values())
     numerical = differences(optimizer, clipping, inside_loss)
