@@ -846,7 +846,8 @@ def check_arguments(
     if not callable(optimizer):
         raise TypeError(
             f"OnlineHPOCallback: optimizer={optimizer!r}, expected a callable from a list of "
-            "tensors to a torch.optim.Optimizer"
+            "tensors to a torch.optim.Optimizer, for example optimizer=lambda raw: "
+            "torch.optim.Adam(raw, lr=0.05)"
         )
     is_loader = isinstance(
         dataloader, classes("utilities.CombinedLoader")

@@ -582,6 +582,28 @@ def test_an_option_of_the_optimizer_has_its_prefix():
 # -------------------------------------------------------------------------------------- two of them
 
 
+def test_a_strength_of_zero_is_to_be_left_out():
+    with pytest.raises(
+        ValueError, match=r"init=0\.0 is refused.* A strength of 0 is to leave it out"
+    ):
+        Hyperparameter(0.0, Positive())
+    with pytest.raises(ValueError, match=r"init=1e-20 is refused") as error:
+        Hyperparameter(1e-20, Positive())
+    assert "leave it out" not in str(error.value)
+
+
+def test_the_name_of_an_optimizer_is_no_optimizer():
+    with pytest.raises(
+        TypeError, match=r"optimizer='adam'.*for example optimizer=lambda raw: torch"
+    ):
+        OnlineHPOCallback(optimizer="adam")
+
+
+def test_a_misspelt_option_of_the_optimizer():
+    callback = OnlineHPOCallback(optimizer_hyperparameters=["weight_deacy"])
+    assert ": did you mean 'weight_decay'?" in refused(Mlp(), ValueError, callback)
+
+
 def test_two_callbacks():
     class Other(OnlineHPOCallback):
         pass

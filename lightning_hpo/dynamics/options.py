@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hpo._arguments import did_you_mean
 from lightning_hpo._tensors import rows
 from lightning_hpo.dynamics.base import OptimizerStep
 from lightning_hpo.dynamics.generic import GenericDynamics
@@ -79,6 +80,7 @@ class OptimizerOptions:
                 raise ValueError(
                     f"The option {option!r} of the optimizer is to be tuned or fixed, but "
                     f"{type(optimizer).__name__} has no such number; it has {known}"
+                    + (f": {question}" if (question := did_you_mean(option, known)) else "")
                 )
             if option != "lr" and any(group[option] != value for group in groups):
                 raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hpo._arguments import check_number, named_arguments
-from lightning_hpo.hyperparameters.constraints import Constraint, Unconstrained
+from lightning_hpo.hyperparameters.constraints import Constraint, Positive, Unconstrained
 
 
 class Hyperparameter(nn.Module):
@@ -106,7 +106,11 @@ class Hyperparameter(nn.Module):
         try:
             raw = constraint.inverse(value)
         except ValueError as error:
-            raise ValueError(f"Hyperparameter: init={init!r} is refused: {error}") from None
+            is_off = isinstance(constraint, Positive) and not torch.any(torch.as_tensor(value))
+            raise ValueError(
+                f"Hyperparameter: init={init!r} is refused: {error}"
+                + (". A strength of 0 is to leave it out; small ones are 1e-6, say" * is_off)
+            ) from None
         self.register_buffer("raw", raw, persistent=True)
 
     @classmethod

@@ -99,10 +99,16 @@ class LossWeightMixin(RegularizerMixin):
         if name is None:
             raise ValueError("weighted_loss: call register_loss_weights in __init__ first")
         weights = self.get_submodule(name)._modules
-        for key in auxiliary.keys() ^ weights.keys():
+        # What is not known comes first: it may be a missing one, misspelt.
+        for key in [*(auxiliary.keys() - weights.keys()), *(weights.keys() - auxiliary.keys())]:
             raise ValueError(
                 f"weighted_loss: {key!r} is "
-                + (f"not registered; {closest(key, weights)}" if key in auxiliary else "missing")
+                + (
+                    f"not registered; {closest(key, weights)}"
+                    if key in auxiliary
+                    else f"missing; expected a loss for each weight, as in weighted_loss(main, "
+                    f"{', '.join(f'{name}=…' for name in weights)})"
+                )
             )
         for key, loss in auxiliary.items():
             weight = weights[key]
