@@ -34,7 +34,7 @@ Papers, as docstrings name them:
 Others are named by authors and year.
 
 The examples on these pages go on from here, with an ordinary module, its data, and a Trainer that
-keeps quiet:
+keeps quiet; those of methods go on from that of their class:
 
     >>> from functools import partial
     >>> import lightning

@@ -228,17 +228,32 @@ class OnlineHPOCallback(pl.Callback):
         A sequence that takes a few bytes per number. Where a package trains with a copy of this
         callback (``copy.deepcopy``), it is the copy's, until this one trains itself; a copy made by
         ``pickle``, in another process, keeps its own, in ``trainer.callbacks`` there.
+
+        Example:
+            >>> record = callback.history[-1]
+            >>> record.step, list(record.values)
+            (20, ['l2'])
         """
         return self._results.here.history
 
     @property
     def strategy(self) -> Strategy | None:
-        """What acts in the last training, given or chosen; None before the first."""
+        """What acts in the last training, given or chosen; None before the first.
+
+        Example:
+            >>> callback.strategy.every_n_steps
+            1
+        """
         return self._results.here.strategy
 
     @property
     def skipped(self) -> int:
-        """How many updates were skipped because their hypergradient was not finite."""
+        """How many updates were skipped because their hypergradient was not finite.
+
+        Example:
+            >>> callback.skipped
+            0
+        """
         return self._results.here.skipped
 
     def plot(self, names: Sequence[str] | None = None) -> tuple[Any, Any]:
@@ -260,6 +275,10 @@ class OnlineHPOCallback(pl.Callback):
             RuntimeError: Before the first update.
             KeyError: If a name is unknown.
             ValueError: If ``names`` is empty.
+
+        Example:
+            >>> figure, axes = callback.plot(["l2"])
+            >>> figure.savefig("l2.png")
         """
         subjects = self._diagnosis.subjects.items()
         constraints = {n: s.constraint for n, s in subjects}
@@ -276,6 +295,10 @@ class OnlineHPOCallback(pl.Callback):
         early; and what tuning has cost: the time of the whole training over that outside of this
         callback, on the host, since it was started or resumed. No device is waited for: on a GPU,
         where the host runs ahead, that is a rough number.
+
+        Example:
+            >>> from pathlib import Path
+            >>> _ = Path("summary.txt").write_text(callback.summary(), encoding="utf-8")
         """
         if self._results.here.diagnosis is None:
             return "OnlineHPOCallback: there has been no training yet; call this after trainer.fit"
@@ -297,6 +320,13 @@ class OnlineHPOCallback(pl.Callback):
 
         Args:
             step: The number of the step in this training, counted from 1.
+
+        Example:
+            >>> class Early(OnlineHPOCallback):
+            ...     def should_update(self, step):
+            ...         return step <= 1000 and super().should_update(step)
+            >>> Early(T1T2()).should_update(1001)
+            False
         """
         every = self.every_n_steps
         return every is not None and step % every == 0 and step > self.warmup_steps

@@ -142,6 +142,10 @@ class History(Sequence[HistoryRecord]):
         ``"<name>_grad"`` and ``"<name>_tangent_norm"`` where there are any; for one of several
         elements ``"<name>[i]"`` (``"<name>[i,j]"``), above 1 000 elements ``"<name>.mean"`` and so
         on. NaN where an update has no such number.
+
+        Example:
+            >>> callback.history.columns()["step"]
+            [5, 10, 15, 20]
         """
         columns: dict[str, list[Any]] = {"step": [], "loss": [], "skipped": []}
         for i, record in enumerate(self):
@@ -168,6 +172,10 @@ class History(Sequence[HistoryRecord]):
             tensor with a row for each update: the elements, or ``min``, ``mean``, ``max`` and
             ``norm`` of a summary. NaN where an update has no such entry, or another number of
             elements than the last one.
+
+        Example:
+            >>> callback.history.tables()["values"]["l2"].shape
+            torch.Size([4, 1])
         """
         tables: dict[str, dict[str, Tensor]] = {part: {} for part in _SUFFIXES}
         starts = [start for start, _ in self._layouts]
@@ -189,7 +197,12 @@ class History(Sequence[HistoryRecord]):
         return tables
 
     def steps(self) -> Tensor:
-        """Returns the step of each update."""
+        """Returns the step of each update.
+
+        Example:
+            >>> callback.history.steps().tolist()
+            [5.0, 10.0, 15.0, 20.0]
+        """
         return torch.tensor(self._steps, dtype=torch.float64)
 
     def loss_at(self, index: int) -> float:
@@ -197,11 +210,20 @@ class History(Sequence[HistoryRecord]):
 
         Args:
             index: That of the update, from 0; negative from the end.
+
+        Example:
+            >>> callback.history.loss_at(-1) == callback.history[-1].loss
+            True
         """
         return self._losses[index]
 
     def losses(self) -> Tensor:
-        """Returns L_V of each update; NaN where it was not asked for."""
+        """Returns L_V of each update; NaN where it was not asked for.
+
+        Example:
+            >>> losses = callback.history.losses()
+            >>> best = callback.history[losses.argmin()]  # the update with the lowest held-out loss
+        """
         return torch.tensor(self._losses, dtype=torch.float64)
 
     def __eq__(self, other: object) -> bool:

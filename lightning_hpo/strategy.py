@@ -103,17 +103,32 @@ class Strategy:
 
     @property
     def drifts(self) -> bool:
-        """Whether λ drifts to typical values."""
+        """Whether λ drifts to typical values.
+
+        Example:
+            >>> callback.strategy.drifts
+            True
+        """
         return self.is_chosen and bool(self.lr)
 
     @property
     def replaces_guesses(self) -> bool:
-        """Whether starts far from typical values are replaced by them."""
+        """Whether starts far from typical values are replaced by them.
+
+        Example:
+            >>> callback.strategy.replaces_guesses  # not in so short a training
+            False
+        """
         return self.drifts and self.steps >= LONG_ENOUGH
 
     @property
     def updates(self) -> int:
-        """The number of updates in the training."""
+        """The number of updates in the training.
+
+        Example:
+            >>> callback.strategy.updates
+            20
+        """
         return max(1, self.steps // self.every_n_steps)
 
     def reach(self, updates: int) -> tuple[float, float] | None:
@@ -125,6 +140,11 @@ class Strategy:
         Returns:
             The natural logarithms of the factors for a strength and for the odds of a probability,
             about, with Adam; None where λ is to stay, or is moved by an optimizer that was given.
+
+        Example:
+            >>> strength, odds = callback.strategy.reach(updates=20)
+            >>> strength > odds > 0  # e**strength is the largest factor of a strength
+            True
         """
         if not self.lr:
             return None

@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 import lightning_hpo
-from lightning_hpo.regularizers import PenaltyMixin
+from lightning_hpo.monitoring import History
+from lightning_hpo.regularizers import Penalty, PenaltyMixin
+from lightning_hpo.strategy import Strategy
 
 PAGES = [
     lightning_hpo,
@@ -31,6 +33,29 @@ PUBLIC = {
     for name in page.__all__
     if (inspect.isclass(thing := getattr(page, name)) or inspect.isfunction(thing))
     and get_origin(thing) is None  # Python 3.10 takes aliases of types for classes
+}
+# Classes whose methods users call or override: what the package exports, what its mixins have in
+# common, and what those hand out.
+USED = {
+    name: thing
+    for name, thing in PUBLIC.items()
+    if inspect.isclass(thing)
+    and (
+        thing.__name__ in lightning_hpo.__all__
+        or thing in (PenaltyMixin, Penalty, History, Strategy)
+    )
+}
+# Public within the package, which alone calls them.
+CALLED_INSIDE = {
+    "Hyperparameter": {"unresolved", "kept", "forget", "fixed", "raw_of", "settled"},
+    "CategoricalHyperparameter": {"in_force"},
+    "History": {"append"},
+    "Penalty": {
+        *("bound", "raw", "has_constants", "total", "term", "gradients"),
+        *("add_gradient_", "tangent_", "adjoint_"),
+    },
+    "PenaltyMixin": {"agree_on_constants", "resolve_strengths", "check_penalties_applied"},
+    "PolicyGradient": {"draws"},
 }
 SECTIONS = {"Args", "Attributes", "Example", "Raises", "Returns", "Yields"}
 # What is passed on there is chosen to fit.
@@ -283,6 +308,37 @@ def test_examples_show_what_happens(name, names):
     torch.manual_seed(0)
     page = next(page for page in PAGES if PUBLIC[name] in vars(page).values())
     _run(PUBLIC[name].__doc__, names[page.__name__], name)
+
+
+# After `_methods` and `_is_a_hook`.
+METHODS = {
+    f"{name}.{path}": method.__doc__
+    for name, thing in USED.items()
+    for path, method in _methods(thing)
+    if path not in CALLED_INSIDE.get(thing.__name__, ()) and not _is_a_hook(thing, path)
+}
+
+
+def test_what_only_the_package_calls_is_there():
+    known = {thing.__name__: {path for path, _ in _methods(thing)} for thing in USED.values()}
+    assert all(paths <= known[name] for name, paths in CALLED_INSIDE.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_that_is_called_has_an_example(name):
+    assert ">>> " in _sections(METHODS[name])[1].get("Example", "")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_examples_of_methods_go_on_from_that_of_their_class(name, names, tmp_path, monkeypatch):
+    if ".plot(" in METHODS[name]:
+        pytest.importorskip("matplotlib", reason="it draws").use("Agg")
+    monkeypatch.chdir(tmp_path)  # where it writes files
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    owner = name.rpartition(".")[0]
+    page = next(page for page in PAGES if PUBLIC[owner] in vars(page).values())
+    _run(METHODS[name], _run(PUBLIC[owner].__doc__, names[page.__name__], owner), name)
 
 
 def _run(doc, names, name):

@@ -86,6 +86,15 @@ class Estimator(ABC):
 
         Args:
             space: θ, and the λ that this estimator serves.
+
+        Example:
+            >>> class Announced(OneStep):
+            ...     def setup(self, space):
+            ...         super().setup(space)
+            ...         print("serves", list(space.hyperparameters))
+            >>> callback = OnlineHPOCallback(Announced(), every_n_steps=10)
+            >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+            serves ['l2']
         """
         self.space = space
 
@@ -96,6 +105,15 @@ class Estimator(ABC):
         Args:
             step: The step as a map with its derivative. It is good until it returns; what is needed
                 later is made by ``step.kept()``.
+
+        Example:
+            >>> class Watching(OneStep):
+            ...     def observe(self, step):
+            ...         super().observe(step)
+            ...         print("learning rate", step.lr)
+            >>> callback = OnlineHPOCallback(Watching(), every_n_steps=20)
+            >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+            learning rate 0.1
         """
 
     @abstractmethod
@@ -107,15 +125,41 @@ class Estimator(ABC):
 
         Returns:
             The estimate; None where the window is incomplete, so that λ is left alone.
+
+        Example:
+            >>> class Clamped(OneStep):
+            ...     def hypergradient(self, validation):
+            ...         estimate = super().hypergradient(validation)
+            ...         bounded = [g.clamp(-1e-6, 1e-6) for g in estimate.gradients]
+            ...         return estimators.Estimate(bounded)
+            >>> callback = OnlineHPOCallback(Clamped(), every_n_steps=20)
+            >>> Trainer(callbacks=[callback]).fit(Tuned(), train_loader, validation_loader)
+            >>> abs(callback.history[0].hypergradients["l2"]) <= 1e-6
+            tensor(True)
         """
 
     @property
     def kind(self) -> str:
-        """What a checkpoint is compared by: its state fits only an estimator of the same kind."""
+        """What a checkpoint is compared by: its state fits only an estimator of the same kind.
+
+        Example:
+            >>> OneStep().kind
+            'OneStep'
+        """
         return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state that a resumed training needs: tensors, numbers, lists and dicts."""
+        """Returns the state that a resumed training needs: tensors, numbers, lists and dicts.
+
+        Example:
+            >>> class Saved(OneStep):
+            ...     updates = 0
+            ...
+            ...     def state_dict(self):
+            ...         return {"updates": self.updates}
+            >>> Saved().state_dict()
+            {'updates': 0}
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no state
@@ -123,4 +167,11 @@ class Estimator(ABC):
 
         Args:
             state: As it was saved.
+
+        Example:
+            >>> class Restored(OneStep):
+            ...     def load_state_dict(self, state):
+            ...         self.updates = state["updates"]
+            >>> estimator = Restored()
+            >>> estimator.load_state_dict({"updates": 3})
         """

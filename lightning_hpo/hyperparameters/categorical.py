@@ -149,12 +149,22 @@ class CategoricalHyperparameter(Hyperparameter):
 
         Args:
             raw: φ. Default: that of this hyperparameter.
+
+        Example:
+            >>> activation.distribution().entropy()  # log 2: not decided at all
+            tensor(0.6931)
         """
         # Checking its arguments would make the host wait for a device.
         return Categorical(logits=self.raw if raw is None else raw, validate_args=False)
 
     def best(self) -> int:
-        """Returns the index of the most probable choice."""
+        """Returns the index of the most probable choice.
+
+        Example:
+            >>> width = CategoricalHyperparameter([16, 32], logits=torch.tensor([0.0, 2.0]))
+            >>> width.choices[width.best()]
+            32
+        """
         return int(self.distribution().logits.argmax())
 
     @property
@@ -164,7 +174,14 @@ class CategoricalHyperparameter(Hyperparameter):
 
     @property
     def index(self) -> int:
-        """The index of the choice that is in force, for a step that asks for it."""
+        """The index of the choice that is in force, for a step that asks for it.
+
+        Example:
+            >>> branch = CategoricalHyperparameter(range(2))
+            >>> branches = nn.ModuleList([nn.Linear(4, 3), nn.Identity()])
+            >>> branches[branch.index]
+            Linear(in_features=4, out_features=3, bias=True)
+        """
         self.was_asked = True
         return self.in_force
 
@@ -202,7 +219,12 @@ class CategoricalHyperparameter(Hyperparameter):
         return f"{described(self.choices, self.probabilities())}{', frozen' * self.frozen}"
 
     def probabilities(self) -> list[float]:
-        """Returns p_φ of each choice."""
+        """Returns p_φ of each choice.
+
+        Example:
+            >>> dict(zip(activation.choices, activation.probabilities()))
+            {'relu': 0.5, 'tanh': 0.5}
+        """
         numbers: list[float] = self.distribution().probs.tolist()
         return numbers
 

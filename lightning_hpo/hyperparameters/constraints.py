@@ -44,6 +44,10 @@ class Constraint:
 
         Raises:
             ValueError: If ``value`` is not feasible.
+
+        Example:
+            >>> UnitInterval().inverse(torch.tensor(0.8))
+            tensor(1.3863)
         """
         raise NotImplementedError
 
@@ -52,6 +56,13 @@ class Constraint:
 
         Args:
             raw: What the λ-optimizer has made of raw λ.
+
+        Example:
+            >>> class Magnitude(Square):
+            ...     def project(self, raw):
+            ...         return raw.clamp(min=0.0)
+            >>> Magnitude().project(torch.tensor([-1.0, 2.0]))
+            tensor([0., 2.])
         """
         return raw
 
@@ -62,6 +73,10 @@ class Constraint:
 
         Args:
             raw: Raw λ.
+
+        Example:
+            >>> Square().derivatives(torch.tensor(3.0))
+            (tensor(9.), tensor(6.))
         """
         with torch.enable_grad():
             leaf = raw.detach().clone().requires_grad_()
@@ -82,6 +97,13 @@ class Constraint:
 
         Returns:
             Positive numbers: a tensor like ``raw``, or one for all of its elements.
+
+        Example:
+            >>> class Relative(Square):
+            ...     def unit(self, raw, first):
+            ...         return 0.5 * raw.abs().clamp(min=1e-3)  # about a factor e of raw²
+            >>> Relative().unit(torch.tensor(3.0), first=torch.tensor(1.0))
+            tensor(1.5000)
         """
         return raw.abs().clamp(min=0.2 * _size(first))
 

@@ -134,7 +134,12 @@ class Hyperparameter(nn.Module):
 
     @property
     def is_resolved(self) -> bool:
-        """Whether it has a value; not as long as ``init="auto"`` waits for a training."""
+        """Whether it has a value; not as long as ``init="auto"`` waits for a training.
+
+        Example:
+            >>> Tuned().l2.is_resolved, module.gain.is_resolved
+            (False, True)
+        """
         if not self._is_resolved:  # else the host would wait for the device
             self._is_resolved = not bool(self.raw.isnan().any())
         return self._is_resolved
@@ -186,6 +191,12 @@ class Hyperparameter(nn.Module):
         Raises:
             TypeError: If what is assigned is no number and no tensor.
             ValueError: If it has another shape, or lies outside the constraint.
+
+        Example:
+            >>> scales = Hyperparameter(torch.tensor([0.1, 0.2]), Positive())
+            >>> scales.value = 0.5
+            >>> scales.value
+            tensor([0.5000, 0.5000])
         """
         return self.constraint(self.raw).detach()
 

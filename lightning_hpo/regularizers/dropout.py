@@ -95,6 +95,12 @@ class DropoutMixin(RegularizerMixin):
             ValueError: If there is nothing to tune, a named module does not exist (the closest
                 names are listed) or is no dropout, ``name`` is taken, the keep probability is not
                 between 0 and 1, or layers with different rates are to share one without ``init``.
+
+        Example:
+            >>> module = with_mixins(LitModel(), DropoutMixin)
+            >>> module.register_dropout(init=0.9, at=["net.2"], tied=False)  # 1 − p: drops a tenth
+            >>> list(named_hyperparameters(module))
+            ['keep.net.2']
         """
         check_free_name("register_dropout", self, name)
         found = _named(self, at) if at is not None else _found(self, init is not None)

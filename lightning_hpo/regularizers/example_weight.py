@@ -57,6 +57,12 @@ class ExampleWeightMixin(RegularizerMixin):
             TypeError: If ``init`` holds no floating-point numbers, or ``constraint`` is none.
             ValueError: If ``count`` is not positive, ``init`` has another shape or lies outside the
                 constraint, ``name`` is taken, or there are example weights already.
+
+        Example:
+            >>> module = with_mixins(LitModel(), ExampleWeightMixin)
+            >>> module.register_example_weights(len(train_set), init=0.5, constraint=L1Ball(64.0))
+            >>> module.example_weights.value.sum()  # on the surface of the ball
+            tensor(64.)
         """
         check_free_name("register_example_weights", self, name)
         known = record_of(self).example_weights
@@ -86,6 +92,12 @@ class ExampleWeightMixin(RegularizerMixin):
 
         Raises:
             ValueError: If the index is missing, has another shape, or is out of range.
+
+        Example:
+            >>> module = Cleaned()
+            >>> module.example_weights.value = 0.5
+            >>> module.weighted_mean(torch.tensor([1.0, 3.0]), index=torch.tensor([7, 0]))
+            tensor(1.)
         """
         name = record_of(self).example_weights
         if name is None:

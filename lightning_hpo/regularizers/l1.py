@@ -108,6 +108,11 @@ class L1Mixin(PenaltyMixin):
                 empty or holds what this module does not own.
             MisconfigurationException: Before the first step, if ``"auto"`` meets ``inside_loss``
                 and an optimizer that divides by the size of the gradient, such as Adam.
+
+        Example:
+            >>> module = with_mixins(LitModel(), L1Mixin, L2Mixin)
+            >>> module.register_l1(1e-5, parameters=["net.0.weight"])
+            >>> module.register_l2(1e-4)  # an elastic net in the first layer
         """
         self._register_penalty(
             "register_l1", L1Penalty, init, name, granularity, parameters, inside_loss, constraint

@@ -103,6 +103,12 @@ class L2Mixin(PenaltyMixin):
                 empty or holds what this module does not own.
             MisconfigurationException: Before the first step, if ``"auto"`` meets ``inside_loss``
                 and an optimizer that divides by the size of the gradient, such as Adam.
+
+        Example:
+            >>> module = with_mixins(LitModel(), L2Mixin)
+            >>> module.register_l2(1e-4, granularity="layer")
+            >>> sorted(named_hyperparameters(module))
+            ['l2.net.0', 'l2.net.3']
         """
         self._register_penalty(
             "register_l2", L2Penalty, init, name, granularity, parameters, inside_loss, constraint

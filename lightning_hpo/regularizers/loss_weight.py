@@ -62,6 +62,12 @@ class LossWeightMixin(RegularizerMixin):
             TypeError: If ``inits`` is no mapping from names to numbers, or ``constraint`` is none.
             ValueError: If ``inits`` is empty, a name is taken or no attribute name, or an initial
                 weight lies outside the constraint.
+
+        Example:
+            >>> module = with_mixins(LitModel(), LossWeightMixin)
+            >>> module.register_loss_weights({"size": 0.5, "context": 1.0}, constraint=Box(0, 2))
+            >>> fixed_values(module)
+            {'loss_weights.size': 0.5, 'loss_weights.context': 1.0}
         """
         check_free_name("register_loss_weights", self, name)
         if not isinstance(inits, Mapping) or not all(isinstance(key, str) for key in inits):
@@ -94,6 +100,11 @@ class LossWeightMixin(RegularizerMixin):
 
         Raises:
             ValueError: If a loss has no registered weight, or a weight no loss.
+
+        Example:
+            >>> module = MultiTask()
+            >>> module.weighted_loss(torch.tensor(1.0), size=torch.tensor(2.0))  # 1 + 0.1 · 2
+            tensor(1.2000)
         """
         name = record_of(self).loss_weights
         if name is None:

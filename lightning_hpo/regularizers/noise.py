@@ -109,6 +109,12 @@ class GaussianNoiseMixin(RegularizerMixin):
             ValueError: If a module does not exist (the closest names are listed) or is named twice,
                 there is none with parameters, ``name`` is taken, or ``init`` lies outside the
                 constraint.
+
+        Example:
+            >>> module = with_mixins(LitModel(), GaussianNoiseMixin)
+            >>> module.register_noise(0.1, at=["net.0", "net.3"], tied=False)
+            >>> sorted(named_hyperparameters(module))
+            ['noise.net.0', 'noise.net.3']
         """
         check_free_name("register_noise", self, name)
         if at == "input":

@@ -97,6 +97,10 @@ class Penalty(ABC):
         Args:
             weight: w.
             constant: What :meth:`constant` has kept for it.
+
+        Example:
+            >>> L2SP().value(torch.tensor([1.0, 2.0]), torch.zeros(2))  # w₀ = 0
+            tensor(2.5000)
         """
 
     def constant(self, weight: Tensor) -> Any:
@@ -110,6 +114,10 @@ class Penalty(ABC):
         Returns:
             A tensor, a tuple of tensors, or None. One that shares the memory of the weight is
             copied.
+
+        Example:
+            >>> L2SP().constant(nn.Parameter(torch.ones(2)))
+            tensor([1., 1.])
         """
         return None
 
@@ -122,6 +130,13 @@ class Penalty(ABC):
         Args:
             weight: w.
             constant: What :meth:`constant` has kept for it.
+
+        Example:
+            >>> class Fast(L2SP):
+            ...     def gradient(self, weight, constant):
+            ...         return weight - constant
+            >>> Fast().gradient(torch.tensor([1.0, 2.0]), torch.ones(2))
+            tensor([0., 1.])
         """
         gradient: Tensor = torch.func.grad(self.value)(weight, constant)
         return gradient
@@ -139,6 +154,14 @@ class Penalty(ABC):
 
         Returns:
             A tensor of the shape of ``u``; it may be ``u`` itself.
+
+        Example:
+            >>> class Faster(L2SP):
+            ...     def hvp(self, weight, u, constant):
+            ...         return u  # the second derivative is the identity
+            >>> directions = torch.eye(2)
+            >>> torch.equal(Faster().hvp(torch.ones(2), directions, None), directions)
+            True
         """
 
         def gradient(w: Tensor) -> Tensor:
@@ -172,7 +195,13 @@ class Penalty(ABC):
 
     @property
     def weights(self) -> list[Tensor]:
-        """The weights w that the penalty acts on."""
+        """The weights w that the penalty acts on.
+
+        Example:
+            >>> penalty = FineTuned().gradient_penalties[0]
+            >>> [w.shape for w in penalty.weights]  # no biases
+            [torch.Size([16, 4]), torch.Size([3, 16])]
+        """
         return [current_weight(owner, name) for owner, name in self._weights]
 
     @property
@@ -432,6 +461,12 @@ class PenaltyMixin(RegularizerMixin):
                 ``init`` is not one number or lies outside the constraint, or ``parameters`` is
                 empty or holds what this module does not own.
             MisconfigurationException: If the penalty keeps constants of weights that are sharded.
+
+        Example:
+            >>> module = Penalized()
+            >>> module.register_penalty(L2Penalty, 1e-3, "l2_first", parameters=["net.0.weight"])
+            >>> sorted(named_hyperparameters(module))
+            ['l2', 'l2_first']
         """
         if name is None:
             owner = kind if isinstance(kind, type) else type(kind)
@@ -519,12 +554,22 @@ class PenaltyMixin(RegularizerMixin):
 
     @property
     def gradient_penalties(self) -> list[Penalty]:
-        """The penalties that act on the gradient."""
+        """The penalties that act on the gradient.
+
+        Example:
+            >>> [type(penalty).__name__ for penalty in Penalized().gradient_penalties]
+            ['L2Penalty']
+        """
         return list(record_of(self).penalties_in_gradient)
 
     @property
     def loss_penalties(self) -> list[Penalty]:
-        """The penalties that :meth:`penalty` sums."""
+        """The penalties that :meth:`penalty` sums.
+
+        Example:
+            >>> Penalized().loss_penalties  # its one penalty acts on the gradient
+            []
+        """
         return list(record_of(self).penalties_in_loss)
 
     def penalty(self) -> Tensor:
@@ -533,6 +578,12 @@ class PenaltyMixin(RegularizerMixin):
         Raises:
             MisconfigurationException: If none is registered that way: the penalties that act in
                 the gradient must not be counted twice.
+
+        Example:
+            >>> module = with_mixins(LitModel(), L2Mixin)
+            >>> module.register_l2(1e-4, inside_loss=True)
+            >>> loss = module.training_step(next(iter(train_loader)), 0)
+            >>> loss = loss + module.penalty()  # as the last line of training_step would
         """
         penalties = self.loss_penalties
         self.resolve_strengths()

@@ -111,7 +111,13 @@ class TunableDropout(nn.Module):
 
     @property
     def p(self) -> float:
-        """The drop rate 1 − λ, as a number."""
+        """The drop rate 1 − λ, as a number.
+
+        Example:
+            >>> net[1].p = 0.5  # moves λ to 1 − p
+            >>> net[1].p
+            0.5
+        """
         return drop_rate(self.keep)
 
     @p.setter
