@@ -50,10 +50,14 @@ LOOK_EVERY = 10
 LEARNED = 0.1
 # A training has ended early if it has had less than this part of its steps.
 EARLY = 0.9
-# λ has hardly moved where raw λ has kept within this range, of a factor e of a strength.
-HARDLY = 0.05
 # Hypergradients have a direction where their mean is larger than this part of their size.
 DIRECTED = 0.7
+# The held-out loss has risen again if its last mean (of a tenth of the updates, or so many) exceeds
+# the lowest by more than this part of it, and by so many standard errors of the two. The lowest of
+# many is low by chance: of steady noise it is said in 2 of 100 trainings, with two errors in 30.
+FEW_LOSSES = 5
+RISEN = 0.1
+ERRORS = 4
 # Updates are few if they can move λ by less than this factor.
 NEAR = 10.0
 # Of one training: so many values of the validation loss, at least, in the half that is looked at.
@@ -442,16 +446,10 @@ class Diagnosis:
         lines = []
         if len(history) > 0:
             tables = history.tables()
-            trends = self._trends(tables, reach)
+            trends = self._trends(tables)
             lines += self._table(tables, trends)
             lines += self._reached(len(history), trends, reach)
-            losses = history.losses()
-            losses = losses[torch.isfinite(losses)]
-            if len(losses):
-                n = max(1, len(losses) // 20)
-                start, end = float(losses[:n].mean()), float(losses[-n:].mean())
-                of = f"mean of the first and last {n}" if n > 1 else "first and last"
-                lines.append(f"  held-out loss: {start:.4g} → {end:.4g} ({of})")
+            lines += _course(history)
             shares = [
                 self._clipped(name, tables)
                 for name, subject in self.subjects.items()
@@ -475,7 +473,7 @@ class Diagnosis:
             )
         return "\n".join([head, *lines])
 
-    def _trends(self, tables: Tables, reach: tuple[float, float] | None) -> dict[str, str]:
+    def _trends(self, tables: Tables) -> dict[str, str]:
         """Tells of each λ whether it is still on its way."""
         found = {}
         for name, subject in self.subjects.items():
@@ -484,10 +482,8 @@ class Diagnosis:
                 continue
             found[name] = _movement(subject, values)
             if found[name] == "settled" and _side(subject, values[-1]) is None:
-                is_odds = isinstance(subject.constraint, UnitInterval)
-                is_short = reach is not None and reach[is_odds] < math.log(NEAR)
-                gradients = tables["hypergradients"].get(name)
-                found[name] = _pulled(subject, values, gradients, is_short=is_short) or "settled"
+                pulled = _pulled(subject, tables["hypergradients"].get(name))
+                found[name] = pulled or found[name]
         return found
 
     def _table(self, tables: Tables, trends: Mapping[str, str]) -> list[str]:
@@ -670,24 +666,12 @@ def _movement(subject: Subject, values: Tensor) -> str:
     return "still rising" if net > 0 else "still falling"
 
 
-def _pulled(
-    subject: Subject, values: Tensor, gradients: Tensor | None, *, is_short: bool
-) -> str | None:
+def _pulled(subject: Subject, gradients: Tensor | None) -> str | None:
     """Tells where λ stays because of its rate, and not because its hypergradients cancel.
 
-    That is so where those of half of its elements agree, and it has hardly moved, or has had so few
-    updates that it cannot have gone far, at a rate that falls.
+    That is so where, over the last half of the updates, those of half of its elements agree.
     """
     if gradients is None or subject.choices:
-        return None
-    columns = slice(0, 3 if isinstance(subject.initial, dict) else None)  # but for the norm
-    table = values[:, columns]
-    first = subject.initial
-    first = [first[k] for k in ("min", "mean", "max")] if isinstance(first, dict) else first
-    start = torch.as_tensor(first, dtype=table.dtype).reshape(1, -1)
-    raw = _raw(subject, torch.cat([start, table]))
-    is_near = float((raw.amax(0) - raw.amin(0)).max()) < HARDLY * _scale(subject, raw)
-    if not (is_near or is_short):
         return None
     h = _elements(gradients, subject)
     h = h[len(h) // 2 :]
@@ -697,8 +681,7 @@ def _pulled(
     mean, size = h.mean(0), h.square().mean(0).sqrt()
     if not float((mean.abs() / size).nan_to_num(0.0).median()) > DIRECTED:
         return None
-    where = "up" if float(mean.median()) < 0 else "down"
-    return f"hardly moved, though pulled {where}" if is_near else f"still pulled {where}"
+    return f"still pulled {'up' if float(mean.median()) < 0 else 'down'}"
 
 
 def _last(subject: Subject, values: Tensor) -> Any:
@@ -724,6 +707,29 @@ def _short(value: Any) -> str:
     if numbers.numel() == 1:
         return f"{numbers.item():.3g}"
     return f"{numbers.mean():.3g} ({numbers.min():.3g} … {numbers.max():.3g})"
+
+
+def _course(history: History) -> list[str]:
+    """Says from where to where the held-out loss went, and where it was lower than it ends."""
+    losses = history.losses()
+    is_finite = torch.isfinite(losses)
+    losses, steps = losses[is_finite], history.steps()[is_finite]
+    if not len(losses):
+        return []
+    n = max(1, len(losses) // 20)
+    start, end = float(losses[:n].mean()), float(losses[-n:].mean())
+    of = f"mean of the first and last {n}" if n > 1 else "first and last"
+    text = f"  held-out loss: {start:.4g} → {end:.4g} ({of})"
+    width = max(FEW_LOSSES, len(losses) // 10)
+    if len(losses) >= 2 * width:
+        windows = losses.unfold(0, width, 1)
+        means, variances = windows.mean(1), windows.var(1) / width
+        at = int(means.argmin())
+        lowest, rise = float(means[at]), float(means[-1] - means[at])
+        error = float((variances[-1] + variances[at]).sqrt())
+        if rise > max(RISEN * abs(lowest), ERRORS * error):
+            text += f", lowest {lowest:.4g} around step {int(steps[at + width // 2])}"
+    return [text]
 
 
 _some = partial(listed, most=_NAMES)

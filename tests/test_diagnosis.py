@@ -587,10 +587,10 @@ def test_the_summary_says_what_happened(monkeypatch):
 @pytest.mark.parametrize(
     ("path", "remark"),
     [
-        ([-3.0] * 40, "hardly moved, though pulled down"),
+        ([-3.0] * 40, "settled"),
         ([-3.0 + 0.01 * t for t in range(40)], "still rising"),
         ([-3.0 - 0.01 * t for t in range(40)], "still falling"),
-        ([-3.0 + 2e-4 * t for t in range(40)], "hardly moved, though pulled down"),
+        ([-3.0 + 2e-4 * t for t in range(40)], "settled"),
         ([-3.0 + 0.05 * (-1) ** t for t in range(40)], "settled"),
         ([min(-3.0 + 0.05 * t, -1.5) for t in range(40)], "settled"),
         ([-3.0, -2.0], "too few updates"),
@@ -598,7 +598,7 @@ def test_the_summary_says_what_happened(monkeypatch):
 )
 def test_whether_it_still_moves(path, remark):
     records = [
-        HistoryRecord(t, {"l2": math.exp(raw)}, {"l2": torch.tensor(1.0)}, None, 0)
+        HistoryRecord(t, {"l2": math.exp(raw)}, {"l2": torch.tensor((-1.0) ** t)}, None, 0)
         for t, raw in enumerate(path)
     ]
     diagnosis = Diagnosis({"l2": Subject(Positive(), math.exp(-3.0))}, steps=len(path))
@@ -608,29 +608,67 @@ def test_whether_it_still_moves(path, remark):
 
 @pytest.mark.parametrize("size", [1, 3, 1001])
 @pytest.mark.parametrize(
-    ("noise", "lr", "pulled"), [(0.5, 1e-4, True), (50.0, 1e-4, False), (0.5, 0.1, False)]
+    ("mean", "noise", "lr", "trend"),
+    [
+        (-1.0, 0.5, 1e-4, "still pulled up"),
+        (-1.0, 0.5, 0.1, "still pulled up"),
+        (1.0, 0.5, 0.1, "still pulled down"),
+        (-1.0, 50.0, 1e-4, "settled"),
+        (0.0, 0.5, 0.1, "settled"),
+    ],
 )
-def test_settled_is_not_said_of_what_could_not_move(size, noise, lr, pulled):
-    """Hypergradients that have a sign, of λ that hardly move; not if they are noise, or λ moves."""
+def test_settled_is_not_said_of_what_only_the_rate_holds(size, mean, noise, lr, trend):
+    """Hypergradients that have a sign, however far λ has gone before; not if they are noise."""
     generator = torch.Generator().manual_seed(0)
     raw = torch.full((size,), -3.0)
     history = History([])
     for t in range(60):
-        h = -1 + noise * torch.randn(size, generator=generator)
+        h = mean + noise * torch.randn(size, generator=generator)
         raw = torch.where(torch.tensor(t < 40), raw - lr * h, raw)  # the rate falls to 0
         holder = Hyperparameter(raw.exp(), Positive())
         history.append(make_record(t, {"l2": holder}, {"l2": h}, None, 0, None, 1.0))
     initial = as_numbers(torch.full((size,), -3.0).exp())
     diagnosis = Diagnosis({"l2": Subject(Positive(), initial)}, steps=60)
-    line = diagnosis.summary(history, 0).splitlines()[1]
-    assert ("hardly moved, though pulled up" in line) == pulled
-    assert ("settled" in line) == (not pulled)
+    assert diagnosis.summary(history, 0).splitlines()[1].endswith(f"  {trend}")
 
 
 def test_a_training_with_a_rate_that_is_too_small():
-    for lr, word in ((1e-6, "hardly moved, though pulled up"), (5.0, "settled")):
+    for lr, word in ((1e-6, "still pulled up"), (50.0, "settled")):
         _, callback = said(model(), T1T2(), optimizer=sgd(lr), every_n_steps=2)
         assert word in callback.summary()
+
+
+@pytest.mark.parametrize(
+    ("course", "noise", "lowest"),
+    [
+        (lambda t: (t - 20) ** 2 / 400, 0.0, "0.108 around step 200"),
+        (lambda t: (t - 20) ** 2 / 400, 0.1, "0.108 around step 200"),
+        (lambda t: (t - 20) ** 2 / 200_000, 0.0, None),  # by less than a tenth
+        (lambda t: 0.9 * math.exp(-t / 10), 0.0, None),
+        (lambda t: 0.9 * math.exp(-t / 10), 0.3, None),
+        (lambda t: 0.5, 0.3, None),
+    ],
+)
+def test_a_held_out_loss_that_rises_again(course, noise, lowest):
+    generator = torch.Generator().manual_seed(0)
+    losses = [
+        (0.1 + course(t)) * (1 + noise * torch.randn((), generator=generator).item())
+        for t in range(60)
+    ]
+    records = [
+        HistoryRecord(10 * t, {"l2": 0.1}, {"l2": torch.tensor(1.0)}, None, 0, None, loss)
+        for t, loss in enumerate(losses)
+    ]
+    diagnosis = Diagnosis({"l2": Subject(Positive(), 0.1)}, steps=600)
+    line = diagnosis.summary(History(records), 0).splitlines()[2]
+    assert line.startswith("  held-out loss: ")
+    if lowest is None:
+        assert line.endswith("(mean of the first and last 3)")
+    else:
+        shown, step = re.search(r", lowest ([\d.]+) around step (\d+)$", line).groups()
+        expected, at = map(float, re.findall(r"[\d.]+", lowest))
+        assert float(shown) == pytest.approx(expected, rel=0.1 if noise else 0.01)
+        assert abs(int(step) - at) <= (20 if noise else 0)
 
 
 def test_how_far_so_few_updates_can_move():
