@@ -17,7 +17,8 @@ FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 def scripts(monkeypatch):
     """Imports the scripts as they import each other."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("_common", "_tasks", "overhead", "peers", "scaling", "starts", "unattended")
+    names = ("_common", "_tasks", "breast_cancer", "overhead", "peers", "scaling", "starts")
+    names += ("unattended",)
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield {name: __import__(name) for name in names}
@@ -315,6 +316,28 @@ def test_starts_are_tuned_beside_a_grid(scripts, monkeypatch, tmp_path, capsys):
     assert rows["tuned", "from", "1.0e-07"][-1] == "(replaced)"
     assert rows["tuned", "from", "1.0e-03"][-1] not in {"1.0e-03", "(replaced)"}
     assert picture.stat().st_size > 5000
+
+
+def test_a_task_is_tuned_beside_what_is_left_alone(scripts, monkeypatch, capsys):
+    cancer, threads = scripts["breast_cancer"], torch.get_num_threads()
+    monkeypatch.setattr(cancer, "GRID", [1e-4, 1e-1])
+    monkeypatch.setattr(sys, "argv", ["breast_cancer.py", "--seeds", "1", "--steps", "100"])
+    torch.set_default_dtype(torch.float32)
+    try:
+        cancer.main()
+    finally:
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(threads)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows[2:]] == [
+        [optimizer, seed] for optimizer in ("SGD", "Adam") for seed in ("0", "mean")
+    ]
+    for row in (rows[2], rows[4]):
+        best, worst, *_ = (float(cell.split()[0]) for cell in row[2:7])
+        assert best < worst
+        start, end = map(float, row[7].split("; "))
+        assert start > 0
+        assert start != pytest.approx(end, rel=0.05)
 
 
 def test_best_of_so_many_that_are_drawn(scripts):
