@@ -480,10 +480,13 @@ class Diagnosis:
             values = tables["values"].get(name)
             if values is None:
                 continue
+            gradients = tables["hypergradients"].get(name)
+            if gradients is not None and not bool(torch.isfinite(gradients).any()):
+                found[name] = "not moved: no hypergradient was finite"
+                continue
             found[name] = _movement(subject, values)
             if found[name] == "settled" and _side(subject, values[-1]) is None:
-                pulled = _pulled(subject, tables["hypergradients"].get(name))
-                found[name] = pulled or found[name]
+                found[name] = _pulled(subject, gradients) or found[name]
         return found
 
     def _table(self, tables: Tables, trends: Mapping[str, str]) -> list[str]:

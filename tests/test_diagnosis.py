@@ -196,6 +196,8 @@ def test_only_skipped_updates(factor):
         factor != 1.0
     )
     assert ("skipped updates: 100%" in callback.summary()) == (factor != 1.0)
+    assert ("not moved: no hypergradient was finite" in callback.summary()) == (factor != 1.0)
+    assert "settled" not in callback.summary()
 
 
 @pytest.mark.parametrize(("after", "warns"), [(5, True), (15, False)])
