@@ -1,6 +1,7 @@
 """Dropout that finds its own rate while the network trains.
 
-A narrow network learns digits from 200 examples, with too much dropout: both rates are tuned.
+PyTorch's default of 0.5 is too much for a network as narrow as this one: both rates are tuned.
+Nothing is gained over a training without dropout (test loss 0.188 and 0.170 at seeds 0 and 1).
 
     python examples/dropout.py
 """
@@ -21,9 +22,9 @@ class LitClassifier(DropoutMixin, lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
-            *(nn.Linear(64, 50), nn.ReLU(), nn.Dropout(0.7)),
-            *(nn.Linear(50, 50), nn.ReLU(), nn.Dropout(0.7)),
-            nn.Linear(50, 10),
+            *(nn.Linear(64, 20), nn.ReLU(), nn.Dropout()),
+            *(nn.Linear(20, 20), nn.ReLU(), nn.Dropout()),
+            nn.Linear(20, 10),
         )
         self.register_dropout(tied=False)  # makes them tunable: λ is the keep probability, 1 − p
 
@@ -38,13 +39,13 @@ class LitClassifier(DropoutMixin, lightning.LightningModule):
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--epochs", type=int, default=300)
+parser.add_argument("--epochs", type=int, default=100)
 parser.add_argument("--seed", type=int, default=0)
 arguments = parser.parse_args()
 
 digits = load_digits()
 data = TensorDataset(torch.tensor(digits.data / 16).float(), torch.tensor(digits.target))
-train, held_out, test = random_split(data, [200, 700, 897], torch.Generator().manual_seed(0))
+train, held_out, test = random_split(data, [800, 300, 697], torch.Generator().manual_seed(0))
 
 callback = OnlineHPOCallback()
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -63,7 +64,7 @@ for callbacks in [], [callback]:
 callback.plot()[0].savefig("dropout.png")
 first, second = (1 - keep for keep in fixed_values(module).values())
 print(
-    f"Drop rates of {first:.2f} and {second:.2f} instead of 0.7 take the test loss from "
+    f"Drop rates of {first:.2f} and {second:.2f} instead of PyTorch's 0.5 take the test loss from "
     f"{losses[0]:.3f} to {losses[1]:.3f}, in one training of {seconds[1] / seconds[0]:.1f} times "
     f"the time of a plain one ({seconds[0]:.1f} s). Picture: dropout.png"
 )

@@ -1,7 +1,8 @@
 """A learning rate that corrects itself, from one that is a hundred times too small.
 
 The module has no trace of this package: the callback tunes what it finds in the optimizer. T1T2
-looks at one step at a time, which is greedy, and enough here.
+looks at one step at a time, which is greedy, and enough here. The start is too small on purpose: to
+improve on a usual learning rate, a search does better (README, "When not to use it").
 
     python examples/learning_rate.py
 """
