@@ -170,7 +170,7 @@ def _kind_of(cls: type) -> Kind:
             return kind
     if _is_numeric(cls):
         return Kind.ARRAY
-    name = cls.__module__
+    name = module_of(cls)
     if name == "multiprocessing.sharedctypes":
         return Kind.OBJECT
     is_bare = not has_dict(cls) and not slots_of(cls)
@@ -206,8 +206,17 @@ def _is_numeric(cls: type) -> bool:
     return True
 
 
+def module_of(cls: type) -> str:
+    """Returns the name of the module that defines a class; empty where it is not said.
+
+    The class of functions that Cython has compiled has a descriptor in the place of the name.
+    """
+    name: Any = cls.__module__
+    return name if isinstance(name, str) else ""
+
+
 def _root(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
+    return module_of(cls).partition(".")[0]
 
 
 def has_dict(cls: type) -> bool:

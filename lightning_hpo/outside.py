@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_hpo._kinds import Kind, classes_of, kind_of, read_slots
+from lightning_hpo._kinds import Kind, classes_of, kind_of, module_of, read_slots
 from lightning_hpo.holders import METHODS, own_attributes, read_cell, read_class
 from lightning_hpo.private_state import is_library, names_in
 
@@ -136,7 +136,7 @@ class Outside:
         if isinstance(space, type):
             self._waiting += _methods(space)
             for base in classes_of(space):
-                if _is_own(base.__module__):
+                if _is_own(module_of(base)):
                     for attribute in {**read_class(base), **dict.fromkeys(names or ())}:
                         self._inside(name, base, attribute, names)
         elif _is_own(space.__name__):
@@ -241,8 +241,8 @@ def entries_of(value: Any) -> tuple[list[Any], list[Any], list[int]]:
 
 
 def _is_open(kind: type) -> bool:
-    root = kind.__module__.partition(".")[0]
-    return root in ("argparse", "collections", "types") or _is_own(kind.__module__)
+    root = module_of(kind).partition(".")[0]
+    return root in ("argparse", "collections", "types") or _is_own(module_of(kind))
 
 
 def _get(space: Any, name: str) -> Any:

@@ -30,7 +30,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_hpo._kinds import classes_of, has_dict, read_slots, slots_of, write_slots
+from lightning_hpo._kinds import (
+    classes_of,
+    has_dict,
+    module_of,
+    read_slots,
+    slots_of,
+    write_slots,
+)
 from lightning_hpo._lightning import is_lightning_module
 from lightning_hpo.holders import METHODS, own_attributes, read_class
 
@@ -248,7 +255,7 @@ class _Found:
             self._waiting.append(value.__wrapped__)
             if _Found([value.__wrapped__]).generators:
                 self.caches.append(value)
-        elif kind.__module__.partition(".")[0] not in _CLOSED:
+        elif module_of(kind).partition(".")[0] not in _CLOSED:
             self._object(value)
 
     def _numpy_generator(self, bits: Any) -> None:

@@ -1298,6 +1298,34 @@ def test_bound_methods_written_in_c(name):
     assert_exact(Bound)
 
 
+class Nameless:
+    """Its class does not say where it is defined, as those that Cython makes for functions."""
+
+    __module__ = property(lambda self: __name__)
+
+    def __init__(self):
+        self.count = 0
+
+    def step(self):
+        self.count += 1
+        return self.count
+
+
+def test_a_class_without_the_name_of_its_module():
+    class Holding(Mlp):
+        def __init__(self):
+            super().__init__("momentum")
+            self.state = Nameless()
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch) * (1 + 0.1 * self.state.step())
+
+    assert not isinstance(Nameless.__module__, str)
+    for estimator in ESTIMATORS.values():
+        assert_undisturbed(Holding, estimator)
+    assert_exact(Holding)
+
+
 def test_a_method_of_an_iterator_that_cannot_be_put_back_is_refused_by_name():
     class Drawing(Mlp):
         def __init__(self):
