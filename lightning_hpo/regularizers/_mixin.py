@@ -30,20 +30,23 @@ class RegularizerMixin(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Says how a hyperparameter is given a value, where a number would take its place."""
-        if isinstance(value, (int, float, Tensor)):
-            child = self.__dict__.get("_modules", {}).get(name)
-            known = named_hyperparameters(child) if isinstance(child, nn.Module) else {}
-            if known:
-                path = ".".join(part for part in (name, next(iter(known))) if part)
-                is_one = not isinstance(value, Tensor) or value.numel() == 1
-                number = f"{float(torch.as_tensor(value).detach()):.3g}" if is_one else "…"
-                raise TypeError(
-                    f"{type(self).__name__}.{name} "
-                    f"{'is' if isinstance(child, Hyperparameter) else 'holds'} a hyperparameter, "
-                    f"and a {type(value).__name__} cannot take its place; assign its value: "
-                    f"module.{path}.value = {number}"
-                )
+        if name in self.__dict__.get("_modules", ()):  # Lightning sets dozens of others per step
+            self._check_in_the_place_of_a_module(name, value)
         super().__setattr__(name, value)
+
+    def _check_in_the_place_of_a_module(self, name: str, value: Any) -> None:
+        child = self._modules[name]
+        known = named_hyperparameters(child) if isinstance(child, nn.Module) else {}
+        if known and isinstance(value, (int, float, Tensor)):
+            path = ".".join(part for part in (name, next(iter(known))) if part)
+            is_one = not isinstance(value, Tensor) or value.numel() == 1
+            number = f"{float(torch.as_tensor(value).detach()):.3g}" if is_one else "…"
+            raise TypeError(
+                f"{type(self).__name__}.{name} "
+                f"{'is' if isinstance(child, Hyperparameter) else 'holds'} a hyperparameter, "
+                f"and a {type(value).__name__} cannot take its place; assign its value: "
+                f"module.{path}.value = {number}"
+            )
 
 
 def lightning_bases(kind: type) -> list[type]:
