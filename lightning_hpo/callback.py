@@ -48,6 +48,7 @@ _HINTS = {
     "learning_rate": _RATE,
     "hyper_lr": _RATE,
     "val_dataloader": "held-out data are given as dataloader=",
+    "metric": "the name of the logged loss that is L_V is given as monitor=",
     "loss": "L_V is given as validation_loss=lambda module, batch: ...",
 }
 

@@ -267,6 +267,7 @@ def test_in_a_training_step_too():
     ("call", "message"),
     [
         (lambda m: OnlineHPOCallback(every_n_step=3), r"did you mean 'every_n_steps'\?"),
+        (lambda m: OnlineHPOCallback(metric="val_loss"), "is given as monitor="),
         (lambda m: ClipR(raduis=1.0), r"ClipR has no argument 'raduis': did you mean 'radius'\?"),
         (lambda m: T1T2(lr=0.1), "T1T2 has no argument 'lr': it takes scale_by_lr"),
         (lambda m: Hyperparameter(1.0, constrain=None), r"did you mean 'constraint'\?"),

@@ -39,7 +39,7 @@ _RATES = ("p", "dropout", "drop_prob", "dropout_p", "drop_rate")
 
 _KEEP = "init= is the keep probability, 1 − p: for a drop rate of p=0.2 pass init=0.8"
 _HINTS = {
-    "keep": "the keep probability is given as init=, and its name as name=",
+    "keep": "the keep probability, 1 − p, below 1, is given as init=, and its name as name=",
     **dict.fromkeys((*_RATES, "rate"), _KEEP),
     **LR_HINTS,
 }
