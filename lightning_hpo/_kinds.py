@@ -176,14 +176,14 @@ def _kind_of(cls: type) -> Kind:
     is_bare = not has_dict(cls) and not slots_of(cls)
     if issubclass(cls, Iterator) and (is_bare or name == "torch.utils.data.dataloader"):
         return Kind.ITERATOR
-    if any(_root(base) == "lightning_hpo" for base in cls.__mro__):
+    if any(root_of(base) == "lightning_hpo" for base in cls.__mro__):
         return Kind.ATOM  # a penalty, whose constants may be as many as θ: replays share them
-    if cls.__name__ == "Trainer" and _root(cls) in _HOST:
+    if cls.__name__ == "Trainer" and root_of(cls) in _HOST:
         return Kind.TRAINER
-    if is_bare or _root(cls) in _MACHINERY_OF or name.startswith(_MACHINERY_OF_TORCH):
+    if is_bare or root_of(cls) in _MACHINERY_OF or name.startswith(_MACHINERY_OF_TORCH):
         return Kind.ATOM
     for base in cls.__mro__:
-        if _root(base) in _HOST and base.__name__ in _BY_HOST_BASE:
+        if root_of(base) in _HOST and base.__name__ in _BY_HOST_BASE:
             return _BY_HOST_BASE[base.__name__]
     return Kind.OBJECT
 
@@ -215,7 +215,8 @@ def module_of(cls: type) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _root(cls: type) -> str:
+def root_of(cls: type) -> str:
+    """Returns the name of the package that defines a class; empty where it is not said."""
     return module_of(cls).partition(".")[0]
 
 
@@ -243,7 +244,7 @@ _NO_STATE = _HOST | {"lightning_hpo", "torch", "torchmetrics", "numpy"} | sys.st
 
 
 def _classes_of(cls: type) -> tuple[type, ...]:
-    return tuple(base for base in cls.__mro__ if _root(base) not in _NO_STATE)
+    return tuple(base for base in cls.__mro__ if root_of(base) not in _NO_STATE)
 
 
 classes_of: Callable[[type], tuple[type, ...]] = _ByType(_classes_of).__getitem__
@@ -272,4 +273,4 @@ def write_slots(value: Any, held: dict[types.MemberDescriptorType, Any]) -> None
 
 def is_of_lightning(cls: type, *, itself: bool = False) -> bool:
     """Whether a class, or (unless ``itself``) one of its bases, is defined by Lightning."""
-    return any(_root(base) in _HOST for base in ((cls,) if itself else cls.__mro__))
+    return any(root_of(base) in _HOST for base in ((cls,) if itself else cls.__mro__))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_hpo._kinds import Kind, classes_of, kind_of, module_of, read_slots
+from lightning_hpo._kinds import Kind, classes_of, kind_of, module_of, read_slots, root_of
 from lightning_hpo.holders import METHODS, own_attributes, read_cell, read_class
 from lightning_hpo.private_state import is_library, names_in
 
@@ -241,8 +241,7 @@ def entries_of(value: Any) -> tuple[list[Any], list[Any], list[int]]:
 
 
 def _is_open(kind: type) -> bool:
-    root = module_of(kind).partition(".")[0]
-    return root in ("argparse", "collections", "types") or _is_own(module_of(kind))
+    return root_of(kind) in ("argparse", "collections", "types") or _is_own(module_of(kind))
 
 
 def _get(space: Any, name: str) -> Any:

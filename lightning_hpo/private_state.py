@@ -33,8 +33,8 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from lightning_hpo._kinds import (
     classes_of,
     has_dict,
-    module_of,
     read_slots,
+    root_of,
     slots_of,
     write_slots,
 )
@@ -255,7 +255,7 @@ class _Found:
             self._waiting.append(value.__wrapped__)
             if _Found([value.__wrapped__]).generators:
                 self.caches.append(value)
-        elif module_of(kind).partition(".")[0] not in _CLOSED:
+        elif root_of(kind) not in _CLOSED:
             self._object(value)
 
     def _numpy_generator(self, bits: Any) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_hpo._kinds import module_of, read_slots
+from lightning_hpo._kinds import read_slots, root_of
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,6 @@ def _is_plain_object(value: Any) -> bool:
         (hasattr(value, "__dict__") or bool(read_slots(value)))
         and not callable(value)
         and not isinstance(value, (type, ModuleType, nn.Module))
-        and module_of(kind).partition(".")[0] not in ("builtins", "torch", "logging", "threading")
+        and root_of(kind) not in ("builtins", "torch", "logging", "threading")
         and "__new__" not in {n for base in kind.__mro__[:-1] for n in vars(base)}
     )
